@@ -1,0 +1,29 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint ui clean
+
+demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how good they are
+	$(BIN)/mlflow run . -e main -P tag=digits_mlp
+	@echo "compare runs: make ui, then open http://127.0.0.1:5000"
+
+test: $(INSTALLED)  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## style, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+ui: $(INSTALLED)  ## MLflow's user interface
+	$(BIN)/mlflow ui
+
+clean:
+	rm -rf .venv
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

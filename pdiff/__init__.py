@@ -1,0 +1,1 @@
+"""pdiff: a laboratory for generating neural-network weights."""

@@ -1,0 +1,188 @@
+"""Where checkpoints come from: pretrain a network, then collect N checkpoints of its generated parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pdiff.datasets import Batch, Images
+from pdiff.errors import UserError
+from pdiff.log import Log, Point
+from pdiff.prefix import split
+from pdiff.settings import Collect, Pretrain
+from pdiff.training import Best, Trainer, follow
+from pdiff.weights import Collection, StateDict, is_generated
+
+IMPLIED = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def generated_names(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the state dict that are generated, in its order: all, or those that match a name or a pattern.
+
+    Raises:
+        UserError: a pattern that matches nothing.
+    """
+    state = network.state_dict()
+    if tuple(patterns) == ("all",):
+        return list(state)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in state):
+            raise UserError(
+                f"prepare.parameters: {pattern!r} matches none of the network's {len(state)} tensors, "
+                f"such as {', '.join(list(state)[-4:])}"
+            )
+    return [name for name in state if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def snapshot(network: nn.Module, names: Sequence[str]) -> StateDict:
+    """A copy of some tensors of a network, on the CPU."""
+    state = network.state_dict()
+    return {name: state[name].detach().cpu().clone() for name in names}
+
+
+def pretrain(
+    network: nn.Module,
+    images: Images,
+    settings: Pretrain,
+    *,
+    seed: int,
+    accuracy: Callable[[nn.Module], float],
+    log: Log,
+    path: Path | None = None,
+) -> None:
+    """Train a network in place; the epoch with the best validation accuracy is kept.
+
+    Args:
+        network: on its device.
+        images: training images.
+        settings: epochs, optimiser, batch size.
+        seed: of order and augmentation.
+        accuracy: validation accuracy of a network.
+        log: told the loss and the accuracy.
+        path: where the state is saved, to resume.
+    """
+    if not settings.epochs:
+        return
+    device = next(network.parameters()).device
+    per_epoch = max(1, len(images.train) // settings.batch_size)
+    trainer = Trainer(
+        network.train(),
+        lambda batch: F.cross_entropy(network(batch[0]), batch[1]),
+        lambda start: images.train.stream(settings.batch_size, seed=seed, start=start, device=device),
+        settings,
+        steps=per_epoch * settings.epochs,
+        seed=seed,
+        autocast=True,
+    )
+    best = Best()
+    for step in follow(trainer, "pretrain/loss", log, path=path, beside=(best,)):
+        if step.number % per_epoch == 0:
+            value = accuracy(network)
+            best.update(value, network)
+            log(Point("pretrain/val_accuracy", value, step.number))
+    best.restore(network)
+
+
+def collect(
+    network: nn.Module,
+    images: Images,
+    settings: Collect,
+    names: Sequence[str],
+    *,
+    seed: int,
+    log: Log,
+    path: Path | None = None,
+) -> Collection:
+    """Fine-tune the generated parameters alone, and save them every few steps until there are enough.
+
+    Everything else is frozen, and what does not depend on generated parameters is computed once per batch, without
+    gradients. Normalisation layers run on their stored statistics, unless those are generated, too.
+
+    Args:
+        network: pretrained, on its device; left at its last step.
+        images: training images.
+        settings: how many checkpoints, how often, optimiser.
+        names: tensors of the state dict that are generated.
+        seed: of order and augmentation.
+        log: told the loss.
+        path: where the state is saved, to resume.
+    """
+    device = next(network.parameters()).device
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in names)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"prepare.parameters {', '.join(names)}: buffers alone cannot be fine-tuned")
+    prefix, suffix = split(network, names)
+    moving = _moving(network, names)
+    if moving:
+        prefix, suffix = (lambda batch: (batch,)), network
+        for module in moving:
+            module.train()
+    trainer = Trainer(
+        network,
+        lambda batch: F.cross_entropy(_through(prefix, suffix, batch), batch[1]),
+        lambda start: images.train.stream(settings.batch_size, seed=seed, start=start, device=device),
+        settings,
+        steps=settings.checkpoints * settings.every_steps,
+        seed=seed,
+        autocast=True,
+    )
+    taken = _Taken()
+    for step in follow(trainer, "collect/loss", log, path=path, beside=(taken,)):
+        if step.number % settings.every_steps == 0:
+            taken.states.append(snapshot(network, names))
+    return Collection.stack(taken.states)
+
+
+def _through(prefix: Callable, suffix: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a batch; gradients through the suffix alone."""
+    with torch.no_grad():
+        activations = prefix(batch[0])
+    return suffix(*activations)
+
+
+def _moving(network: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Normalisation layers whose statistics are generated, which therefore go on measuring them."""
+    owners = {name.rpartition(".")[0] for name in names if name.endswith(IMPLIED)}
+    return [module for name, module in network.named_modules() if name in owners]
+
+
+class _Taken:
+    """The checkpoints collected so far."""
+
+    def __init__(self) -> None:
+        self.states: list[StateDict] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"states": self.states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.states = state["states"]
+
+
+def check_states(states: Sequence[StateDict], names: Sequence[str]) -> None:
+    """Check that checkpoints share one layout of finite floating or integer tensors.
+
+    Raises:
+        UserError: the first checkpoint and tensor that differ from the first checkpoint's.
+    """
+    layout = {n: (t.shape, t.dtype) for n, t in states[0].items()}
+    if not any(is_generated(name, tensor) for name, tensor in states[0].items()):
+        raise UserError(f"{names[0]}: no floating tensor of more than one element, so nothing can be generated")
+    for state, where in zip(states, names, strict=True):
+        if missing := sorted(layout.keys() ^ state.keys()):
+            raise UserError(f"{where}: tensors differ from those of {names[0]}: {', '.join(missing[:4])}")
+        for name, tensor in state.items():
+            shape, dtype = layout[name]
+            if tensor.shape != shape:
+                raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)} as in {names[0]}")
+            if tensor.dtype != dtype:
+                raise UserError(f"{where}: {name} is {tensor.dtype}, expected {dtype} as in {names[0]}")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f"{where}: {name} holds NaN or infinity, expected finite numbers")

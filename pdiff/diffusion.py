@@ -1,0 +1,132 @@
+"""Latent diffusion: what the denoiser learns, and how latents are drawn with the schedulers of `diffusers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SAMPLERS_OF = {
+    "flow": ("heun", "euler", "dpmsolver++"),
+    "epsilon": ("ddpm", "ddim", "dpmsolver++"),
+    "sample": ("ddpm", "ddim", "dpmsolver++"),
+    "v_prediction": ("ddpm", "ddim", "dpmsolver++"),
+}
+"""Prediction -> samplers that can follow it; the first is the default."""
+
+
+def sample_seed(seed: int, k: int) -> int:
+    """The seed of network k of a draw: independent streams for every (seed, k), whatever the batch or the count."""
+    return int(np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Diffusion:
+    """A path from latents z_0 to noise, and the quantity that a denoiser predicts along it.
+
+    Args:
+        prediction: "epsilon", "sample" or "v_prediction" along the DDPM path (Ho et al. 2020, eq. 4)
+            z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps with linear betas; or "flow" along straight paths
+            (Lipman et al. 2023) z_t = (1 - s) z_0 + s eps with s = t / timesteps, target eps - z_0.
+        timesteps: T.
+        beta_start: first beta of the DDPM path.
+        beta_end: last beta of the DDPM path.
+    """
+
+    def __init__(
+        self, prediction: str, *, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> None:
+        self.prediction, self.timesteps = prediction, timesteps
+        self.beta_start, self.beta_end = beta_start, beta_end
+        self.alpha_bar = (1 - torch.linspace(beta_start, beta_end, timesteps)).cumprod(0)
+
+    def corrupt(self, z: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, their timesteps, and what to predict of them.
+
+        Args:
+            z: latents z_0 (B, L).
+            noise: eps (B, L).
+            u: position on the path in [0, 1), (B,).
+
+        Returns:
+            z_t (B, L), t (B,) in [0, T), target (B, L).
+        """
+        if self.prediction == "flow":
+            return z + u[:, None] * (noise - z), u * self.timesteps, noise - z
+        t = (u * self.timesteps).long()
+        alpha_bar = self.alpha_bar.to(z.device)[t][:, None]
+        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        targets = {"epsilon": noise, "sample": z, "v_prediction": signal * noise - spread * z}
+        return signal * z + spread * noise, t, targets[self.prediction]
+
+    def loss(self, denoiser: nn.Module, z: Tensor) -> Tensor:
+        """Denoising error of latents (B, L) at random positions, a scalar."""
+        z_t, t, target = self.corrupt(z, torch.randn_like(z), torch.rand(len(z), device=z.device))
+        return F.mse_loss(denoiser(z_t, t), target)
+
+    @torch.no_grad()
+    def heldout_loss(self, denoiser: nn.Module, z: Tensor, *, draws: int = 32) -> float:
+        """Denoising error of latents (B, L), each at `draws` evenly spaced positions with the same noise every time."""
+        generator = torch.Generator().manual_seed(0)
+        z = z.repeat(draws, 1)
+        noise = torch.randn(z.shape, generator=generator).to(z.device)
+        u = ((torch.randperm(len(z), generator=generator) + 0.5) / len(z)).to(z.device)
+        z_t, t, target = self.corrupt(z, noise, u)
+        return F.mse_loss(denoiser(z_t, t), target).item()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        denoiser: nn.Module,
+        latent_size: int,
+        seeds: Sequence[int],
+        *,
+        sampler: str,
+        steps: int,
+        device: torch.device | str = "cpu",
+        progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    ) -> Tensor:
+        """Draw one latent for each seed, (len(seeds), L), float32.
+
+        Args:
+            denoiser: in evaluation mode, on `device`.
+            latent_size: L.
+            seeds: a seed of its own for every latent, so that none depends on its batch.
+            sampler: one of `SAMPLERS_OF[prediction]`.
+            steps: denoiser calls, at most.
+            device: where to compute; the random numbers are drawn on the CPU, the same for every device.
+            progress: wraps the timesteps, e.g. in a progress bar.
+        """
+        from diffusers.utils.torch_utils import randn_tensor
+
+        scheduler = self.scheduler(sampler)
+        scheduler.set_timesteps((steps + 1) // 2 if sampler == "heun" else steps, device=device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        z = randn_tensor((len(seeds), latent_size), generator=generators, device=torch.device(device))
+        for t in progress(scheduler.timesteps):
+            z = scheduler.step(denoiser(z, t.expand(len(z))), t, z, generator=generators).prev_sample
+        return z
+
+    def scheduler(self, sampler: str) -> Any:
+        """The scheduler of `diffusers` that a sampler's name stands for."""
+        import diffusers  # takes seconds
+
+        if sampler == "heun":
+            return diffusers.FlowMatchHeunDiscreteScheduler(self.timesteps)
+        if sampler == "euler":
+            return diffusers.FlowMatchEulerDiscreteScheduler(self.timesteps)
+        flow = self.prediction == "flow"
+        options: dict[str, Any] = {
+            "num_train_timesteps": self.timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "prediction_type": "flow_prediction" if flow else self.prediction,
+            "timestep_spacing": "trailing",  # begin at pure noise, whatever the number of steps
+        }
+        if sampler == "dpmsolver++":
+            return diffusers.DPMSolverMultistepScheduler(**options, use_flow_sigmas=flow)
+        kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
+        return kinds[sampler](**options, clip_sample=False)

@@ -1,0 +1,244 @@
+"""Everything fitted on a collection: standardizer, autoencoder, denoiser. Fit, sample, save, load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdiff.autoencoders import PCA, ConvAutoencoder
+from pdiff.denoisers import ConvDenoiser, MLPDenoiser
+from pdiff.diffusion import Diffusion
+from pdiff.errors import UserError
+from pdiff.files import read_json, read_tensors, write_json, write_tensors
+from pdiff.log import Log, Point
+from pdiff.settings import Autoencoder, DiffusionSettings
+from pdiff.training import Best, Trainer, follow, shuffled
+from pdiff.weights import Collection, Slot, Standardizer
+
+FORMAT = 1
+AUTOENCODERS: dict[str, Callable[..., nn.Module]] = {"conv": ConvAutoencoder, "pca": PCA}
+DENOISERS: dict[str, Callable[..., nn.Module]] = {"conv": ConvDenoiser, "mlp": MLPDenoiser}
+
+
+@dataclass
+class Generator:
+    """A distribution over networks.
+
+    Attributes:
+        standardizer: checkpoints <-> vectors (N, D).
+        autoencoder: vectors (N, D) <-> latents (N, L).
+        latent_mean: subtracted from latents before diffusion, (L,).
+        latent_std: latents are divided by it, (L,).
+        denoiser: predicts in latent space.
+        diffusion: what it predicts.
+        specification: kinds and sizes of autoencoder, denoiser and diffusion, enough to build them again.
+    """
+
+    standardizer: Standardizer
+    autoencoder: nn.Module
+    latent_mean: Tensor
+    latent_std: Tensor
+    denoiser: nn.Module
+    diffusion: Diffusion
+    specification: dict[str, Any]
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        seeds: Sequence[int],
+        *,
+        sampler: str,
+        steps: int,
+        device: torch.device | str = "cpu",
+        progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    ) -> Collection:
+        """Draw one network for each seed."""
+        denoiser, autoencoder = self.denoiser.to(device).eval(), self.autoencoder.to(device).eval()
+        latents = self.diffusion.sample(
+            denoiser, len(self.latent_mean), seeds, sampler=sampler, steps=steps, device=device, progress=progress
+        )
+        vectors = autoencoder.decode(latents * self.latent_std.to(device) + self.latent_mean.to(device))
+        return self.standardizer.decode(vectors.cpu())
+
+    def save(self, folder: Path) -> None:
+        """Write `generator.safetensors` and `generator.json`: all that sampling needs."""
+        tensors = {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
+        for part in ("autoencoder", "denoiser"):
+            tensors |= {f"{part}.{name}": t for name, t in getattr(self, part).state_dict().items()}
+        tensors |= {f"constant.{name}": t for name, t in self.standardizer.constants.items()}
+        write_tensors(folder / "generator.safetensors", tensors)
+        slots = [asdict(slot) for slot in self.standardizer.slots]
+        description = {"format": FORMAT, "order": self.standardizer.order, "slots": slots, **self.specification}
+        write_json(folder / "generator.json", description)
+
+    @classmethod
+    def load(cls, folder: Path) -> Generator:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: a damaged file, another format, or tensors that do not fit the description.
+        """
+        path = folder / "generator.json"
+        description, tensors = read_json(path), read_tensors(folder / "generator.safetensors")
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            raise UserError(f"{path}: not a generator of format {FORMAT}")
+        if bad := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+            raise UserError(f"{folder / 'generator.safetensors'}: {bad[0]} holds NaN or infinity")
+        try:
+            slots = [Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in description["slots"]]
+            specification = {part: description[part] for part in ("autoencoder", "denoiser", "diffusion")}
+            autoencoder = _make(AUTOENCODERS, specification["autoencoder"], _under("autoencoder.", tensors))
+            denoiser = _make(DENOISERS, specification["denoiser"], _under("denoiser.", tensors))
+            return cls(
+                Standardizer(slots, _under("constant.", tensors), description["order"]),
+                autoencoder,
+                tensors["latent_mean"],
+                tensors["latent_std"],
+                denoiser,
+                Diffusion(**specification["diffusion"]),
+                specification,
+            )
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path}: does not fit generator.safetensors: {str(error).splitlines()[0]}") from None
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _make(kinds: dict[str, Callable[..., nn.Module]], specification: dict[str, Any], state: dict) -> nn.Module:
+    options = dict(specification)
+    module = kinds[options.pop("kind")](**options)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def autoencoder_specification(settings: Autoencoder, size: int, latent_size: int) -> dict[str, Any]:
+    """Kind and sizes of the autoencoder of some settings."""
+    variational = {"variational": settings.kl_weight > 0} if settings.kind == "conv" else {}
+    return {"kind": settings.kind, "size": size, "latent_size": latent_size, **variational}
+
+
+def denoiser_specification(settings: DiffusionSettings, latent_size: int) -> dict[str, Any]:
+    """Kind and sizes of the denoiser of some settings."""
+    sizes = {"width": settings.width, "blocks": settings.blocks} if settings.denoiser == "mlp" else {}
+    return {"kind": settings.denoiser, "latent_size": latent_size, **sizes}
+
+
+def fit_autoencoder(
+    vectors: Tensor,
+    settings: Autoencoder,
+    *,
+    seed: int,
+    log: Log,
+    device: torch.device | str = "cpu",
+    path: Path | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Fit an autoencoder on vectors (N, D): exactly (pca), or by training (conv).
+
+    Returns:
+        The autoencoder in evaluation mode, and its specification.
+    """
+    if settings.kind == "pca":
+        fixed = None if settings.latent_size == "auto" else settings.latent_size
+        pca = PCA.fit(vectors, latent_size=fixed, variance=settings.variance).to(device)
+        residual = (pca(vectors.to(device)) - vectors.to(device)).square().mean().item()
+        log(Point("autoencoder/loss", residual))
+        return pca.eval(), autoencoder_specification(settings, vectors.shape[1], pca.latent_size)
+    specification = autoencoder_specification(settings, vectors.shape[1], int(settings.latent_size))
+    torch.manual_seed(seed)
+    autoencoder = ConvAutoencoder(**{k: v for k, v in specification.items() if k != "kind"}).to(device).train()
+    noise = {"parameter_noise": settings.parameter_noise, "latent_noise": settings.latent_noise}
+    trainer = Trainer(
+        autoencoder,
+        lambda x: autoencoder.loss(x, kl_weight=settings.kl_weight, **noise),
+        _batches(vectors.to(device), settings.batch_size, seed),
+        settings,
+        steps=settings.steps,
+        seed=seed,
+        autocast=True,
+    )
+    for _ in follow(trainer, "autoencoder/loss", log, path=path):
+        pass
+    return autoencoder.eval(), specification
+
+
+def fit_denoiser(
+    latents: Tensor,
+    heldout: Tensor,
+    settings: DiffusionSettings,
+    *,
+    seed: int,
+    log: Log,
+    device: torch.device | str = "cpu",
+    path: Path | None = None,
+) -> tuple[nn.Module, dict[str, Any], Diffusion]:
+    """Train a denoiser on latents (N, L), watched on held-out ones (M, L), M may be 0.
+
+    Returns:
+        The denoiser in evaluation mode (averaged; the best one on the held-out latents where `patience` is set),
+        its specification, and the diffusion that it belongs to.
+    """
+    diffusion = make_diffusion(settings)
+    specification = denoiser_specification(settings, latents.shape[1])
+    torch.manual_seed(seed)
+    denoiser = DENOISERS[settings.denoiser](**{k: v for k, v in specification.items() if k != "kind"}).to(device)
+    latents, heldout = latents.to(device), heldout.to(device)
+    trainer = Trainer(
+        denoiser.train(),
+        lambda z: diffusion.loss(denoiser, z),
+        _batches(latents, settings.batch_size, seed),
+        settings,
+        steps=settings.steps,
+        seed=seed,
+        ema=settings.ema,
+        autocast=True,
+    )
+    best = Best()
+    for step in follow(trainer, "diffusion/loss", log, path=path, beside=(best,)):
+        if len(heldout) and step.number % settings.evaluate_every == 0:
+            loss = diffusion.heldout_loss(trainer.averaged.eval(), heldout)
+            log(Point("diffusion/heldout_loss", loss, step.number))
+            denoiser.train()
+            best.update(-loss, trainer.averaged)
+            if settings.patience and best.misses >= settings.patience:
+                break
+    fitted = trainer.averaged
+    if settings.patience:
+        best.restore(fitted)
+    return fitted.eval(), specification, diffusion
+
+
+def make_diffusion(settings: DiffusionSettings) -> Diffusion:
+    """The diffusion of some settings."""
+    return Diffusion(**diffusion_specification(settings))
+
+
+def diffusion_specification(settings: DiffusionSettings) -> dict[str, Any]:
+    """What a diffusion is built from."""
+    return settings.model_dump(include={"prediction", "timesteps", "beta_start", "beta_end"})
+
+
+def _batches(rows: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterable[Tensor]]:
+    """Endless shuffled batches of rows."""
+    return lambda start: (rows[i.to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))
+
+
+def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = min(round(count * fraction), count - 2)
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def latent_scale(latents: Tensor, *, standardize: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every component of latents (N, L), (L,) each; 0 and 1 if not standardised."""
+    if not standardize:
+        return torch.zeros(latents.shape[1]), torch.ones(latents.shape[1])
+    std = latents.std(dim=0)
+    return latents.mean(dim=0).cpu(), torch.where(std > 1e-8, std, 1.0).cpu()

@@ -1,0 +1,177 @@
+"""Lets `mlflow run .` work where conda is absent, and makes it end cleanly on SIGTERM.
+
+MLflow imports this module together with `mlflow.tracking`, in every process, through the entry-point group
+`mlflow.run_context_provider`. Three things follow from that import.
+
+*A stand-in for conda.* MLflow hands a project with a `conda_env` to conda and has no setting that says otherwise.
+Where there is no conda, `MLFLOW_CONDA_HOME` is pointed to a folder with the two files that MLflow uses of one.
+"Activating" this package's environment then means to put the interpreter that runs MLflow first on PATH: since the
+plugin exists only where the package was installed, so do all its dependencies. Any other environment is still refused.
+The variable is set at import because that serves `mlflow run` and `mlflow.projects.run` alike; what it has to say is
+said by its `conda`, so only when a project really runs. `PDIFF_NO_CONDA_STANDIN=1` opts out.
+
+*A tag.* Runs that are created inside a project that runs through the stand-in carry `pdiff.interpreter`.
+
+*An end.* On SIGTERM, `mlflow run` by itself leaves its child alive and its run RUNNING; here both end.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+OPT_OUT = "PDIFF_NO_CONDA_STANDIN"
+IN_USE = "PDIFF_CONDA_STANDIN"  # set inside a project that runs through the stand-in
+GRACE = 30.0  # seconds that a project gets after SIGTERM before it is killed
+
+# MLflow calls `conda --help`, `conda env list --json` and `conda env create -n NAME --file FILE` ...
+CONDA = """\
+#!/bin/sh
+case "$*" in
+--help) ;;
+"env list --json") echo '{"envs": []}' ;;
+*)
+    if ! grep -qs '^name: *pdiff *$' "$6"; then
+        echo "pdiff: conda is absent, and its stand-in has no environment but pdiff's" >&2
+        exit 1
+    fi ;;
+esac
+"""
+
+# ... then sources this and calls `conda activate NAME`, in the bash that becomes the project's command.
+CONDA_SH = """\
+conda() {
+    echo "pdiff: conda is absent, running with $pdiff_bin/python (PDIFF_NO_CONDA_STANDIN=1 forbids it)"
+    export PDIFF_CONDA_STANDIN=1 PATH="$pdiff_bin:$PATH"
+}
+"""
+
+
+class InterpreterContext:
+    """Says in the tag `pdiff.interpreter` which Python really ran a project that asked for conda's.
+
+    An MLflow `RunContextProvider` in all but inheritance: MLflow imports this module while it is being imported itself.
+    """
+
+    def in_context(self) -> bool:
+        """Whether this process belongs to a project that runs through the stand-in."""
+        return IN_USE in os.environ
+
+    def tags(self) -> dict[str, str]:
+        """The tags that every run created in this process gets."""
+        return {"pdiff.interpreter": sys.executable}
+
+
+def offer_standin(environ: MutableMapping[str, str]) -> None:
+    """Set `MLFLOW_CONDA_HOME` to a stand-in, unless there is a conda, no wish for one, or no place for it."""
+    # Another virtual environment's stand-in is inherited by its child processes: it is no conda of the user's.
+    home = environ.get("MLFLOW_CONDA_HOME")
+    has_home = home is not None and not Path(home).name.startswith("pdiff-conda-")
+    has_conda = has_home or "CONDA_EXE" in environ or shutil.which("conda", path=environ.get("PATH"))
+    if os.name != "posix" or has_conda or environ.get(OPT_OUT):
+        return
+    for folder in _candidates(environ):
+        try:
+            _install(folder)
+        except OSError:
+            continue
+        environ["MLFLOW_CONDA_HOME"] = str(folder)
+        return
+
+
+def _candidates(environ: MutableMapping[str, str]) -> Iterator[Path]:
+    """Yield where the stand-in of this interpreter may live: one folder per virtual environment."""
+    name = "pdiff-conda-" + hashlib.sha256(os.fsencode(sys.prefix)).hexdigest()[:12]
+    cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    yield Path(cache, name)
+    yield Path(tempfile.gettempdir(), f"{name}-{os.getuid()}")
+
+
+def _install(folder: Path) -> None:
+    """Write the stand-in: into a folder that nobody else can write to, since it will be executed, or not at all."""
+    if not folder.is_absolute() or shlex.quote(str(folder)) != str(folder):
+        raise OSError(f"{folder} must be absolute and need no quotes: MLflow writes none around it")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} must belong to the current user alone")
+    scripts = os.path.join(sys.prefix, "bin")  # of the virtual environment, activated or not
+    _write(folder / "bin" / "conda", CONDA)
+    _write(folder / "etc" / "profile.d" / "conda.sh", f"pdiff_bin={shlex.quote(scripts)}\n{CONDA_SH}")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write an executable file, whole or not at all, unless it says the same already."""
+    content = os.fsencode(text)
+    if path.exists() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    part.chmod(0o700)
+    part.replace(path)
+
+
+def is_mlflow_run(argv: list[str], orig_argv: list[str]) -> bool:
+    """Whether this process is `mlflow run` or `python -m mlflow run`.
+
+    Args:
+        argv: `sys.argv`, whose first entry is no more than "-m" while a package is being imported for `python -m`.
+        orig_argv: `sys.orig_argv`, which ends with the program and the same arguments.
+    """
+    program = orig_argv[-len(argv) :][:1]
+    return argv[1:2] == ["run"] and [Path(name).name for name in program] == ["mlflow"]
+
+
+def end_project(signum: int, frame: FrameType | None) -> NoReturn:
+    """Handle SIGTERM in `mlflow run`: end all that it started, mark its run as KILLED, exit with 143."""
+    import psutil
+
+    # Not by process group: the child shares that with whoever called `mlflow run`.
+    processes = psutil.Process().children(recursive=True)
+    for send in psutil.Process.terminate, psutil.Process.kill:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                send(process)
+        _, processes = psutil.wait_procs(processes, timeout=GRACE)
+    if run_id := _held_run(frame):
+        atexit.register(_mark_killed, run_id)  # later: the interrupted code may be in the middle of a transaction
+    # The interrupted code may also catch everything, and go on: then ask again.
+    signal.signal(signal.SIGALRM, end_project)
+    signal.alarm(1)
+    atexit.register(signal.alarm, 0)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _held_run(frame: FrameType | None) -> str | None:
+    """Id of the run that `mlflow.projects` is working on: only local variables of the interrupted code hold it."""
+    while frame is not None:
+        for name in "active_run", "submitted_run", "submitted_run_obj":
+            if held := frame.f_locals.get(name):
+                return getattr(held, "info", held).run_id
+        frame = frame.f_back
+    return None
+
+
+def _mark_killed(run_id: str) -> None:
+    """Mark a run as KILLED, unless the project has already said how it ended."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, "KILLED")
+
+
+with contextlib.suppress(OSError):  # no folder at all to write to
+    offer_standin(os.environ)
+if is_mlflow_run(sys.argv, sys.orig_argv) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    signal.signal(signal.SIGTERM, end_project)

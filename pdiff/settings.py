@@ -1,0 +1,220 @@
+"""The schema of an experiment: its sections, their defaults and their bounds. Nothing here reads a file."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pdiff.diffusion import SAMPLERS_OF
+
+warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which nobody calls here
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def neutral(default: Any, **options: Any) -> Any:
+    """A field that cannot change a result (a place, a device, a batch size of inference): not part of any digest."""
+    return Field(default, json_schema_extra={"neutral": True}, **options)
+
+
+class Section(BaseModel):
+    """A frozen part of a configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class Optimization(Section):
+    """How something is trained."""
+
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: Rate = 1e-3
+    weight_decay: NonNegative = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
+    final_learning_rate: NonNegative = 0.0
+    batch_size: Positive = 128
+
+
+class Dataset(Section):
+    """Images and their labels, split into train, validation and test.
+
+    `image_size` is the side to which images are brought, 0 for their own; `resize` the side before the centre crop,
+    0 for none; `augment` draws random resized crops and flips for training; `validation_fraction` of the training
+    images, split off with `split_seed`, are never trained on.
+    """
+
+    name: str
+    root: str = neutral("")
+    download: bool = neutral(True)
+    image_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    resize: Annotated[int, Field(ge=0, le=1024)] = 0
+    channels: Literal[0, 1, 3] = 0
+    augment: bool = False
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[Rate, ...] = (0.5,)
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    split_seed: Seed = 0
+
+
+class Network(Section):
+    """The classifier whose weights are generated."""
+
+    architecture: str
+    pretrained: bool = False
+
+
+class Pretrain(Optimization):
+    """Training before checkpoints are collected; the epoch with the best validation accuracy is kept."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    learning_rate: Rate = 1e-3
+    weight_decay: NonNegative = 1e-4
+
+
+class Collect(Optimization):
+    """Fine-tuning of the generated parameters, saved every few steps until there are enough checkpoints."""
+
+    learning_rate: Rate = 0.03
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    checkpoints: Annotated[int, Field(ge=2)] = 300
+    every_steps: Positive = 1
+
+
+class Prepare(Section):
+    """Where the collection comes from: `parameters` are names or patterns of what is generated, or "all";
+    `source` is a folder of somebody's checkpoint files instead of training."""
+
+    parameters: tuple[str, ...] = ("all",)
+    source: str = ""
+    pretrain: Pretrain = Pretrain()
+    collect: Collect = Collect()
+
+
+class Autoencoder(Optimization):
+    """Vectors <-> latents. The fields of training concern `conv` alone; `variance` the automatic latent size of `pca`."""
+
+    kind: Literal["pca", "conv"] = "pca"
+    latent_size: Positive | Literal["auto"] = "auto"
+    variance: Annotated[float, Field(gt=0, le=1)] = 0.999
+    parameter_noise: NonNegative = 0.001
+    latent_noise: NonNegative = 0.1
+    kl_weight: NonNegative = 0.0
+    steps: Positive = 500
+    learning_rate: Rate = 2e-5
+    batch_size: Positive = 50
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] = 0.02
+    on_accuracy_drop: Literal["warn", "stop"] = "warn"
+
+    @model_validator(mode="after")
+    def _check(self) -> Autoencoder:
+        if self.kind == "conv" and self.latent_size == "auto":
+            raise ValueError("latent_size 'auto' needs kind pca; kind conv needs a number, such as 128")
+        return self
+
+
+class DiffusionSettings(Optimization):
+    """Latent diffusion. `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops
+    after as many evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best."""
+
+    denoiser: Literal["mlp", "conv"] = "mlp"
+    width: Positive = 256
+    blocks: Positive = 3
+    prediction: Literal["flow", "epsilon", "sample", "v_prediction"] = "flow"
+    timesteps: Positive = 1000
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    standardize_latents: bool = True
+    steps: Positive = 1000
+    learning_rate: Rate = 2e-3
+    schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
+    batch_size: Positive = 256
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    heldout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    evaluate_every: Positive = 50
+    patience: Annotated[int, Field(ge=0)] = 6
+
+    @model_validator(mode="after")
+    def _check(self) -> DiffusionSettings:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start <= beta_end must hold, but got ({self.beta_start}, {self.beta_end})")
+        if self.patience and not self.heldout_fraction:
+            raise ValueError("patience > 0 needs heldout_fraction > 0: early stopping watches held-out checkpoints")
+        return self
+
+
+class Generate(Section):
+    """How networks are drawn. `sampler: auto` takes the first that follows the prediction; `sampling_steps` are
+    denoiser calls, 0 for all timesteps."""
+
+    count: Positive = 200
+    sampler: Literal["auto", "ddpm", "ddim", "dpmsolver++", "euler", "heun"] = "auto"
+    sampling_steps: Annotated[int, Field(ge=0)] = 20
+    seed: Seed = 0
+    batch_size: Positive = neutral(256)
+
+
+class Evaluate(Section):
+    """What generated networks are compared with: noise on `noise_count` originals at every scale of `noise`, and the
+    baselines."""
+
+    noise: tuple[NonNegative, ...] = (0.001, 0.05, 0.15)
+    noise_count: Positive = 300
+    baselines: tuple[Literal["average"], ...] = ("average",)
+    batch_size: Positive = neutral(500)
+
+
+class Experiment(Section):
+    """Everything that one tag stands for."""
+
+    tag: str = neutral("")
+    seed: Seed = 0
+    device: str = neutral("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    register: bool = neutral(False)
+    dataset: Dataset
+    network: Network
+    prepare: Prepare = Prepare()
+    autoencoder: Autoencoder = Autoencoder()
+    diffusion: DiffusionSettings = DiffusionSettings()
+    generate: Generate = Generate()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        prediction, generate = self.diffusion.prediction, self.generate
+        allowed = SAMPLERS_OF[prediction]
+        if generate.sampler not in ("auto", *allowed):
+            raise ValueError(
+                f"generate.sampler {generate.sampler!r} cannot follow diffusion.prediction {prediction!r}, "
+                f"expected one of {', '.join(allowed)}"
+            )
+        if generate.sampling_steps > self.diffusion.timesteps:
+            raise ValueError(
+                f"generate.sampling_steps <= diffusion.timesteps must hold, "
+                f"but got ({generate.sampling_steps}, {self.diffusion.timesteps})"
+            )
+        return self
+
+    @property
+    def sampler(self) -> str:
+        """The sampler, `auto` resolved."""
+        automatic = SAMPLERS_OF[self.diffusion.prediction][0]
+        return automatic if self.generate.sampler == "auto" else self.generate.sampler
+
+    @property
+    def sampling_steps(self) -> int:
+        """Denoiser calls of a draw, 0 resolved."""
+        return self.generate.sampling_steps or self.diffusion.timesteps
+
+
+def without_neutral(section: BaseModel) -> dict[str, Any]:
+    """A section as plain data, without what cannot change a result."""
+    fields = type(section).model_fields.items()
+    kept = [n for n, field in fields if not (field.json_schema_extra or {}).get("neutral")]  # type: ignore[union-attr]
+    values = {name: getattr(section, name) for name in kept}
+    return {n: without_neutral(v) if isinstance(v, BaseModel) else v for n, v in values.items()}

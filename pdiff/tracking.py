@@ -1,0 +1,354 @@
+"""The seam with MLflow: run a stage as a tracked run, find a finished one, log models."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
+
+import mlflow
+import numpy as np
+import psutil
+import requests
+import torch
+from filelock import FileLock, Timeout
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.git_utils import get_git_commit
+from tqdm.auto import tqdm
+
+from pdiff import config
+from pdiff.errors import UserError
+from pdiff.files import read_json
+from pdiff.generator import Generator
+from pdiff.log import Point
+from pdiff.settings import Experiment
+from pdiff.stages import STAGES, STATE
+
+EXPERIMENT = "pdiff"
+BATCH = 100  # metrics sent at a time
+BATCH_SECONDS = 5.0
+PARAMETER_LIMIT = 6000  # characters; MLflow cuts longer values silently
+SERVER_TIMEOUT = 5.0
+REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
+
+
+class Done(NamedTuple):
+    """A finished run of a stage: where its artifacts are, and its metrics."""
+
+    run_id: str
+    folder: Path
+    metrics: dict[str, float]
+
+
+def work_folder() -> Path:
+    """Where unfinished stages keep what they have: the variable PDIFF_WORK, else `.pdiff` in the current folder."""
+    return Path(os.environ.get("PDIFF_WORK", ".pdiff")).absolute()
+
+
+def connect() -> None:
+    """Reach the tracking store, creating a local one, and close runs whose process is dead.
+
+    Raises:
+        UserError: a server that does not answer; a place that cannot be written to.
+    """
+    for noisy in ("mlflow.system_metrics", "mlflow.store.db", "mlflow.tracking.fluent"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("http"):
+        try:
+            requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT)
+        except requests.RequestException as error:
+            raise UserError(f"MLFLOW_TRACKING_URI {uri}: no answer ({type(error).__name__})") from None
+    try:
+        work_folder().mkdir(parents=True, exist_ok=True)
+        with FileLock(work_folder() / "store.lock"):
+            if uri.startswith("sqlite:///"):
+                with sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60) as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+            if "MLFLOW_RUN_ID" not in os.environ:
+                mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
+            _close_dead_runs()
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"the tracking store {uri} or {work_folder()} cannot be written: {error}") from None
+    mlflow.enable_system_metrics_logging()
+    mlflow.set_system_metrics_sampling_interval(2)
+
+
+def _experiments() -> list[str]:
+    return [experiment.experiment_id for experiment in mlflow.search_experiments()]
+
+
+def _runs(condition: str) -> list[Run]:
+    return mlflow.search_runs(_experiments(), condition, output_format="list", order_by=["attributes.start_time DESC"])
+
+
+def _process(pid: int) -> str:
+    """A name of a process that no other one gets: host, number, time of its start."""
+    return f"{socket.gethostname()}:{pid}:{psutil.Process(pid).create_time():.0f}"
+
+
+def _alive(process: str) -> bool:
+    """Whether a process of this host runs; those of other hosts are taken to."""
+    host, pid, _ = process.rsplit(":", 2)
+    return host != socket.gethostname() or (psutil.pid_exists(int(pid)) and _process(int(pid)) == process)
+
+
+def _close_dead_runs() -> None:
+    """Mark runs as KILLED that are RUNNING by their record, but whose process is gone."""
+    for run in _runs("attributes.status = 'RUNNING'"):
+        process = run.data.tags.get("pdiff.process")
+        if process and not _alive(process):
+            mlflow.MlflowClient().set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
+
+
+class RunLog:
+    """Points to a run, in batches."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id, self.client, self.pending, self.sent = run_id, mlflow.MlflowClient(), [], time.monotonic()
+
+    def __call__(self, point: Point) -> None:
+        self.pending.append(Metric(point.name, float(point.value), int(time.time() * 1000), point.step))
+        if len(self.pending) >= BATCH or time.monotonic() - self.sent > BATCH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is pending."""
+        if self.pending:
+            self.client.log_batch(self.run_id, metrics=self.pending)
+        self.pending, self.sent = [], time.monotonic()
+
+
+@contextmanager
+def _run(stage: str, experiment: Experiment, digest: str) -> Iterator[Run]:
+    """A run with its tags and parameters; nested in the active one; closed as what it ended as."""
+    tags = {
+        "pdiff.stage": stage,
+        "pdiff.tag": experiment.tag,
+        "pdiff.digest": digest,
+        "pdiff.process": _process(os.getpid()),
+        "pdiff.commit": commit(),
+        "pdiff.interpreter": sys.executable,
+    }
+    nested = mlflow.active_run() is not None
+    name = None if "MLFLOW_RUN_ID" in os.environ and not nested else f"{experiment.tag} {stage}"
+    run = mlflow.start_run(run_name=name, nested=nested)
+    status = RunStatus.FINISHED
+    try:
+        parameters = [Param(f"config.{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
+        mlflow.MlflowClient().log_batch(
+            run.info.run_id, params=parameters[:100], tags=[RunTag(k, v) for k, v in tags.items()]
+        )
+        mlflow.log_text(config.to_yaml(experiment), "config.yaml")
+        yield run
+    except BaseException as error:
+        status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
+        mlflow.set_tag("pdiff.error", str(error)[:PARAMETER_LIMIT] or type(error).__name__)
+        raise
+    finally:
+        mlflow.end_run(RunStatus.to_string(status))
+
+
+def commit() -> str:
+    """The git commit of this code, or "unknown"."""
+    return get_git_commit(str(Path(__file__).parent)) or "unknown"
+
+
+def finished(stage: str, digest: str) -> Run | None:
+    """The latest finished run of a stage with this digest."""
+    condition = (
+        f"attributes.status = 'FINISHED' and tags.`pdiff.digest` = '{digest}' and tags.`pdiff.stage` = '{stage}'"
+    )
+    found = [run for run in _runs(condition) if "pdiff.reused" not in run.data.tags]
+    return found[0] if found else None
+
+
+def execute(stage: str, experiment: Experiment, *, fresh: bool = False) -> Done:
+    """Run a stage after what it reads, each as a run; or reuse a finished one, and say so.
+
+    Two processes that want the same stage do not do it twice: the second waits for the first.
+
+    Args:
+        stage: a name in `STAGES`.
+        experiment: what it shall do.
+        fresh: repeat this stage though it is finished.
+    """
+    digest = config.digest(experiment, STAGES[stage].sections)
+    with _exclusively(digest, f"{stage} of {experiment.tag}"):
+        found = None if fresh else finished(stage, digest)
+        return _reuse(found, stage, experiment) if found else _perform(stage, experiment, digest)
+
+
+@contextmanager
+def _exclusively(digest: str, what: str) -> Iterator[None]:
+    """Hold the lock of a digest; say so where one must wait."""
+    lock = FileLock(work_folder() / f"{digest}.lock")
+    try:
+        lock.acquire(timeout=0.2)
+    except Timeout:
+        tqdm.write(f"{what}: another process is at it, waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _reuse(run: Run, stage: str, experiment: Experiment) -> Done:
+    """Take a finished run's results; a run that `mlflow run` began for this tells whose they are."""
+    tqdm.write(f"{stage}: reusing run {run.info.run_id} (--fresh repeats it)")
+    if run.data.tags.get("pdiff.commit") not in (commit(), "unknown"):
+        tqdm.write(f"warning: run {run.info.run_id} was made by commit {run.data.tags.get('pdiff.commit')}")
+    if "MLFLOW_RUN_ID" in os.environ and mlflow.active_run() is None:
+        with _run(stage, experiment, run.data.tags["pdiff.digest"]) as own:
+            mlflow.set_tag("pdiff.reused", run.info.run_id)
+            _copy_metrics(own.info.run_id, run.data.metrics)
+    return Done(run.info.run_id, _artifacts(run), run.data.metrics)
+
+
+def _perform(stage: str, experiment: Experiment, digest: str) -> Done:
+    """Run a stage in its work folder, then upload what it wrote."""
+    work = work_folder() / digest
+    with _run(stage, experiment, digest) as run:
+        upstream = {name: execute(name, experiment) for name in STAGES[stage].reads}
+        mlflow.set_tags({f"pdiff.{name}_run": done.run_id for name, done in upstream.items()})
+        tqdm.write(f"{stage}: run {run.info.run_id}" + (", resuming" if work.exists() else ""))
+        log = RunLog(run.info.run_id)
+        try:
+            metrics = STAGES[stage].run(experiment, work, log, **{name: done.folder for name, done in upstream.items()})
+            for name, value in metrics.items():
+                log(Point(name, value))
+        finally:
+            log.flush()
+        for path in sorted(work.iterdir()):
+            if path.name != STATE:
+                (mlflow.log_artifacts if path.is_dir() else mlflow.log_artifact)(
+                    str(path), *([path.name] if path.is_dir() else [])
+                )
+        _log_beside(stage, experiment, work)
+    shutil.rmtree(work)
+    ended = mlflow.get_run(run.info.run_id)
+    return Done(run.info.run_id, _artifacts(ended), ended.data.metrics)
+
+
+def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:
+    """What MLflow has a place of its own for: data sets and models."""
+    if stage == "prepare":
+        described = read_json(work / "dataset.json")
+        source = CodeDatasetSource({"mlflow.source.name": f"pdiff.datasets:{described['name']}"})
+        mlflow.log_input(MetaDataset(source, name=described["name"], digest=described["digest"]), context="training")
+    if stage == "train":
+        _log_models(Generator.load(work / "generator"))
+        _log_generator(experiment, work / "generator")
+
+
+def _log_models(generator: Generator) -> None:
+    """Log the autoencoder and the denoiser as PyTorch models (exported programs, not pickles)."""
+    modules = {"autoencoder": generator.autoencoder, "diffusion": Denoising(generator.denoiser)}
+    sizes = {"autoencoder": generator.standardizer.size, "diffusion": len(generator.latent_mean) + 1}
+    with _quiet():
+        for name, module in modules.items():
+            example = np.zeros((2, sizes[name]), dtype=np.float32)
+            mlflow.pytorch.log_model(module, name=name, input_example=example, pip_requirements=REQUIREMENTS)
+
+
+class Denoising(torch.nn.Module):
+    """A denoiser of one input, as MLflow's models have it: latents and, as the last column, timesteps (B, L + 1)."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Prediction (B, L)."""
+        return self.denoiser(rows[:, :-1], rows[:, -1])
+
+
+def _log_generator(experiment: Experiment, folder: Path) -> None:
+    """Log a model whose `predict` returns new weights; register it as `pdiff-<tag>` where asked for."""
+    with _quiet():
+        mlflow.pyfunc.log_model(
+            name="generator",
+            python_model=str(Path(__file__).with_name("served.py")),
+            artifacts={"generator": str(folder)},
+            model_config={"sampler": experiment.sampler, "steps": experiment.sampling_steps},
+            pip_requirements=REQUIREMENTS,
+            registered_model_name=f"pdiff-{experiment.tag}" if experiment.register else None,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep MLflow's notes on what it infers about models from the terminal."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _copy_metrics(run_id: str, metrics: dict[str, float]) -> None:
+    """Set final metrics on another run."""
+    log = RunLog(run_id)
+    for name, value in metrics.items():
+        if not name.startswith("system/"):
+            log(Point(name, value))
+    log.flush()
+
+
+def _artifacts(run: Run) -> Path:
+    """The artifacts of a run: in place in a local store, else downloaded once."""
+    uri = run.info.artifact_uri
+    if urlparse(uri).scheme in ("", "file"):
+        return Path(local_file_uri_to_path(uri))
+    target = work_folder() / "runs" / run.info.run_id
+    if not target.exists():
+        loading = target.with_name(f".{target.name}.{os.getpid()}")
+        mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=str(loading))
+        os.replace(loading, target)
+    return target
+
+
+def main(experiment: Experiment, *, fresh: bool = False) -> Done:
+    """All stages under one parent run, to which their metrics are copied; parents compare in `mlflow ui`."""
+    digest = config.digest(experiment, STAGES["evaluate"].sections)
+    with _run("main", experiment, digest) as parent:
+        metrics: dict[str, float] = {}
+        for stage in STAGES:
+            done = execute(stage, experiment, fresh=fresh)
+            mlflow.set_tag(f"pdiff.{stage}_run", done.run_id)
+            metrics |= done.metrics
+        _copy_metrics(parent.info.run_id, metrics)
+        mlflow.log_artifact(str(done.folder / "report.html"))
+    return Done(parent.info.run_id, done.folder, metrics)
+
+
+def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:
+    """The artifacts and tags of a run by its identifier.
+
+    Raises:
+        UserError: no such run.
+    """
+    try:
+        run = mlflow.get_run(run_id)
+    except mlflow.MlflowException as error:
+        raise UserError(f"--run: {error.message.splitlines()[0]}") from None
+    return _artifacts(run), run.data.tags

@@ -1,0 +1,170 @@
+"""State dicts <-> standardised vectors: what is generated, and in which units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdiff.errors import UserError
+from pdiff.files import read_json, read_tensors, write_json, write_tensors
+
+StateDict = dict[str, Tensor]
+
+VARIANCE_SHARE = 0.95  # running variances are divided by this share of their mean (method, section 2)
+VARIANCE_OFFSET = 0.05  # ... and offset by this before the logarithm
+VARIANCE_FLOOR = 0.001  # ... and never fall below this share of it on the way back
+
+
+class Collection:
+    """N checkpoints of one layout, each tensor stacked along a first dimension.
+
+    Args:
+        tensors: name -> (N, *shape), in state-dict order.
+        names: what each checkpoint is called, N of them; numbered when absent.
+
+    Raises:
+        UserError: no checkpoints, or tensors that disagree about N.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str] | None = None) -> None:
+        self.tensors = dict(tensors)
+        counts = {tensor.shape[0] if tensor.ndim else 0 for tensor in self.tensors.values()}
+        if len(counts) != 1 or 0 in counts:
+            raise UserError(f"a collection needs tensors of one count, at least 1, but got counts {sorted(counts)}")
+        (self.count,) = counts
+        self.names = list(names) if names is not None else [f"{k:05d}" for k in range(self.count)]
+        if len(self.names) != self.count:
+            raise UserError(f"a collection of {self.count} checkpoints needs as many names, but got {len(self.names)}")
+
+    @classmethod
+    def stack(cls, states: Sequence[StateDict], names: Sequence[str] | None = None) -> Collection:
+        """Stack N state dicts of one layout."""
+        return cls({name: torch.stack([state[name] for state in states]) for name in states[0]}, names)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> StateDict:
+        """Checkpoint `index`, a state dict (views)."""
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def __iter__(self) -> Iterator[StateDict]:
+        return (self[index] for index in range(len(self)))
+
+    def select(self, index: Tensor | slice | Sequence[int]) -> Collection:
+        """The sub-collection of some checkpoints."""
+        rows = torch.arange(self.count)[index].tolist()
+        return Collection({n: t[index] for n, t in self.tensors.items()}, [self.names[row] for row in rows])
+
+    def save(self, path: Path) -> None:
+        """Write `path` (safetensors, each tensor (N, *shape)) and its index beside it (JSON)."""
+        write_tensors(path, self.tensors)
+        layout = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in self.tensors.items()}
+        write_json(path.with_suffix(".json"), {"count": self.count, "layout": layout, "checkpoints": self.names})
+
+    @classmethod
+    def load(cls, path: Path) -> Collection:
+        """Read what `save` wrote, checked against its index.
+
+        Raises:
+            UserError: a missing or damaged file, another layout than the index says, NaN or infinity.
+        """
+        index, tensors = read_json(path.with_suffix(".json")), read_tensors(path)
+        found = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
+        if not isinstance(index, dict) or found != index.get("layout"):
+            raise UserError(f"{path}: its tensors are not those of its index {path.with_suffix('.json').name}")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f"{path}: tensor {name!r} holds NaN or infinity, expected finite numbers")
+        return cls({name: tensors[name] for name in index["layout"]}, index["checkpoints"])
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one generated tensor sits in a vector, and its two scalars of standardisation.
+
+    `variance` is m of the running-variance transform, 0 for every other tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    mean: float
+    std: float
+    variance: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Numbers in one checkpoint's tensor."""
+        return torch.Size(self.shape).numel()
+
+
+def is_generated(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of one checkpoint is generated: floating, with more than one element (method, section 2)."""
+    return tensor.is_floating_point() and tensor.numel() > 1 and not name.endswith("num_batches_tracked")
+
+
+class Standardizer:
+    """Checkpoints <-> vectors of mean about 0 and deviation about 1, one pair of scalars a tensor (method, section 2).
+
+    Attributes:
+        slots: the generated tensors in state-dict order.
+        constants: tensors that are not generated, kept from the first checkpoint.
+        order: all tensor names in state-dict order.
+    """
+
+    def __init__(self, slots: Sequence[Slot], constants: StateDict, order: Sequence[str]) -> None:
+        self.slots, self.constants, self.order = tuple(slots), dict(constants), tuple(order)
+
+    @property
+    def size(self) -> int:
+        """D, the length of a vector."""
+        return sum(slot.size for slot in self.slots)
+
+    @classmethod
+    def fit(cls, collection: Collection) -> Standardizer:
+        """Measure the scalars of every generated tensor over a collection.
+
+        Raises:
+            UserError: nothing in the collection can be generated.
+        """
+        generated = {name for name, tensor in collection.tensors.items() if is_generated(name, tensor[0])}
+        if not generated:
+            raise UserError("nothing to generate: the collection has no floating tensor of more than one element")
+        slots = [_slot(name, collection.tensors[name]) for name in collection.tensors if name in generated]
+        constants = {n: t[0].clone() for n, t in collection.tensors.items() if n not in generated}
+        return cls(slots, constants, list(collection.tensors))
+
+    def encode(self, collection: Collection) -> Tensor:
+        """Standardised vectors, float32 (N, D)."""
+        columns = []
+        for slot in self.slots:
+            rows = collection.tensors[slot.name].float().flatten(1)
+            if slot.variance:
+                rows = (rows / slot.variance + VARIANCE_OFFSET).log()
+            columns.append((rows - slot.mean) / slot.std)
+        return torch.cat(columns, dim=1)
+
+    def decode(self, vectors: Tensor) -> Collection:
+        """The checkpoints that vectors (N, D) stand for; the inverse of `encode`, constants put back."""
+        tensors = {n: t.expand(len(vectors), *t.shape) for n, t in self.constants.items()}
+        for slot, rows in zip(self.slots, vectors.float().split([s.size for s in self.slots], dim=1), strict=True):
+            rows = rows * slot.std + slot.mean
+            if slot.variance:
+                rows = (rows.exp() - VARIANCE_OFFSET).clamp(min=VARIANCE_FLOOR) * slot.variance
+            tensors[slot.name] = rows.unflatten(1, slot.shape).to(getattr(torch, slot.dtype))
+        return Collection({name: tensors[name] for name in self.order})
+
+
+def _slot(name: str, stacked: Tensor) -> Slot:
+    """Measure one generated tensor (N, *shape)."""
+    rows, variance = stacked.float().flatten(1), 0.0
+    if name.endswith("running_var"):
+        variance = VARIANCE_SHARE * rows.mean().clamp(min=torch.finfo(torch.float32).tiny).item()
+        rows = (rows / variance + VARIANCE_OFFSET).log()
+    std = rows.std(dim=1).mean().item()
+    return Slot(name, tuple(stacked.shape[1:]), str(stacked.dtype)[6:], rows.mean().item(), std or 1.0, variance)

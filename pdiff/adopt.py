@@ -62,7 +62,7 @@ def read_state(path: Path) -> StateDict:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
     prefixed = all(name.startswith(PREFIX) for name in content)
-    return {name[len(PREFIX) :] if prefixed else name: tensor for name, tensor in content.items()}
+    return {name[len(PREFIX) :] if prefixed else name: tensor.detach() for name, tensor in content.items()}
 
 
 def _load(path: Path) -> Any:

@@ -53,12 +53,14 @@ def build(name: str, *, pretrained: bool, classes: int, channels: int, image_siz
     """A network by name: one of `ARCHITECTURES`, or timm's, with its pretrained weights where asked for.
 
     Raises:
-        UserError: the pretrained weights are not on this machine and cannot be downloaded.
+        UserError: there are no pretrained weights, or they are not on this machine and cannot be downloaded.
     """
-    if name in ARCHITECTURES:
+    if name in ARCHITECTURES and not pretrained:
         return ARCHITECTURES[name](classes=classes, channels=channels, image_size=image_size)
     import timm
 
+    if pretrained and not timm.is_model_pretrained(name):
+        raise UserError(f"network.pretrained: there are no pretrained weights of {name}, expected false")
     sizes = {"img_size": image_size} if name.startswith(("vit", "deit", "swin")) else {}
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels, **sizes)

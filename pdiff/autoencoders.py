@@ -116,7 +116,8 @@ class PCA(nn.Module):
             gram += centered @ centered.T
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        rank = max(1, int((values > values[0] * len(x) * torch.finfo(torch.float32).eps).sum()))
+        rounding = values[0] * x.shape[1] * torch.finfo(torch.float32).eps ** 2  # of float32 numbers, squared
+        rank = max(1, int((values > rounding).sum()))
         if latent_size is None:
             shares = values.cumsum(0) / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
             latent_size = int((shares < variance).sum()) + 1

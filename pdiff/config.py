@@ -42,11 +42,14 @@ def load(tag: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     for key, text in (overrides or {}).items():
         _put(tree, origins, key, text)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
+    problems = _unknown_names(tree, origins)
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
-        raise UserError("; ".join(_problem(item, origins, tag) for item in error.errors())) from None
-    _check_names(experiment, origins)
+        path = str(tags().get(tag, tag))
+        problems = [*(_problem(item, origins, path) for item in error.errors()), *problems]
+    if problems:
+        raise UserError("; ".join(problems))
     return experiment
 
 
@@ -93,8 +96,11 @@ def _read(tag: str, below: tuple[str, ...]) -> tuple[Tree, dict[str, str]]:
     tree: Tree = {}
     origins: dict[str, str] = {}
     extends = own.pop("extends", [])
-    for parent in [extends] if isinstance(extends, str) else extends:
-        inherited, files = _read(str(parent), (*below, tag))
+    parents = extends if isinstance(extends, list) else [extends]
+    if not all(isinstance(parent, str) for parent in parents):
+        raise UserError(f"{path}: extends: expected a tag or a list of tags, but got {extends!r}")
+    for parent in parents:
+        inherited, files = _read(parent, (*below, tag))
         tree = _merged(tree, inherited)
         origins |= files
     origins |= {key: str(path) for key, _ in _leaves(own)}
@@ -151,15 +157,15 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _known_keys(field.annotation, f"{prefix}{name}.")
 
 
-def _problem(item: Any, origins: dict[str, str], tag: str) -> str:
-    """One validation error as: file: key: rule, value."""
+def _problem(item: Any, origins: dict[str, str], path: str) -> str:
+    """One validation error as: file: key: rule, value; `path` is the file of the tag, for what stands nowhere."""
     known = list(_known_keys(Experiment))
     parts = [str(part) for part in item["loc"]]
     while parts and ".".join(parts) not in known and item["type"] != "extra_forbidden":
         parts.pop()  # list positions and union branches
     key = ".".join(parts)
     places = [file for name, file in origins.items() if name == key or name.startswith(f"{key}.") or not key]
-    where = f"{places[-1] if places else tag}: {key}".removesuffix(": ")
+    where = f"{places[-1] if places else path}: {key}".removesuffix(": ")
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key; {nearest(key, known)}"
     if item["type"] == "missing":
@@ -169,15 +175,16 @@ def _problem(item: Any, origins: dict[str, str], tag: str) -> str:
     return f"{where}: {message}" if item["type"] == "value_error" else f"{where}: {message}, but got {item['input']!r}"
 
 
-def _check_names(experiment: Experiment, origins: dict[str, str]) -> None:
-    """Check the names that stand in registries."""
+def _unknown_names(tree: Tree, origins: dict[str, str]) -> list[str]:
+    """Problems with the names that stand in registries; other values than text are left to the schema."""
     problems = []
-    dataset, architecture = experiment.dataset.name, experiment.network.architecture
-    if dataset not in DATASETS:
-        where = origins.get("dataset.name", "")
-        problems.append(f"{where}: dataset.name: unknown data set {dataset!r}; {nearest(dataset, list(DATASETS))}")
-    if architecture not in ARCHITECTURES and architecture not in (known := known_architectures()):
-        where = origins.get("network.architecture", "")
-        problems.append(f"{where}: network.architecture: unknown {architecture!r}; {nearest(architecture, known)}")
-    if problems:
-        raise UserError("; ".join(problems))
+    for section, key, registry in (("dataset", "name", DATASETS), ("network", "architecture", ARCHITECTURES)):
+        values = tree.get(section)
+        name = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(name, str) or name in registry:
+            continue
+        known = list(registry) if section == "dataset" else known_architectures()
+        if name not in known:
+            where = f"{origins.get(f'{section}.{key}', COMMAND_LINE)}: {section}.{key}"
+            problems.append(f"{where}: unknown {name!r}; {nearest(name, known)}")
+    return problems

@@ -74,7 +74,8 @@ class Part:
         mean, std = (
             torch.tensor(v, device=images.device)[:, None, None] for v in (self.settings.mean, self.settings.std)
         )
-        return ((images.float() / 255 - mean) / std).expand(-1, channels, -1, -1)
+        images = ((images.float() / 255 - mean) / std).expand(-1, channels, -1, -1)
+        return images.contiguous(memory_format=torch.channels_last)  # pooling and convolutions are 2.5 x faster so
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All images in order, (B, channels, size, size) and labels (B,)."""
@@ -91,7 +92,11 @@ class Part:
         keys = ([(i, sample_seed(seed, start + k) ^ i) for i in index.tolist()] for k, index in enumerate(indices))
         workers = min(8, (os.cpu_count() or 1) - 2) if (os.cpu_count() or 1) > 2 else 0
         loader = DataLoader(
-            _Augmented(self), batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available()
+            _Augmented(self),
+            batch_sampler=keys,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or it would draw a number from the global one, at the start and at a resume
         )
         for images, labels in loader:
             yield self.normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
@@ -187,7 +192,8 @@ def load(settings: Settings) -> Images:
     """Load a data set and split its validation part off.
 
     Raises:
-        UserError: it is not there and cannot be downloaded; or it is too small to be split.
+        UserError: it is not there and cannot be downloaded; it is too small to be split; or the settings ask for
+            other colours than it has.
     """
     train, test = DATASETS[settings.name](data_root(settings), settings.download)
     count = len(train.labels)
@@ -199,7 +205,7 @@ def load(settings: Settings) -> Images:
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.split_seed))
     kept, validation = (Pixels(train.images[i], train.labels[i]) for i in (order[held:], order[:held]))
-    channels = settings.channels or train.images.shape[1]
+    channels = _channels(settings, train.images.shape[1])
     size = settings.image_size or train.images.shape[-1]
     return Images(
         train=Part(kept, settings, augment=settings.augment),
@@ -211,21 +217,36 @@ def load(settings: Settings) -> Images:
     )
 
 
+def _channels(settings: Settings, own: int) -> int:
+    """Channels of the preprocessed images, of raw ones with `own` channels."""
+    channels = settings.channels or own
+    if own not in (1, channels):
+        raise UserError(f"dataset.channels {channels}: {settings.name} has {own}, and only 1 can be repeated")
+    for key, values in {"mean": settings.mean, "std": settings.std}.items():
+        if len(values) not in (1, channels):
+            raise UserError(f"dataset.{key} holds {len(values)} numbers, expected 1 or {channels}: one a channel")
+    return channels
+
+
 def _fetch(name: str, where: str, read: Callable[[bool], list], download: bool) -> list:
     """Read a torchvision data set; download it where it is absent, allowed and reachable."""
     reason = "dataset.download is false"
     try:
         return read(False)
-    except RuntimeError as error:  # torchvision: not found, or corrupted
-        if not download:
-            reason = f"{reason} ({str(error).splitlines()[0]})"
+    except Exception as error:  # torchvision: not found, or any error that a damaged file leads to
+        reason = f"{reason} ({_line(error)})"
     if download:
         try:
             with _timeout():
                 return read(True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            reason = f"the download failed ({str(error).splitlines()[0]})"
-    raise UserError(f"dataset {name} is not there and {reason}; put {where}")
+        except Exception as error:
+            reason = f"the download failed ({_line(error)})"
+    raise UserError(f"dataset {name} is not there, or damaged, and {reason}; put {where}")
+
+
+def _line(error: Exception) -> str:
+    """An error on one line; torchvision's name what was tried on several."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

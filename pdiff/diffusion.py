@@ -103,7 +103,13 @@ class Diffusion:
         from diffusers.utils.torch_utils import randn_tensor
 
         scheduler = self.scheduler(sampler)
-        scheduler.set_timesteps((steps + 1) // 2 if sampler == "heun" else steps, device=device)
+        if self.prediction == "flow":
+            scheduler.set_timesteps((steps + 1) // 2 if sampler == "heun" else steps, device=device)
+            # the exact positions: DPM-Solver cuts them to integers
+            scheduler.timesteps = (scheduler.sigmas[:-1] * self.timesteps).to(device)
+        else:  # begin at pure noise, whatever the number of steps; asked for a number, diffusers may add a timestep -1
+            spaced = [round(self.timesteps * k / steps) - 1 for k in range(steps, 0, -1)]
+            scheduler.set_timesteps(timesteps=spaced, device=device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         z = randn_tensor((len(seeds), latent_size), generator=generators, device=torch.device(device))
         for t in progress(scheduler.timesteps):
@@ -124,9 +130,9 @@ class Diffusion:
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "prediction_type": "flow_prediction" if flow else self.prediction,
-            "timestep_spacing": "trailing",  # begin at pure noise, whatever the number of steps
         }
-        if sampler == "dpmsolver++":
-            return diffusers.DPMSolverMultistepScheduler(**options, use_flow_sigmas=flow)
-        kinds = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
-        return kinds[sampler](**options, clip_sample=False)
+        if sampler == "ddpm":
+            return diffusers.DDPMScheduler(**options, clip_sample=False)
+        # DDIM is the solver's first order; DDIMScheduler itself goes astray where steps do not divide the timesteps
+        order = {"ddim": 1, "dpmsolver++": 2}[sampler]
+        return diffusers.DPMSolverMultistepScheduler(**options, solver_order=order, use_flow_sigmas=flow)

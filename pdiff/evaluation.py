@@ -13,7 +13,7 @@ from pdiff.datasets import Part
 from pdiff.prefix import split
 from pdiff.weights import Collection, StateDict
 
-CHUNK_BYTES = 64 << 20  # of activations that are computed together, in an estimate of them
+CHUNK_BYTES = 8 << 20  # of activations that enter the suffixes computed together: what stays in a cache
 
 
 @torch.inference_mode()
@@ -38,7 +38,8 @@ def predictions(
     """
     network = network.to(device).eval()
     prefix, suffix = split(network, collection.tensors.keys())
-    states = {name: tensor.to(device) for name, tensor in collection.tensors.items()}
+    read, own = suffix.state_dict().keys(), network.state_dict()  # a network need not read all that it has
+    states = {n: t.to(device, own[n].dtype) for n, t in collection.tensors.items() if n in read}
     run = _together if _cheap_together(collection) else _in_turn
     rows = []
     with tqdm(total=len(images) * len(collection), desc=label, unit="prediction", unit_scale=True, disable=None) as bar:

@@ -12,14 +12,21 @@ from torch import Tensor
 
 from pdiff.errors import UserError
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
+    """A temporary path beside `path` that takes its place when the block ends without an error.
+
+    Whoever wrote it, it gets the permissions of an ordinary new file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~UMASK)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from pdiff.training import Best, Trainer, follow, shuffled
 from pdiff.weights import Collection, Slot, Standardizer
 
 FORMAT = 1
+HELDOUT_BLOCKS = 4
 AUTOENCODERS: dict[str, Callable[..., nn.Module]] = {"conv": ConvAutoencoder, "pca": PCA}
 DENOISERS: dict[str, Callable[..., nn.Module]] = {"conv": ConvDenoiser, "mlp": MLPDenoiser}
 
@@ -94,8 +95,13 @@ class Generator:
             specification = {part: description[part] for part in ("autoencoder", "denoiser", "diffusion")}
             autoencoder = _make(AUTOENCODERS, specification["autoencoder"], _under("autoencoder.", tensors))
             denoiser = _make(DENOISERS, specification["denoiser"], _under("denoiser.", tensors))
+            standardizer = Standardizer(slots, _under("constant.", tensors), description["order"])
+            if sorted(standardizer.order) != sorted([*standardizer.constants, *(slot.name for slot in slots)]):
+                raise ValueError("its order names other tensors than its slots and the constants")
+            if standardizer.size != autoencoder.size:
+                raise ValueError(f"its slots hold {standardizer.size} numbers, its autoencoder {autoencoder.size}")
             return cls(
-                Standardizer(slots, _under("constant.", tensors), description["order"]),
+                standardizer,
                 autoencoder,
                 tensors["latent_mean"],
                 tensors["latent_std"],
@@ -103,7 +109,7 @@ class Generator:
                 Diffusion(**specification["diffusion"]),
                 specification,
             )
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: does not fit generator.safetensors: {str(error).splitlines()[0]}") from None
 
 
@@ -230,10 +236,21 @@ def _batches(rows: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterab
 
 
 def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on.
+
+    Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
+    so that single held-out checkpoints would not tell a generator that memorises from one that generalises.
+    """
     held = min(round(count * fraction), count - 2)
-    return order[held:].sort().values, order[:held].sort().values
+    blocks = min(HELDOUT_BLOCKS, max(held, 1))
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(count, dtype=torch.bool)
+    for block in range(blocks):
+        start, end = block * count // blocks, (block + 1) * count // blocks
+        length = (block + 1) * held // blocks - block * held // blocks
+        first = start + int(torch.randint(end - start - length + 1, (), generator=generator))
+        mask[first : first + length] = True
+    return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
 
 
 def latent_scale(latents: Tensor, *, standardize: bool) -> tuple[Tensor, Tensor]:

@@ -131,13 +131,13 @@ class DiffusionSettings(Optimization):
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
     standardize_latents: bool = True
     steps: Positive = 1000
-    learning_rate: Rate = 2e-3
+    learning_rate: Rate = 1e-3
     schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
-    batch_size: Positive = 256
+    batch_size: Positive = 128
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     heldout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     evaluate_every: Positive = 50
-    patience: Annotated[int, Field(ge=0)] = 6
+    patience: Annotated[int, Field(ge=0)] = 8
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionSettings:

@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
+from mlflow.entities import Metric, Param, Run, RunStatus
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.git_utils import get_git_commit
 from tqdm.auto import tqdm
@@ -39,7 +39,7 @@ from pdiff.settings import Experiment
 from pdiff.stages import STAGES, STATE
 
 EXPERIMENT = "pdiff"
-BATCH = 100  # metrics sent at a time
+BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
 PARAMETER_LIMIT = 6000  # characters; MLflow cuts longer values silently
 SERVER_TIMEOUT = 5.0
@@ -150,9 +150,9 @@ def _run(stage: str, experiment: Experiment, digest: str) -> Iterator[Run]:
     status = RunStatus.FINISHED
     try:
         parameters = [Param(f"config.{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
-        mlflow.MlflowClient().log_batch(
-            run.info.run_id, params=parameters[:100], tags=[RunTag(k, v) for k, v in tags.items()]
-        )
+        mlflow.set_tags(tags)
+        for start in range(0, len(parameters), BATCH):
+            mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
         mlflow.log_text(config.to_yaml(experiment), "config.yaml")
         yield run
     except BaseException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from pdiff.files import whole
 from pdiff.log import Log, Point
 from pdiff.settings import Optimization
 
-SAVE_SECONDS = 5.0
+SAVE_SECONDS = float(os.environ.get("PDIFF_SAVE_SECONDS", "5"))
 SAVE_SHARE = 0.05  # at most this share of the time goes into saving
 LOGGED_POINTS = 200  # points of a loss curve
 

@@ -75,7 +75,7 @@ class Collection:
         """
         index, tensors = read_json(path.with_suffix(".json")), read_tensors(path)
         found = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
-        if not isinstance(index, dict) or found != index.get("layout"):
+        if not isinstance(index, dict) or found != index.get("layout") or "checkpoints" not in index:
             raise UserError(f"{path}: its tensors are not those of its index {path.with_suffix('.json').name}")
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -1,0 +1,32 @@
+"""What several test modules need."""
+
+import pytest
+import torch
+
+from pdiff import datasets
+from pdiff.datasets import Images
+from pdiff.settings import Dataset
+from pdiff.weights import Collection
+
+
+@pytest.fixture
+def mixed() -> Collection:
+    """Seven checkpoints with every kind of tensor: floats of three types, a running variance, constants."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "weight": 0.3 + 0.05 * torch.randn(7, 4, 3, generator=g),
+        "scale": 2 + torch.randn(7, 1, generator=g),
+        "norm.running_mean": torch.randn(7, 5, generator=g),
+        "norm.running_var": 0.2 + torch.rand(7, 5, generator=g),
+        "norm.num_batches_tracked": torch.arange(7) + 10,
+        "half": torch.randn(7, 6, generator=g).half(),
+        "counts": torch.arange(14).reshape(7, 2),
+        "bias": 1e-3 * torch.randn(7, 3, generator=g).double(),
+    }
+    return Collection(tensors)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Images:
+    """The digits of scikit-learn with 120 images for training, 8 x 8 grey."""
+    return datasets.load(Dataset(name="digits", validation_fraction=0.9))

@@ -1,0 +1,87 @@
+"""Files that appear whole or not at all, and refusals of damaged ones."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdiff.errors import UserError
+from pdiff.files import read_json, read_tensors, whole, write_json, write_tensors, write_text
+
+
+def test_a_file_appears_in_a_new_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "text.txt"
+    write_text(path, "größer\n")
+    assert path.read_bytes() == "größer\n".encode()
+    assert os.listdir(path.parent) == ["text.txt"]
+
+
+def test_nothing_is_to_be_seen_before_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    with whole(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+        assert temporary.parent == path.parent  # a rename across file systems would not be atomic
+    assert path.read_text() == "new"
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), whole(path) as temporary:
+        temporary.write_text("half of the n")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+@pytest.mark.parametrize("write", [lambda p: write_json(p, 1), lambda p: write_tensors(p, {"a": torch.zeros(1)})])
+def test_permissions_are_those_of_an_ordinary_file(tmp_path: Path, write: object) -> None:
+    (tmp_path / "ordinary").touch()
+    write(tmp_path / "written")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "written")}
+    assert len(modes) == 1
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None, "ü"], "b": {"c": True}}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json") == value
+
+
+def test_tensors_round_trip_whatever_their_memory(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "transposed": base.T,
+        "expanded": torch.ones(1).expand(5),
+        "grad": base.clone().requires_grad_(),
+        "half": base.half(),
+        "bool": base > 4,
+        "scalar": torch.tensor(3),
+    }
+    write_tensors(tmp_path / "tensors.safetensors", tensors)
+    found = read_tensors(tmp_path / "tensors.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor.detach())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", None])
+@pytest.mark.parametrize("read", [read_json, read_tensors])
+def test_a_damaged_or_missing_file_is_named(tmp_path: Path, read: object, content: bytes | None) -> None:
+    path = tmp_path / "broken.bin"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken\.bin"):
+        read(path)
+
+
+def test_a_truncated_tensor_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tensors.safetensors"
+    write_tensors(path, {"a": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        read_tensors(path)

@@ -1,0 +1,286 @@
+"""The platform as its user meets it: commands, runs, reuse, kills, two at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pdiff import architectures
+from pdiff.__main__ import main as pdiff
+
+TINY = """
+dataset: {name: digits, validation_fraction: 0.2}
+network: {architecture: mlp}
+prepare:
+  pretrain: {epochs: 3, batch_size: 64, learning_rate: 3e-3}
+  collect: {learning_rate: 0.01, checkpoints: 20}
+diffusion: {steps: 60, width: 32, blocks: 1, evaluate_every: 20}
+generate: {count: 8, sampling_steps: 6}
+evaluate: {noise: [0.05], noise_count: 4}
+"""
+STAGES = ["prepare", "train", "generate", "evaluate"]
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty folder with a tiny experiment in it, a fresh tracking store, and no project run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield tmp_path
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri(None)
+
+
+def runs(stage=None):
+    """Runs of a stage, the oldest first."""
+    ids = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    found = mlflow.search_runs(ids, output_format="list", order_by=["attributes.start_time ASC"])
+    return [run for run in found if stage in (None, run.data.tags.get("pdiff.stage"))]
+
+
+def statuses():
+    return [(run.data.tags["pdiff.stage"], run.info.status) for run in runs()]
+
+
+def artifacts(run):
+    return Path(run.info.artifact_uri)
+
+
+def start(*words, **environment):
+    """The command as a process of its own, on the workspace's store."""
+    variables = {**os.environ, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), **environment}
+    command = [sys.executable, "-m", "pdiff", *words]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, process, seconds=90):
+    """Wait until a condition holds while a process runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
+    assert pdiff(["main", "--tag", "tiny.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert all(group in printed for group in ("original", "generated", "noise_0.05", "average"))
+
+    assert sorted(statuses()) == sorted((stage, "FINISHED") for stage in ["main", *STAGES])
+    (parent,) = runs("main")
+    for stage in STAGES:
+        (run,) = runs(stage)
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert {"pdiff.tag": "tiny", "pdiff.stage": stage}.items() <= run.data.tags.items()
+        assert run.data.params["config.diffusion.steps"] == "60"
+        assert (artifacts(run) / "config.yaml").exists()
+    written = {
+        "prepare": {"checkpoints.safetensors", "checkpoints.json", "network.safetensors"},
+        "train": {"generator"},
+        "generate": {"generated.safetensors", "generated.json"},
+        "evaluate": {"evaluation.csv", "similarity.safetensors", "report.html", "summary.json"},
+    }
+    for stage, names in written.items():
+        there = {path.name for path in artifacts(runs(stage)[0]).iterdir()}
+        assert names <= there
+        assert not any(name.startswith(".") for name in there)
+    (prepared,) = runs("prepare")
+    assert prepared.inputs.dataset_inputs[0].dataset.name == "digits"
+    models = {model.name for model in mlflow.search_logged_models(output_format="list")}
+    assert {"autoencoder", "diffusion", "generator"} <= models
+
+    evaluation = pd.read_csv(artifacts(runs("evaluate")[0]) / "evaluation.csv")
+    assert evaluation.groupby("group").size().to_dict() == {
+        "original": 20,
+        "generated": 8,
+        "noise_0.05": 4,
+        "average": 1,
+    }
+    generated = evaluation[evaluation.group == "generated"]
+    assert parent.data.metrics["test_accuracy/generated_mean"] == pytest.approx(generated.test_accuracy.mean())
+    expected = {
+        f"{part}_accuracy/{g}_{s}"
+        for part in ("val", "test")
+        for g in ("original", "noise_0.05", "average")
+        for s in ("mean", "max", "min", "std", "median")
+    }
+    expected |= {
+        f"similarity/{pair}"
+        for pair in ("original_original", "generated_generated", "original_generated", "original_generated_max")
+    }
+    expected |= {"pretrain/loss", "pretrain/val_accuracy", "collect/loss", "autoencoder/loss", "diffusion/loss"}
+    expected |= {
+        "autoencoder/reconstruction_val_accuracy",
+        "diffusion/heldout_loss",
+        "seconds/diffusion",
+        "memory_mb/diffusion",
+    }
+    assert expected <= parent.data.metrics.keys()
+    assert list((workspace / ".pdiff").glob("*/")) == [], "work folders are removed"
+
+    assert pdiff(["main", "--tag", "tiny.yaml", "--generate.count", "5"]) == 0
+    assert capsys.readouterr().out.count("reusing run") >= 2
+    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 2, 2]
+    assert pdiff(["generate", "--tag", "tiny.yaml", "--fresh"]) == 0
+    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 3, 2]
+    same = [load_file(artifacts(runs("generate")[k]) / "generated.safetensors") for k in (0, 1, 2)]
+    for name, tensor in same[0].items():
+        torch.testing.assert_close(same[1][name], tensor[:5])  # network k depends on the seed and on k alone
+        assert torch.equal(same[2][name], tensor)
+
+
+def test_export_writes_what_a_network_loads(workspace):
+    assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
+    (run,) = runs("generate")
+    for form in ("pth", "safetensors"):
+        words = ["export", "--run", run.info.run_id, "--out", "exported", "--format", form, "--index", "0", "3"]
+        assert pdiff(words) == 0
+    paths = sorted(Path("exported").iterdir())
+    assert [path.name for path in paths] == [f"generated_{k:05d}.{s}" for k in (0, 3) for s in ("pth", "safetensors")]
+    network = architectures.build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
+    plain, safe = torch.load(paths[2], weights_only=True), load_file(paths[3])
+    assert network.load_state_dict(plain, strict=False).unexpected_keys == []
+    drawn = load_file(artifacts(run) / "generated.safetensors")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, drawn[name][3]) and torch.equal(safe[name], drawn[name][3])
+    assert pdiff(["export", "--run", run.info.run_id, "--out", "exported", "--index", "8"]) == 2
+    assert pdiff(["export", "--run", "nonsense", "--out", "exported"]) == 2
+
+
+def test_registered_model_returns_new_weights(workspace):
+    assert pdiff(["train", "--tag", "tiny.yaml", "--register", "true"]) == 0
+    assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
+    model = mlflow.pyfunc.load_model("models:/pdiff-tiny/1")
+    weights = model.predict(pd.DataFrame({"count": [8], "seed": [0]}))
+    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    for name, tensor in drawn.items():
+        torch.testing.assert_close(torch.from_numpy(weights[name]), tensor)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train"])
+def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
+    """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
+    longer = {
+        "prepare": ["--prepare.pretrain.epochs", "150"],
+        "train": ["--diffusion.steps", "1500", "--diffusion.patience", "0"],
+    }
+    words = [stage, "--tag", "tiny.yaml", *longer[stage]]
+    result = {"prepare": "checkpoints.safetensors", "train": "generator/generator.safetensors"}[stage]
+    state = {"prepare": "pretrain.pt", "train": "diffusion.pt"}[stage]
+    process = start(*words, PDIFF_SAVE_SECONDS="0.2")
+    wait_for(lambda: list(workspace.glob(f".pdiff/*/.state/{state}")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (killed,) = runs(stage)
+    assert killed.info.status == "RUNNING"  # nobody was left to say otherwise
+    saved = torch.load(next(workspace.glob(f".pdiff/*/.state/{state}")), weights_only=True)[0]["step"]
+
+    again = start(*words)
+    printed = again.communicate()[0]
+    assert again.returncode == 0, printed
+    assert "resuming" in printed
+    assert [run.info.status for run in runs(stage)] == ["KILLED", "FINISHED"]
+    loss = {"prepare": "pretrain/loss", "train": "diffusion/loss"}[stage]
+    history = mlflow.MlflowClient().get_metric_history(runs(stage)[1].info.run_id, loss)
+    steps = sorted(point.step for point in history)
+    assert steps[0] < saved < steps[-1], "the curve is whole, before and after the kill"
+
+    whole = start(*words, PDIFF_WORK=str(workspace / "other"), MLFLOW_TRACKING_URI=f"sqlite:///{workspace}/other.db")
+    assert whole.wait() == 0, whole.communicate()[0]
+    resumed, uninterrupted = (load_file(path) for path in workspace.glob(f"mlruns/*/*/artifacts/{result}"))
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in resumed.items())
+
+
+def test_two_at_once_on_a_fresh_database(workspace):
+    both = [start("main", "--tag", "tiny.yaml") for _ in range(2)]
+    for process in both:
+        assert process.wait() == 0, process.communicate()[0]
+    expected = [("main", "FINISHED")] * 2 + [(stage, "FINISHED") for stage in STAGES]
+    assert sorted(statuses()) == sorted(expected)
+
+
+def test_terminated_runs_are_closed(workspace):
+    mlflow.search_experiments()  # creates the store, before two processes look at it
+    process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.patience", "0")
+    wait_for(lambda: any(stage == "train" for stage, _ in statuses()), process)
+    process.terminate()
+    assert process.wait() == 130
+    assert dict(statuses()) == {"main": "KILLED", "prepare": "FINISHED", "train": "KILLED"}
+
+
+def test_a_tracking_server(workspace):
+    """Through a server, artifacts are up- and downloaded instead of read in place."""
+    command = [sys.executable, "-m", "mlflow", "server", "--port", "5057", "--workers", "1", "--backend-store-uri"]
+    command += [f"sqlite:///{workspace}/server.db", "--artifacts-destination", str(workspace / "store")]
+    with (workspace / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: "startup complete" in (workspace / "server.log").read_text(), server)
+        mlflow.set_tracking_uri("http://127.0.0.1:5057")
+        assert pdiff(["main", "--tag", "tiny.yaml"]) == 0
+        assert sorted(statuses()) == sorted((stage, "FINISHED") for stage in ["main", *STAGES])
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    assert pdiff(["main", "--tag", "tiny.yaml"]) == 2  # the server is away now
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["main", "--tag", "tyni"], "tyni"),
+        (["main", "--tag", "digits_mpl"], "digits_mlp"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.stesp", "3"], "diffusion.steps"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.steps", "many"], "many"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.steps", "0"], "diffusion.steps"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.steps"], "--diffusion.steps"),
+        (["train", "--tag", "tiny.yaml", "surplus"], "surplus"),
+        (["prepare", "--tag", "tiny.yaml", "--device", "cuda:99"], "cuda:99"),
+        (["prepare", "--tag", "tiny.yaml", "--prepare.parameters", "[nonsense.*]"], "nonsense"),
+        (["prepare", "--tag", "tiny.yaml", "--prepare.source", "absent"], "absent"),
+        (["main", "--tag", "cifar100_resnet18", "--dataset.download", "false"], "cifar-100-python"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_running_run(workspace, capfd, words, hint, monkeypatch):
+    monkeypatch.setenv("PDIFF_DATA", str(workspace / "data"))
+    assert pdiff(words) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pdiff:")]
+    assert len(lines) == 1 and hint in lines[0]
+    if Path("mlflow.db").exists():
+        assert all(run.info.status == "FAILED" and run.data.tags["pdiff.error"] for run in runs())
+
+
+def test_a_full_disk_is_one_line(workspace, capfd, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "checkpoints.safetensors")
+
+    monkeypatch.setattr("pdiff.weights.write_tensors", full)
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 2
+    assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
+    (run,) = runs("prepare")
+    assert run.info.status == "FAILED"
+    assert not list(artifacts(run).glob("checkpoints*"))
+
+
+def test_no_permission_is_one_line(workspace, capfd, monkeypatch):
+    Path("file").touch()
+    monkeypatch.setenv("PDIFF_WORK", str(workspace / "file" / "work"))
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 2
+    assert "cannot be written" in capfd.readouterr().err.splitlines()[-1]

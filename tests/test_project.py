@@ -1,0 +1,93 @@
+"""What the files of the repository promise one another."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pdiff.__main__ import ENTRY_POINTS
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "pdiff").glob("*.py"))
+
+
+def repository() -> list[Path]:
+    """Every file that is, or would be, committed."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def pyproject() -> dict:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        tomllib = pytest.importorskip("tomli")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_both_environments_are_the_same():
+    conda = yaml.safe_load((ROOT / "conda.yaml").read_text())
+    project = pyproject()["project"]
+    assert conda["name"] == project["name"] == "pdiff"
+    *names, pip = conda["dependencies"]
+    assert [re.match(r"\w+", name).group() for name in names] == ["python", "pip"]
+    assert pip == {"pip": project["dependencies"]}
+    assert names[0] == f"python{project['requires-python']}"
+
+
+def test_entry_points_are_those_of_the_command_line():
+    entry_points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+    assert list(entry_points) == list(ENTRY_POINTS)
+    for name, entry in entry_points.items():
+        assert entry["command"] == f"python -m pdiff {name} --tag {{tag}}"
+        assert entry["parameters"] == {"tag": "string"}
+
+
+def test_the_commands_of_the_readme_are_run_in_every_commit():
+    readme, checks = ((ROOT / name).read_text() for name in ("README.md", ".ci/run"))
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"make {target}" in readme
+        assert re.search(rf"^make {target}$", checks, re.MULTILINE)
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "set -e" in checks
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_imports_point_upwards():
+    cli = pytest.importorskip("importlinter.cli")
+    assert cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_mlflow_is_at_one_seam():
+    def imports(path: Path) -> set[str]:
+        """First names of what a module imports when it is imported itself."""
+        found = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        return found
+
+    assert {path.name for path in MODULES if "mlflow" in imports(path)} == {"tracking.py", "served.py"}
+
+
+def test_no_pickles_are_loaded():
+    for path in (path for path in repository() if path.suffix == ".py"):
+        text = path.read_text(encoding="utf-8")
+        for forbidden in ("weights_only" + "=False", "pickle" + ".load"):
+            assert forbidden not in text, path
+
+
+def test_no_paths_of_one_machine():
+    folders = "|".join(["work", "root", "home", "Users"])
+    text_files = [path for path in repository() if b"\0" not in path.read_bytes()]
+    assert len(text_files) > 30
+    for path in text_files:
+        found = re.search(rf"(?<![\w.~])/({folders})/\w+", path.read_text(encoding="utf-8"))
+        assert not found, f"{path}: {found.group()}"

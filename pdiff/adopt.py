@@ -19,7 +19,7 @@ from pdiff.files import read_tensors
 from pdiff.weights import Collection, StateDict
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-NESTED_UNDER = ("state_dict", "model")  # where training scripts put the state dict
+NESTED_UNDER = ("state_dict", "model_state_dict", "model")  # where training scripts put the state dict
 PREFIX = "module."  # of networks saved under DataParallel
 
 

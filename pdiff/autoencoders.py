@@ -28,6 +28,7 @@ class ConvAutoencoder(nn.Module):
     def __init__(self, size: int, latent_size: int, *, variational: bool = False) -> None:
         super().__init__()
         self.size, self.latent_size = size, latent_size
+        self.options = {"size": size, "latent_size": latent_size, "variational": variational}
         self.padding = -size % PADDING_MULTIPLE
         length = (size + self.padding) // STRIDE
         flat = length * ENCODER_CHANNELS[-1]
@@ -97,6 +98,7 @@ class PCA(nn.Module):
     def __init__(self, size: int, latent_size: int) -> None:
         super().__init__()
         self.size, self.latent_size = size, latent_size
+        self.options = {"size": size, "latent_size": latent_size}
         self.register_buffer("center", torch.zeros(size))
         self.register_buffer("components", torch.zeros(latent_size, size))
 

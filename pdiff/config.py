@@ -144,7 +144,7 @@ def _put(tree: Tree, origins: dict[str, str], key: str, text: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"{COMMAND_LINE}: {key}: {section} is a value, not a section")
     try:
-        tree[last] = yaml.safe_load(text)
+        tree[last] = yaml.safe_load(text) if text.strip() else text
     except yaml.YAMLError:
         tree[last] = text
     origins[key] = COMMAND_LINE

@@ -139,7 +139,7 @@ Loader = Callable[[Path, bool], tuple[Pixels, Pixels]]
 
 
 def digits(root: Path, download: bool) -> tuple[Pixels, Pixels]:
-    """The 1 797 digits (8 x 8) that scikit-learn carries; every third one, shuffled with a fixed seed, is for testing."""
+    """The 1 797 digits (8 x 8) of scikit-learn; every third one, shuffled with a fixed seed, is for testing."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

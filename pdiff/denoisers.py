@@ -30,6 +30,7 @@ class ConvDenoiser(nn.Module):
 
     def __init__(self, latent_size: int) -> None:
         super().__init__()
+        self.options = {"latent_size": latent_size}
         self.time = nn.Sequential(nn.Linear(SINUSOIDS, latent_size), nn.SiLU(), nn.Linear(latent_size, latent_size))
         self.convolutions = nn.ModuleList(
             nn.Conv1d(a, b, KERNEL_SIZE, padding=KERNEL_SIZE // 2) for a, b in pairwise(CHANNELS)
@@ -59,6 +60,7 @@ class MLPDenoiser(nn.Module):
 
     def __init__(self, latent_size: int, *, width: int = 256, blocks: int = 3) -> None:
         super().__init__()
+        self.options = {"latent_size": latent_size, "width": width, "blocks": blocks}
         self.time = nn.Sequential(nn.Linear(SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.input = nn.Linear(latent_size, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))

@@ -41,6 +41,12 @@ class Diffusion:
     ) -> None:
         self.prediction, self.timesteps = prediction, timesteps
         self.beta_start, self.beta_end = beta_start, beta_end
+        self.options = {
+            "prediction": prediction,
+            "timesteps": timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+        }
         self.alpha_bar = (1 - torch.linspace(beta_start, beta_end, timesteps)).cumprod(0)
 
     def corrupt(self, z: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

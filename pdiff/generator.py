@@ -22,8 +22,8 @@ from pdiff.weights import Collection, Slot, Standardizer
 
 FORMAT = 1
 HELDOUT_BLOCKS = 4
-AUTOENCODERS: dict[str, Callable[..., nn.Module]] = {"conv": ConvAutoencoder, "pca": PCA}
-DENOISERS: dict[str, Callable[..., nn.Module]] = {"conv": ConvDenoiser, "mlp": MLPDenoiser}
+AUTOENCODERS: dict[str, type[nn.Module]] = {"conv": ConvAutoencoder, "pca": PCA}
+DENOISERS: dict[str, type[nn.Module]] = {"conv": ConvDenoiser, "mlp": MLPDenoiser}
 
 
 @dataclass
@@ -37,7 +37,6 @@ class Generator:
         latent_std: latents are divided by it, (L,).
         denoiser: predicts in latent space.
         diffusion: what it predicts.
-        specification: kinds and sizes of autoencoder, denoiser and diffusion, enough to build them again.
     """
 
     standardizer: Standardizer
@@ -46,7 +45,6 @@ class Generator:
     latent_std: Tensor
     denoiser: nn.Module
     diffusion: Diffusion
-    specification: dict[str, Any]
 
     @torch.inference_mode()
     def sample(
@@ -73,8 +71,14 @@ class Generator:
             tensors |= {f"{part}.{name}": t for name, t in getattr(self, part).state_dict().items()}
         tensors |= {f"constant.{name}": t for name, t in self.standardizer.constants.items()}
         write_tensors(folder / "generator.safetensors", tensors)
-        slots = [asdict(slot) for slot in self.standardizer.slots]
-        description = {"format": FORMAT, "order": self.standardizer.order, "slots": slots, **self.specification}
+        description = {
+            "format": FORMAT,
+            "order": self.standardizer.order,
+            "slots": [asdict(slot) for slot in self.standardizer.slots],
+            "autoencoder": _describe(AUTOENCODERS, self.autoencoder),
+            "denoiser": _describe(DENOISERS, self.denoiser),
+            "diffusion": self.diffusion.options,
+        }
         write_json(folder / "generator.json", description)
 
     @classmethod
@@ -92,9 +96,8 @@ class Generator:
             raise UserError(f"{folder / 'generator.safetensors'}: {bad[0]} holds NaN or infinity")
         try:
             slots = [Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in description["slots"]]
-            specification = {part: description[part] for part in ("autoencoder", "denoiser", "diffusion")}
-            autoencoder = _make(AUTOENCODERS, specification["autoencoder"], _under("autoencoder.", tensors))
-            denoiser = _make(DENOISERS, specification["denoiser"], _under("denoiser.", tensors))
+            autoencoder = _make(AUTOENCODERS, description["autoencoder"], _under("autoencoder.", tensors))
+            denoiser = _make(DENOISERS, description["denoiser"], _under("denoiser.", tensors))
             standardizer = Standardizer(slots, _under("constant.", tensors), description["order"])
             if sorted(standardizer.order) != sorted([*standardizer.constants, *(slot.name for slot in slots)]):
                 raise ValueError("its order names other tensors than its slots and the constants")
@@ -106,8 +109,7 @@ class Generator:
                 tensors["latent_mean"],
                 tensors["latent_std"],
                 denoiser,
-                Diffusion(**specification["diffusion"]),
-                specification,
+                Diffusion(**description["diffusion"]),
             )
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: does not fit generator.safetensors: {str(error).splitlines()[0]}") from None
@@ -117,23 +119,18 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _make(kinds: dict[str, Callable[..., nn.Module]], specification: dict[str, Any], state: dict) -> nn.Module:
-    options = dict(specification)
+def _describe(kinds: dict[str, type[nn.Module]], module: nn.Module) -> dict[str, Any]:
+    """Kind and sizes of a module, enough to build it again."""
+    (kind,) = (kind for kind, of in kinds.items() if type(module) is of)
+    return {"kind": kind, **module.options}
+
+
+def _make(kinds: dict[str, type[nn.Module]], description: dict[str, Any], state: dict) -> nn.Module:
+    """The module that `_describe` described, with its tensors."""
+    options = dict(description)
     module = kinds[options.pop("kind")](**options)
     module.load_state_dict(state)
     return module.eval()
-
-
-def autoencoder_specification(settings: Autoencoder, size: int, latent_size: int) -> dict[str, Any]:
-    """Kind and sizes of the autoencoder of some settings."""
-    variational = {"variational": settings.kl_weight > 0} if settings.kind == "conv" else {}
-    return {"kind": settings.kind, "size": size, "latent_size": latent_size, **variational}
-
-
-def denoiser_specification(settings: DiffusionSettings, latent_size: int) -> dict[str, Any]:
-    """Kind and sizes of the denoiser of some settings."""
-    sizes = {"width": settings.width, "blocks": settings.blocks} if settings.denoiser == "mlp" else {}
-    return {"kind": settings.denoiser, "latent_size": latent_size, **sizes}
 
 
 def fit_autoencoder(
@@ -144,21 +141,17 @@ def fit_autoencoder(
     log: Log,
     device: torch.device | str = "cpu",
     path: Path | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Fit an autoencoder on vectors (N, D): exactly (pca), or by training (conv).
-
-    Returns:
-        The autoencoder in evaluation mode, and its specification.
-    """
+) -> nn.Module:
+    """An autoencoder of vectors (N, D), in evaluation mode: fitted exactly (pca), or trained (conv)."""
     if settings.kind == "pca":
         fixed = None if settings.latent_size == "auto" else settings.latent_size
         pca = PCA.fit(vectors, latent_size=fixed, variance=settings.variance).to(device)
         residual = (pca(vectors.to(device)) - vectors.to(device)).square().mean().item()
         log(Point("autoencoder/loss", residual))
-        return pca.eval(), autoencoder_specification(settings, vectors.shape[1], pca.latent_size)
-    specification = autoencoder_specification(settings, vectors.shape[1], int(settings.latent_size))
+        return pca.eval()
     torch.manual_seed(seed)
-    autoencoder = ConvAutoencoder(**{k: v for k, v in specification.items() if k != "kind"}).to(device).train()
+    autoencoder = ConvAutoencoder(vectors.shape[1], int(settings.latent_size), variational=settings.kl_weight > 0)
+    autoencoder.to(device).train()
     noise = {"parameter_noise": settings.parameter_noise, "latent_noise": settings.latent_noise}
     trainer = Trainer(
         autoencoder,
@@ -171,10 +164,11 @@ def fit_autoencoder(
     )
     for _ in follow(trainer, "autoencoder/loss", log, path=path):
         pass
-    return autoencoder.eval(), specification
+    return autoencoder.eval()
 
 
 def fit_denoiser(
+    diffusion: Diffusion,
     latents: Tensor,
     heldout: Tensor,
     settings: DiffusionSettings,
@@ -183,17 +177,15 @@ def fit_denoiser(
     log: Log,
     device: torch.device | str = "cpu",
     path: Path | None = None,
-) -> tuple[nn.Module, dict[str, Any], Diffusion]:
+) -> nn.Module:
     """Train a denoiser on latents (N, L), watched on held-out ones (M, L), M may be 0.
 
     Returns:
-        The denoiser in evaluation mode (averaged; the best one on the held-out latents where `patience` is set),
-        its specification, and the diffusion that it belongs to.
+        The denoiser in evaluation mode: averaged, and the best one on the held-out latents where `patience` is set.
     """
-    diffusion = make_diffusion(settings)
-    specification = denoiser_specification(settings, latents.shape[1])
     torch.manual_seed(seed)
-    denoiser = DENOISERS[settings.denoiser](**{k: v for k, v in specification.items() if k != "kind"}).to(device)
+    sizes = {"width": settings.width, "blocks": settings.blocks} if settings.denoiser == "mlp" else {}
+    denoiser = DENOISERS[settings.denoiser](latents.shape[1], **sizes).to(device)
     latents, heldout = latents.to(device), heldout.to(device)
     trainer = Trainer(
         denoiser.train(),
@@ -217,17 +209,12 @@ def fit_denoiser(
     fitted = trainer.averaged
     if settings.patience:
         best.restore(fitted)
-    return fitted.eval(), specification, diffusion
+    return fitted.eval()
 
 
 def make_diffusion(settings: DiffusionSettings) -> Diffusion:
     """The diffusion of some settings."""
-    return Diffusion(**diffusion_specification(settings))
-
-
-def diffusion_specification(settings: DiffusionSettings) -> dict[str, Any]:
-    """What a diffusion is built from."""
-    return settings.model_dump(include={"prediction", "timesteps", "beta_start", "beta_end"})
+    return Diffusion(**settings.model_dump(include={"prediction", "timesteps", "beta_start", "beta_end"}))
 
 
 def _batches(rows: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterable[Tensor]]:

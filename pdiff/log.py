@@ -1,4 +1,4 @@
-"""What stages tell the world: points of metrics. Who listens (a list, a terminal, MLflow, a pruner) is not their concern."""
+"""What stages tell the world: points of metrics. Who listens (a list, a terminal, MLflow) is not their concern."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pdiff.generator import Generator
 
 
 class NewWeights(mlflow.pyfunc.PythonModel):
-    """Draws networks: `predict` takes one row of the columns `count` and `seed`, and returns name -> (count, *shape)."""
+    """Draws networks: `predict` takes one row with columns `count` and `seed`, and returns name -> (count, *shape)."""
 
     def load_context(self, context: Any) -> None:
         """Load the generator."""

@@ -97,7 +97,7 @@ class Prepare(Section):
 
 
 class Autoencoder(Optimization):
-    """Vectors <-> latents. The fields of training concern `conv` alone; `variance` the automatic latent size of `pca`."""
+    """Vectors <-> latents. The fields of training concern `conv` alone, `variance` the automatic size of `pca`."""
 
     kind: Literal["pca", "conv"] = "pca"
     latent_size: Positive | Literal["auto"] = "auto"

@@ -22,7 +22,7 @@ from pdiff.diffusion import sample_seed
 from pdiff.errors import UserError
 from pdiff.evaluation import accuracy, network_accuracy, predictions
 from pdiff.files import read_tensors, whole, write_json, write_tensors, write_text
-from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale
+from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale, make_diffusion
 from pdiff.log import Log, Point, log_all, measured
 from pdiff.settings import Experiment
 from pdiff.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
@@ -152,35 +152,19 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     vectors = standardizer.encode(collection)
     common = {"log": history, "device": device}
     with measured(history, "autoencoder"):
-        autoencoder, specification = fit_autoencoder(
-            vectors[fitted], experiment.autoencoder, seed=seeds[1], path=state / "autoencoder.pt", **common
-        )
+        path = state / "autoencoder.pt"
+        autoencoder = fit_autoencoder(vectors[fitted], experiment.autoencoder, seed=seeds[1], path=path, **common)
     metrics = _check_reconstruction(experiment, collection, standardizer, autoencoder, prepare, history)
     latents = _encoded(autoencoder, vectors, device)
     mean, std = latent_scale(latents[fitted], standardize=experiment.diffusion.standardize_latents)
-    latents = (latents - mean) / std
+    latents, diffusion = (latents - mean) / std, make_diffusion(experiment.diffusion)
     with measured(history, "diffusion"):
-        denoiser, denoiser_specification, diffusion = fit_denoiser(
-            latents[fitted],
-            latents[held],
-            experiment.diffusion,
-            seed=seeds[2],
-            path=state / "diffusion.pt",
-            **common,
-        )
-    specification = {
-        "autoencoder": specification,
-        "denoiser": denoiser_specification,
-        "diffusion": vars_of(diffusion),
-    }
-    Generator(standardizer, autoencoder, mean, std, denoiser, diffusion, specification).save(out / "generator")
+        parts = {"latents": latents[fitted], "heldout": latents[held]}
+        path = state / "diffusion.pt"
+        denoiser = fit_denoiser(diffusion, **parts, settings=experiment.diffusion, seed=seeds[2], path=path, **common)
+    Generator(standardizer, autoencoder, mean, std, denoiser, diffusion).save(out / "generator")
     history.save(out / "history.csv")
     return metrics | {"latent_size": latents.shape[1]}
-
-
-def vars_of(diffusion: object) -> dict:
-    """What a diffusion is built from."""
-    return {name: getattr(diffusion, name) for name in ("prediction", "timesteps", "beta_start", "beta_end")}
 
 
 @torch.inference_mode()

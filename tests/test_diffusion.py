@@ -1,6 +1,7 @@
 """Diffusion against the schedulers of diffusers and against denoisers that are ideal in closed form."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_ddim_against_its_formula(prediction: str, steps: int) -> None:
     found = diffusion.sample(Ideal(diffusion, mean), 4, [5], sampler="ddim", steps=steps)
     z = torch.randn(1, 4, generator=torch.Generator().manual_seed(5))
     times = [round(50 * k / steps) - 1 for k in range(steps, -1, -1)]
-    for t, after in zip(times, times[1:], strict=False):
+    for t, after in pairwise(times):
         a, b = diffusion.alpha_bar[t], diffusion.alpha_bar[after] if after >= 0 else torch.tensor(1.0)
         z_0 = mean(z, a.sqrt(), (1 - a).sqrt())
         z = b.sqrt() * z_0 + (1 - b).sqrt() * (z - a.sqrt() * z_0) / (1 - a).sqrt()
@@ -169,7 +170,7 @@ def test_no_more_calls_than_steps_and_only_known_timesteps(prediction: str, samp
         z = diffusion.sample(ideal, 2, [0, 1], sampler=sampler, steps=steps)
         assert z.isfinite().all()
         assert steps - (sampler == "heun") <= len(ideal.times) <= steps
-        assert 0 <= min(ideal.times) and 98 <= ideal.times[0] <= 100
+        assert min(ideal.times) >= 0 and 98 <= ideal.times[0] <= 100
         assert ideal.times == sorted(ideal.times, reverse=True)
 
 

@@ -1,6 +1,5 @@
 """Files that appear whole or not at all, and refusals of damaged ones."""
 
-import os
 import stat
 from pathlib import Path
 
@@ -15,7 +14,7 @@ def test_a_file_appears_in_a_new_folder(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "text.txt"
     write_text(path, "größer\n")
     assert path.read_bytes() == "größer\n".encode()
-    assert os.listdir(path.parent) == ["text.txt"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_nothing_is_to_be_seen_before_the_block_ends(tmp_path: Path) -> None:
@@ -34,7 +33,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         temporary.write_text("half of the n")
         raise ZeroDivisionError
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["text.txt"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("write", [lambda p: write_json(p, 1), lambda p: write_tensors(p, {"a": torch.zeros(1)})])

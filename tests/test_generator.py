@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pdiff import training
+from pdiff.denoisers import ConvDenoiser, MLPDenoiser
+from pdiff.diffusion import Diffusion
 from pdiff.errors import UserError
 from pdiff.files import read_tensors, write_tensors
 from pdiff.generator import (
     AUTOENCODERS,
-    DENOISERS,
     Generator,
-    autoencoder_specification,
-    denoiser_specification,
-    diffusion_specification,
     fit_autoencoder,
     fit_denoiser,
     heldout_split,
@@ -44,20 +42,19 @@ def fit(collection: Collection, settings: DiffusionSettings, log: list[Point] | 
     """A generator by principal components."""
     log, standardizer = [] if log is None else log, Standardizer.fit(collection)
     vectors = standardizer.encode(collection)
-    autoencoder, specification = fit_autoencoder(vectors, Autoencoder(), seed=0, log=log.append)
+    autoencoder = fit_autoencoder(vectors, Autoencoder(), seed=0, log=log.append)
     latents = autoencoder.encode(vectors)
     mean, std = latent_scale(latents, standardize=settings.standardize_latents)
     kept, held = heldout_split(len(collection), settings.heldout_fraction, seed=0)
-    latents = (latents - mean) / std
-    denoiser, denoiser_kind, diffusion = fit_denoiser(latents[kept], latents[held], settings, seed=0, log=log.append)
-    parts = {"autoencoder": specification, "denoiser": denoiser_kind, "diffusion": diffusion_specification(settings)}
-    return Generator(standardizer, autoencoder, mean, std, denoiser, diffusion, parts)
+    latents, diffusion = (latents - mean) / std, make_diffusion(settings)
+    denoiser = fit_denoiser(diffusion, latents[kept], latents[held], settings, seed=0, log=log.append)
+    return Generator(standardizer, autoencoder, mean, std, denoiser, diffusion)
 
 
 @pytest.fixture(scope="module")
 def fitted() -> Generator:
     """A generator of the collection above."""
-    return fit(gaussian_collection(), DiffusionSettings(**QUICK))
+    return fit(gaussian_collection(50), DiffusionSettings(**QUICK | {"steps": 20}))
 
 
 @pytest.mark.parametrize(("prediction", "sampler"), [("flow", "heun"), ("v_prediction", "dpmsolver++")])
@@ -89,25 +86,17 @@ def test_a_loaded_generator_draws_the_same(fitted: Generator, tmp_path: Path) ->
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
-@pytest.mark.parametrize("denoiser", DENOISERS)
-@pytest.mark.parametrize("kind", [{"kind": "conv"}, {"kind": "conv", "kl_weight": 1.0}, {"kind": "pca"}])
-def test_every_kind_is_built_again_from_its_files(kind: dict, denoiser: str, mixed: Collection, tmp_path: Path) -> None:
-    settings = Autoencoder(latent_size=4, **kind)
-    diffusion = DiffusionSettings(denoiser=denoiser, width=8, blocks=1, prediction="v_prediction", timesteps=50)
-    standardizer = Standardizer.fit(mixed)
-    parts = {
-        "autoencoder": autoencoder_specification(settings, standardizer.size, 4),
-        "denoiser": denoiser_specification(diffusion, 4),
-        "diffusion": diffusion_specification(diffusion),
-    }
+@pytest.mark.parametrize("denoiser", [ConvDenoiser(4), MLPDenoiser(4, width=8, blocks=1)])
+@pytest.mark.parametrize("kind", [{"kind": "conv"}, {"kind": "conv", "variational": True}, {"kind": "pca"}])
+def test_every_kind_is_built_again_from_its_files(kind, denoiser, mixed: Collection, tmp_path: Path) -> None:
+    standardizer, options = Standardizer.fit(mixed), dict(kind)
+    autoencoder = AUTOENCODERS[options.pop("kind")](standardizer.size, 4, **options)
     torch.manual_seed(0)
-    modules = []
-    for part, kinds in (("autoencoder", AUTOENCODERS), ("denoiser", DENOISERS)):
-        modules.append(kinds[parts[part]["kind"]](**{k: v for k, v in parts[part].items() if k != "kind"}))
-        for tensor in modules[-1].state_dict().values():
+    for module in (autoencoder, denoiser):
+        for tensor in module.state_dict().values():
             tensor.copy_(torch.rand(tensor.shape) + 0.1)
-    path = make_diffusion(diffusion)
-    generator = Generator(standardizer, modules[0], torch.randn(4), torch.rand(4), modules[1], path, parts)
+    diffusion = Diffusion("v_prediction", timesteps=50)
+    generator = Generator(standardizer, autoencoder, torch.randn(4), torch.rand(4), denoiser, diffusion)
     generator.save(tmp_path)
     expected = generator.sample([7, 8], sampler="ddim", steps=3)
     found = Generator.load(tmp_path).sample([7, 8], sampler="ddim", steps=3)
@@ -177,21 +166,21 @@ def test_damaged_and_foreign_files_are_refused(fitted: Generator, tmp_path: Path
 def test_the_convolutional_autoencoder_learns(tmp_path: Path) -> None:
     collection = gaussian_collection(32)
     vectors = Standardizer.fit(collection).encode(collection)
-    settings = Autoencoder(kind="conv", latent_size=8, steps=40, learning_rate=2e-3, batch_size=32, latent_noise=0.0)
+    settings = Autoencoder(kind="conv", latent_size=8, steps=25, learning_rate=2e-3, batch_size=32, latent_noise=0.0)
     log: list[Point] = []
-    autoencoder, specification = fit_autoencoder(vectors, settings, seed=0, log=log.append)
-    assert specification == {"kind": "conv", "size": 12, "latent_size": 8, "variational": False}
+    autoencoder = fit_autoencoder(vectors, settings, seed=0, log=log.append)
+    assert autoencoder.options == {"size": 12, "latent_size": 8, "variational": False}
     assert not autoencoder.training and autoencoder.encode(vectors).shape == (32, 8)
     losses = [point.value for point in log]
-    assert len(losses) == 40 and sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert len(losses) == 25 and sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 def test_the_loss_of_principal_components_is_the_variance_left_over() -> None:
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     log: list[Point] = []
-    _, specification = fit_autoencoder(x, Autoencoder(latent_size=5), seed=0, log=log.append)
+    pca = fit_autoencoder(x, Autoencoder(latent_size=5), seed=0, log=log.append)
     left = torch.linalg.svdvals(x - x.mean(0))[5:].square().sum() / x.numel()
-    assert specification == {"kind": "pca", "size": 8, "latent_size": 5}
+    assert pca.options == {"size": 8, "latent_size": 5}
     assert log[0].name == "autoencoder/loss" and log[0].value == pytest.approx(left.item(), rel=1e-4)
 
 
@@ -202,7 +191,9 @@ def test_early_stopping_restores_the_best(ema: float) -> None:
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
     options = QUICK | {"steps": 2000, "evaluate_every": 10, "schedule": "constant", "ema": ema, "patience": 3}
     log: list[Point] = []
-    denoiser, _, diffusion = fit_denoiser(latents, heldout, DiffusionSettings(**options), seed=0, log=log.append)
+    settings = DiffusionSettings(**options)
+    diffusion = make_diffusion(settings)
+    denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=log.append)
     losses = [point.value for point in log if point.name == "diffusion/heldout_loss"]
     assert len(losses) == losses.index(min(losses)) + 1 + 3 < 200  # three evaluations after the best
     assert diffusion.heldout_loss(denoiser, heldout) == pytest.approx(min(losses), rel=1e-5)
@@ -214,7 +205,8 @@ def test_without_patience_the_last_weights_count() -> None:
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
     settings = DiffusionSettings(**QUICK | {"steps": 60, "evaluate_every": 10, "patience": 0})
     log: list[Point] = []
-    denoiser, _, diffusion = fit_denoiser(latents, heldout, settings, seed=0, log=log.append)
+    diffusion = make_diffusion(settings)
+    denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=log.append)
     losses = [point.value for point in log if point.name == "diffusion/heldout_loss"]
     assert len(losses) == 6 and diffusion.heldout_loss(denoiser, heldout) == pytest.approx(losses[-1], rel=1e-5)
 
@@ -236,9 +228,10 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
 
         if part == "autoencoder":
             settings = Autoencoder(kind="conv", latent_size=2, steps=6, batch_size=5)
-            return fit_autoencoder(x, settings, seed=0, log=log, path=path)[0].state_dict()
+            return fit_autoencoder(x, settings, seed=0, log=log, path=path).state_dict()
         settings = DiffusionSettings(denoiser="conv", steps=6, batch_size=5, evaluate_every=2)
-        return fit_denoiser(x[:12], x[12:], settings, seed=0, log=log, path=path)[0].state_dict()
+        diffusion = make_diffusion(settings)
+        return fit_denoiser(diffusion, x[:12], x[12:], settings, seed=0, log=log, path=path).state_dict()
 
     expected = run(None)
     with pytest.raises(KeyboardInterrupt):
@@ -278,12 +271,12 @@ def test_sampling_undoes_scale_autoencoder_and_standardisation() -> None:
 
     collection = gaussian_collection(10)
     standardizer = Standardizer.fit(collection)
-    autoencoder, parts = fit_autoencoder(
+    autoencoder = fit_autoencoder(
         standardizer.encode(collection), Autoencoder(latent_size=2), seed=0, log=lambda point: None
     )
     settings = DiffusionSettings(prediction="sample")
     mean, std = torch.tensor([0.5, 0.25]), torch.tensor([2.0, 4.0])
-    generator = Generator(standardizer, autoencoder, mean, std, One(), make_diffusion(settings), {"autoencoder": parts})
+    generator = Generator(standardizer, autoencoder, mean, std, One(), make_diffusion(settings))
     (drawn,) = generator.sample([0], sampler="ddim", steps=4)
     vector = autoencoder.center + 2.5 * autoencoder.components[0] - 3.75 * autoencoder.components[1]
     a, b = standardizer.slots

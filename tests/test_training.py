@@ -174,7 +174,7 @@ def test_every_index_once_an_epoch(count: int, batch_size: int) -> None:
     epochs = []
     stream = shuffled(count, batch_size, seed=5)
     for _ in range(4):
-        taken = [batch for batch in itertools.islice(stream, per_epoch)]
+        taken = list(itertools.islice(stream, per_epoch))
         assert [len(batch) for batch in taken] == [size] * per_epoch
         epochs.append(torch.cat(taken).tolist())
     for indices in epochs:

@@ -72,11 +72,14 @@ def _stage(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import tracking
 
     fresh = arguments.fresh == "true"
-    tracking.connect()
-    if arguments.command == "main":
-        done = tracking.main(experiment, fresh=fresh)
-    else:
-        done = tracking.execute(arguments.command, experiment, fresh=fresh)
+    try:
+        tracking.connect()
+        if arguments.command == "main":
+            done = tracking.main(experiment, fresh=fresh)
+        else:
+            done = tracking.execute(arguments.command, experiment, fresh=fresh)
+    except tracking.Failure as error:
+        raise UserError(f"MLflow: {' '.join(str(error).split())}") from None
     if arguments.command in ("main", "evaluate"):
         _print_evaluation(done.folder)
     print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -43,7 +44,11 @@ BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
 PARAMETER_LIMIT = 6000  # characters; MLflow cuts longer values silently
 SERVER_TIMEOUT = 5.0
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")  # shows runs, not traces of language models
 REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
+
+
+Failure = mlflow.MlflowException  # what a store that fails raises
 
 
 class Done(NamedTuple):
@@ -145,12 +150,13 @@ def _run(stage: str, experiment: Experiment, digest: str) -> Iterator[Run]:
         "pdiff.interpreter": sys.executable,
     }
     nested = mlflow.active_run() is not None
-    name = None if "MLFLOW_RUN_ID" in os.environ and not nested else f"{experiment.tag} {stage}"
-    run = mlflow.start_run(run_name=name, nested=nested)
+    run = mlflow.start_run(run_name=f"{experiment.tag} {stage}", nested=nested, tags=tags)
     status = RunStatus.FINISHED
     try:
         parameters = [Param(f"config.{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
-        mlflow.set_tags(tags)
+        if not nested:
+            _name_project_run(run, f"{experiment.tag} {stage}")
+            mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *EXPERIMENT_KIND)
         for start in range(0, len(parameters), BATCH):
             mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
         mlflow.log_text(config.to_yaml(experiment), "config.yaml")
@@ -161,6 +167,12 @@ def _run(stage: str, experiment: Experiment, digest: str) -> Iterator[Run]:
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
+
+
+def _name_project_run(run: Run, name: str) -> None:
+    """Give a run that `mlflow run` began a telling name, unless its user chose one."""
+    if re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.info.run_name or ""):
+        mlflow.set_tag("mlflow.runName", name)
 
 
 def commit() -> str:

@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("tag")
     show.set_defaults(run=_show)
     commands.add_parser("tags", help="list all tags").set_defaults(run=_tags)
+    text = "print all finished runs of main side by side: test accuracy in %, similarity, seconds"
+    commands.add_parser("compare", help=text, description=text).set_defaults(run=_compare)
     export = commands.add_parser("export", help="write networks of a run as ordinary state-dict files")
     export.add_argument("--run", dest="run_id", required=True, help="a run of prepare, generate or main")
     export.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -109,6 +111,20 @@ def _tags(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         if path.parent.name != "experiments":  # what stands there is for `extends` alone
             experiment = config.load(tag)
             print(f"{path.parent.name:10} {tag:28} {experiment.dataset.name:15} {experiment.network.architecture}")
+
+
+def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import tracking
+
+    overrides(rest)
+    tracking.connect()
+    table = tracking.compare()
+    print("no finished run of main" if table.empty else table.to_string(index=False, float_format=_rounded))
+
+
+def _rounded(value: float) -> str:
+    """A number with as many decimals as it needs beside the others."""
+    return f"{value:.3f}" if value <= 1 else f"{value:.2f}"
 
 
 def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -167,6 +167,11 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     return metrics | {"latent_size": latents.shape[1]}
 
 
+def _spread(collection: Collection, count: int) -> Collection:
+    """At most `count` checkpoints, evenly spread over a collection."""
+    return collection.select(torch.linspace(0, len(collection) - 1, min(count, len(collection))).long())
+
+
 @torch.inference_mode()
 def _encoded(autoencoder: nn.Module, vectors: Tensor, device: torch.device) -> Tensor:
     """Latents of vectors, (N, L), on the CPU."""
@@ -186,7 +191,7 @@ def _check_reconstruction(
     settings, device = experiment.autoencoder, resolve_device(experiment.device)
     images = datasets.load(experiment.dataset)
     network = _base_network(experiment, images, prepared)
-    some = collection.select(torch.linspace(0, len(collection) - 1, min(RECONSTRUCTED, len(collection))).long())
+    some = _spread(collection, RECONSTRUCTED)
     decoded = standardizer.decode(autoencoder(standardizer.encode(some).to(device)).cpu())
     before, after = (
         accuracy(
@@ -215,6 +220,7 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Met
     """Draw networks. Writes `generated.safetensors` and `.json`."""
     history, settings = History(out, log), experiment.generate
     generator, device = Generator.load(train / "generator"), resolve_device(experiment.device)
+    generator.diffusion.scheduler(experiment.sampler)  # imports diffusers now, so that the measure is of the draw
     batches = [
         range(settings.count)[k : k + settings.batch_size] for k in range(0, settings.count, settings.batch_size)
     ]
@@ -278,7 +284,7 @@ def _groups(experiment: Experiment, prepared: Path, generated: Path) -> dict[str
     settings = experiment.evaluate
     original = Collection.load(prepared / "checkpoints.safetensors")
     groups = {"original": original, "generated": Collection.load(generated / "generated.safetensors")}
-    standardizer, some = Standardizer.fit(original), original.select(slice(settings.noise_count))
+    standardizer, some = Standardizer.fit(original), _spread(original, settings.noise_count)
     for k, scale in enumerate(settings.noise):
         seed = sample_seed(experiment.seed, 5 + k)
         groups[f"noise_{scale:g}"] = baselines.noisy(some, standardizer, scale=scale, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from urllib.parse import urlparse
 
 import mlflow
 import numpy as np
+import pandas as pd
 import psutil
 import requests
 import torch
@@ -351,6 +353,35 @@ def main(experiment: Experiment, *, fresh: bool = False) -> Done:
         _copy_metrics(parent.info.run_id, metrics)
         mlflow.log_artifact(str(done.folder / "report.html"))
     return Done(parent.info.run_id, done.folder, metrics)
+
+
+COMPARED = {
+    "original mean": "test_accuracy/original_mean",
+    "max": "test_accuracy/original_max",
+    "min": "test_accuracy/original_min",
+    "generated mean": "test_accuracy/generated_mean",
+    "max ": "test_accuracy/generated_max",
+    "min ": "test_accuracy/generated_min",
+    "average": "test_accuracy/average_mean",
+    "original-original": "similarity/original_original",
+    "generated-generated": "similarity/generated_generated",
+    "original-generated(max)": "similarity/original_generated_max",
+}
+"""Column -> metric of the table that `compare` returns."""
+
+
+def compare() -> pd.DataFrame:
+    """Every finished run of all stages, one row each, the oldest first: test accuracy in %, similarity, seconds."""
+    rows = []
+    for run in reversed(_runs("attributes.status = 'FINISHED' and tags.`pdiff.stage` = 'main'")):
+        metrics, parameters = run.data.metrics, run.data.params
+        row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
+        for column, name in COMPARED.items():
+            row[column] = metrics.get(name, math.nan) * (100 if name.startswith("test_accuracy") else 1)
+        row["fit s"] = sum(metrics.get(f"seconds/{part}", math.nan) for part in ("autoencoder", "diffusion"))
+        row["draw s"] = metrics.get("seconds/generate", math.nan)
+        rows.append(row | {"run": run.info.run_id[:8]})
+    return pd.DataFrame(rows)
 
 
 def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:

@@ -91,6 +91,34 @@ def test_shapes_of_the_convolutional_autoencoder(size: int) -> None:
     assert autoencoder.encoder[:-1](F.pad(x, (0, -size % 64))[:, None]).shape == (3, 32, -(-size // 64) * 2)
 
 
+def test_the_convolutional_autoencoder_is_that_of_the_method() -> None:
+    """Section 3 in training mode, written out with the functions of torch."""
+    torch.manual_seed(0)
+    autoencoder, x = ConvAutoencoder(100, 6), torch.randn(4, 100)
+    p = dict(autoencoder.named_parameters())
+
+    def normalised(h: Tensor, name: str) -> Tensor:
+        h = (h - h.mean((0, 2), keepdim=True)) / (h.var((0, 2), unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return h * p[f"{name}.weight"][:, None] + p[f"{name}.bias"][:, None]
+
+    h = torch.cat([x, torch.zeros(4, 28)], 1)[:, None]
+    for k in range(5):
+        name = f"encoder.{k}"
+        h = normalised(F.conv1d(h, p[f"{name}.0.weight"], p[f"{name}.0.bias"], stride=2, padding=3), f"{name}.1")
+        h = torch.where(h > 0, h, 0.01 * h)
+    z = h.flatten(1) @ p["to_latent.weight"].T + p["to_latent.bias"]
+    z = z @ p["mean.weight"].T + p["mean.bias"]
+    assert torch.allclose(autoencoder.encode(x), z, atol=1e-4)
+    h = (z @ p["decoder.0.weight"].T + p["decoder.0.bias"]).reshape(4, 32, 4)
+    for k in range(2, 7):
+        weight, bias = p[f"decoder.{k}.0.weight"], p[f"decoder.{k}.0.bias"]
+        h = F.conv_transpose1d(h, weight, bias, stride=2, padding=3, output_padding=1)
+        h = normalised(h, f"decoder.{k}.1")
+        h = torch.where(h > 0, h, h.exp() - 1)
+    h = F.conv1d(h, p["decoder.7.weight"], p["decoder.7.bias"], padding=3)
+    assert torch.allclose(autoencoder.decode(z), h[:, 0, :100], atol=1e-3)
+
+
 def test_vectors_are_padded_with_zeros() -> None:
     torch.manual_seed(0)
     small, large = ConvAutoencoder(50, 5).eval(), ConvAutoencoder(64, 5).eval()

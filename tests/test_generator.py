@@ -200,6 +200,36 @@ def test_early_stopping_restores_the_best(ema: float) -> None:
     assert not denoiser.training
 
 
+def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SHARE", math.inf)
+    g = torch.Generator().manual_seed(0)
+    latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
+    options = QUICK | {"steps": 2000, "evaluate_every": 10, "schedule": "constant", "ema": 0.0, "patience": 3}
+
+    def run(path: Path | None, stop: int = -1) -> tuple[dict[str, Tensor], list[Point]]:
+        log: list[Point] = []
+
+        def listen(point: Point) -> None:
+            if point.step == stop:
+                raise KeyboardInterrupt
+            if point.name == "diffusion/heldout_loss":
+                log.append(point)
+
+        settings = DiffusionSettings(**options)
+        diffusion = make_diffusion(settings)
+        denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=listen, path=path)
+        return denoiser.state_dict(), log
+
+    expected, log = run(None)
+    stop = log[-1].step  # the evaluation that ends the training, after two others without a better loss
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "state.pt", stop)
+    found, rest = run(tmp_path / "state.pt")
+    assert rest == log[-1:]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_without_patience_the_last_weights_count() -> None:
     g = torch.Generator().manual_seed(0)
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)

@@ -133,6 +133,9 @@ def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
     }
     assert expected <= parent.data.metrics.keys()
     assert list((workspace / ".pdiff").glob("*/")) == [], "work folders are removed"
+    assert pdiff(["compare"]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[0] == "tiny" and float(row[5]) == pytest.approx(100 * generated.test_accuracy.mean(), abs=0.006)
 
     assert pdiff(["main", "--tag", "tiny.yaml", "--generate.count", "5"]) == 0
     assert capsys.readouterr().out.count("reusing run") >= 2

@@ -101,6 +101,8 @@ class Generator:
             standardizer = Standardizer(slots, _under("constant.", tensors), description["order"])
             if sorted(standardizer.order) != sorted([*standardizer.constants, *(slot.name for slot in slots)]):
                 raise ValueError("its order names other tensors than its slots and the constants")
+            if {tensors["latent_mean"].shape, tensors["latent_std"].shape} != {(autoencoder.latent_size,)}:
+                raise ValueError(f"latent_mean and latent_std do not hold {autoencoder.latent_size} numbers")
             if standardizer.size != autoencoder.size:
                 raise ValueError(f"its slots hold {standardizer.size} numbers, its autoencoder {autoencoder.size}")
             return cls(

@@ -14,7 +14,7 @@ warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCM
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def neutral(default: Any, **options: Any) -> Any:

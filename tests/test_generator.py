@@ -137,6 +137,8 @@ def damage(folder: Path, how: str) -> None:
         del description["slots"]
     elif how == "fewer slots":
         description["slots"].pop()
+    elif how == "a larger slot":
+        description["slots"][0]["shape"] = [4, 3]
     write_tensors(path, tensors)
     index.write_text(json.dumps(description))
 
@@ -153,6 +155,7 @@ PARTS = ["latent_mean", "denoiser.input.weight", "autoencoder.components", "cons
         "a part that is a text",
         "no slots",
         "fewer slots",
+        "a larger slot",
         *(f"without {part}" for part in PARTS),
     ],
 )

@@ -10,7 +10,7 @@ from torch.func import functional_call, vmap
 from tqdm.auto import tqdm
 
 from pdiff.datasets import Part
-from pdiff.prefix import split
+from pdiff.prefix import shrink, split
 from pdiff.weights import Collection, StateDict
 
 CHUNK_BYTES = 8 << 20  # of activations that enter the suffixes computed together: what stays in a cache
@@ -45,6 +45,8 @@ def predictions(
     with tqdm(total=len(images) * len(collection), desc=label, unit="prediction", unit_scale=True, disable=None) as bar:
         for batch, _ in images.batches(batch_size, device):
             activations = prefix(batch)
+            if not rows:
+                suffix = shrink(suffix, activations, states.keys())
             rows.append(torch.cat(list(run(suffix, states, activations, len(collection), bar.update))).cpu())
     return torch.cat(rows, dim=1)
 

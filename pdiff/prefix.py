@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 
 class Split(NamedTuple):
@@ -38,6 +39,47 @@ def split(network: nn.Module, generated: Collection[str]) -> Split:
         if node in dependent:
             moved[node] = after.node_copy(node, moved.__getitem__)
     return Split(fx.GraphModule(network, before), fx.GraphModule(network, after))
+
+
+def shrink(suffix: nn.Module, inputs: tuple, generated: Collection[str]) -> nn.Module:
+    """The suffix with frozen 3 x 3 convolutions of 1 x 1 images replaced by their central tap, which is all they use.
+
+    Deep layers have such images where a network meets small pictures: the last ones of ResNet-18 at 32 x 32.
+
+    Args:
+        suffix: of `split`; a suffix that was not traced is returned as it is.
+        inputs: what the prefix gives for some batch.
+        generated: names whose modules stay as they are.
+    """
+    if not isinstance(suffix, fx.GraphModule):
+        return suffix
+    ShapeProp(suffix).propagate(*inputs)
+    for node in suffix.graph.nodes:
+        module = suffix.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(module, nn.Conv2d) or any(name.startswith(f"{node.target}.") for name in generated):
+            continue
+        image, result = (n.meta["tensor_meta"].shape[2:] for n in (node.args[0], node))
+        if image == result == (1, 1) and module.kernel_size != (1, 1) and _has_central_tap(module):
+            suffix.add_submodule(node.target, _central_tap(module))
+    return suffix
+
+
+def _has_central_tap(convolution: nn.Conv2d) -> bool:
+    """Whether exactly one tap of the kernel meets a 1 x 1 image, and zeros the others."""
+    padding, dilation = convolution.padding, convolution.dilation
+    if convolution.padding_mode != "zeros" or isinstance(padding, str):
+        return False
+    return padding[0] % dilation[0] == 0 and padding[1] % dilation[1] == 0
+
+
+def _central_tap(convolution: nn.Conv2d) -> nn.Conv2d:
+    """The 1 x 1 convolution that equals one on a 1 x 1 image with its zero padding."""
+    row, column = (p // d for p, d in zip(convolution.padding, convolution.dilation, strict=True))
+    tap = convolution.weight[:, :, row : row + 1, column : column + 1].detach().clone()
+    shape = {"in_channels": convolution.in_channels, "out_channels": convolution.out_channels}
+    pointwise = nn.Conv2d(**shape, kernel_size=1, groups=convolution.groups, bias=convolution.bias is not None)
+    pointwise.weight, pointwise.bias = nn.Parameter(tap, requires_grad=False), convolution.bias
+    return pointwise.to(tap.device)
 
 
 def _dependent(graph: fx.Graph, generated: Collection[str]) -> set[fx.Node]:

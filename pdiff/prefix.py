@@ -42,7 +42,7 @@ def split(network: nn.Module, generated: Collection[str]) -> Split:
 
 
 def shrink(suffix: nn.Module, inputs: tuple, generated: Collection[str]) -> nn.Module:
-    """The suffix with frozen 3 x 3 convolutions of 1 x 1 images replaced by their central tap, which is all they use.
+    """The suffix with frozen convolutions of 1 x 1 images replaced by their central tap, which is all they use.
 
     Deep layers have such images where a network meets small pictures: the last ones of ResNet-18 at 32 x 32.
 
@@ -59,27 +59,31 @@ def shrink(suffix: nn.Module, inputs: tuple, generated: Collection[str]) -> nn.M
         if not isinstance(module, nn.Conv2d) or any(name.startswith(f"{node.target}.") for name in generated):
             continue
         image, result = (n.meta["tensor_meta"].shape[2:] for n in (node.args[0], node))
-        if image == result == (1, 1) and module.kernel_size != (1, 1) and _has_central_tap(module):
-            suffix.add_submodule(node.target, _central_tap(module))
+        if image == result == (1, 1) and _has_central_tap(module):
+            suffix.add_submodule(node.target, _CentralTap(module))
     return suffix
 
 
 def _has_central_tap(convolution: nn.Conv2d) -> bool:
     """Whether exactly one tap of the kernel meets a 1 x 1 image, and zeros the others."""
     padding, dilation = convolution.padding, convolution.dilation
-    if convolution.padding_mode != "zeros" or isinstance(padding, str):
+    if convolution.padding_mode != "zeros" or isinstance(padding, str) or convolution.groups > 1:
         return False
     return padding[0] % dilation[0] == 0 and padding[1] % dilation[1] == 0
 
 
-def _central_tap(convolution: nn.Conv2d) -> nn.Conv2d:
-    """The 1 x 1 convolution that equals one on a 1 x 1 image with its zero padding."""
-    row, column = (p // d for p, d in zip(convolution.padding, convolution.dilation, strict=True))
-    tap = convolution.weight[:, :, row : row + 1, column : column + 1].detach().clone()
-    shape = {"in_channels": convolution.in_channels, "out_channels": convolution.out_channels}
-    pointwise = nn.Conv2d(**shape, kernel_size=1, groups=convolution.groups, bias=convolution.bias is not None)
-    pointwise.weight, pointwise.bias = nn.Parameter(tap, requires_grad=False), convolution.bias
-    return pointwise.to(tap.device)
+class _CentralTap(nn.Linear):
+    """What a convolution makes of 1 x 1 images, as the matrix product that it is."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__(convolution.in_channels, convolution.out_channels, convolution.bias is not None)
+        row, column = (p // d for p, d in zip(convolution.padding, convolution.dilation, strict=True))
+        self.weight = nn.Parameter(convolution.weight[:, :, row, column].detach().clone(), requires_grad=False)
+        self.bias = convolution.bias
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, inputs, 1, 1) -> (B, outputs, 1, 1)."""
+        return super().forward(images.flatten(1))[:, :, None, None]
 
 
 def _dependent(graph: fx.Graph, generated: Collection[str]) -> set[fx.Node]:

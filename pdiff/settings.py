@@ -156,7 +156,7 @@ class Generate(Section):
     sampler: Literal["auto", "ddpm", "ddim", "dpmsolver++", "euler", "heun"] = "auto"
     sampling_steps: Annotated[int, Field(ge=0)] = 20
     seed: Seed = 0
-    batch_size: Positive = neutral(256)
+    batch_size: Positive = neutral(64)
 
 
 class Evaluate(Section):

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,6 @@ BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
 PARAMETER_LIMIT = 6000  # characters; MLflow cuts longer values silently
 SERVER_TIMEOUT = 5.0
-EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")  # shows runs, not traces of language models
 REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
 
 
@@ -158,7 +158,6 @@ def _run(stage: str, experiment: Experiment, digest: str) -> Iterator[Run]:
         parameters = [Param(f"config.{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
         if not nested:
             _name_project_run(run, f"{experiment.tag} {stage}")
-            mlflow.MlflowClient().set_experiment_tag(run.info.experiment_id, *EXPERIMENT_KIND)
         for start in range(0, len(parameters), BATCH):
             mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
         mlflow.log_text(config.to_yaml(experiment), "config.yaml")
@@ -177,8 +176,9 @@ def _name_project_run(run: Run, name: str) -> None:
         mlflow.set_tag("mlflow.runName", name)
 
 
+@cache
 def commit() -> str:
-    """The git commit of this code, or "unknown"."""
+    """The git commit of this code when it was first asked for, or "unknown"."""
     return get_git_commit(str(Path(__file__).parent)) or "unknown"
 
 

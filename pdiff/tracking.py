@@ -191,7 +191,7 @@ def finished(stage: str, digest: str) -> Run | None:
     return found[0] if found else None
 
 
-def execute(stage: str, experiment: Experiment, *, fresh: bool = False) -> Done:
+def execute(stage: str, experiment: Experiment, *, fresh: bool = False, known: dict[str, Done] | None = None) -> Done:
     """Run a stage after what it reads, each as a run; or reuse a finished one, and say so.
 
     Two processes that want the same stage do not do it twice: the second waits for the first.
@@ -200,11 +200,14 @@ def execute(stage: str, experiment: Experiment, *, fresh: bool = False) -> Done:
         stage: a name in `STAGES`.
         experiment: what it shall do.
         fresh: repeat this stage though it is finished.
+        known: stages of this experiment that are done, to which this one and what it reads are added.
     """
+    known = {} if known is None else known
     digest = config.digest(experiment, STAGES[stage].sections)
     with _exclusively(digest, f"{stage} of {experiment.tag}"):
         found = None if fresh else finished(stage, digest)
-        return _reuse(found, stage, experiment) if found else _perform(stage, experiment, digest)
+        known[stage] = _reuse(found, stage, experiment) if found else _perform(stage, experiment, digest, known)
+    return known[stage]
 
 
 @contextmanager
@@ -234,11 +237,12 @@ def _reuse(run: Run, stage: str, experiment: Experiment) -> Done:
     return Done(run.info.run_id, _artifacts(run), run.data.metrics)
 
 
-def _perform(stage: str, experiment: Experiment, digest: str) -> Done:
+def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, Done]) -> Done:
     """Run a stage in its work folder, then upload what it wrote."""
     work = work_folder() / digest
     with _run(stage, experiment, digest) as run:
-        upstream = {name: execute(name, experiment) for name in STAGES[stage].reads}
+        reads = STAGES[stage].reads
+        upstream = {name: known.get(name) or execute(name, experiment, known=known) for name in reads}
         mlflow.set_tags({f"pdiff.{name}_run": done.run_id for name, done in upstream.items()})
         tqdm.write(f"{stage}: run {run.info.run_id}" + (", resuming" if work.exists() else ""))
         log = RunLog(run.info.run_id)
@@ -346,8 +350,9 @@ def main(experiment: Experiment, *, fresh: bool = False) -> Done:
     digest = config.digest(experiment, STAGES["evaluate"].sections)
     with _run("main", experiment, digest) as parent:
         metrics: dict[str, float] = {}
+        known: dict[str, Done] = {}
         for stage in STAGES:
-            done = execute(stage, experiment, fresh=fresh)
+            done = execute(stage, experiment, fresh=fresh, known=known)
             mlflow.set_tag(f"pdiff.{stage}_run", done.run_id)
             metrics |= done.metrics
         _copy_metrics(parent.info.run_id, metrics)

@@ -74,14 +74,11 @@ def _stage(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import tracking
 
     fresh = arguments.fresh == "true"
-    try:
-        tracking.connect()
+    with tracking.connected():
         if arguments.command == "main":
             done = tracking.main(experiment, fresh=fresh)
         else:
             done = tracking.execute(arguments.command, experiment, fresh=fresh)
-    except tracking.Failure as error:
-        raise UserError(f"MLflow: {' '.join(str(error).split())}") from None
     if arguments.command in ("main", "evaluate"):
         _print_evaluation(done.folder)
     print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
@@ -117,8 +114,8 @@ def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import tracking
 
     overrides(rest)
-    tracking.connect()
-    table = tracking.compare()
+    with tracking.connected():
+        table = tracking.compare()
     print("no finished run of main" if table.empty else table.to_string(index=False, float_format=_rounded))
 
 
@@ -132,9 +129,10 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff.weights import Collection
 
     overrides(rest)
-    folder, tags = tracking.artifacts_of(arguments.run_id)
-    if "pdiff.generate_run" in tags:
-        folder, _ = tracking.artifacts_of(tags["pdiff.generate_run"])
+    with tracking.connected():
+        folder, tags = tracking.artifacts_of(arguments.run_id)
+        if "pdiff.generate_run" in tags:
+            folder, _ = tracking.artifacts_of(tags["pdiff.generate_run"])
     for name in ("generated", "checkpoints"):
         if (folder / f"{name}.safetensors").exists():
             collection = Collection.load(folder / f"{name}.safetensors")

@@ -34,16 +34,27 @@ def adopt(folder: Path, patterns: Sequence[str] = ("all",)) -> Collection:
         UserError: an absent or empty folder, a damaged file, a pickle with anything but tensors in it, mixed layouts,
             NaN or infinity; by file and tensor.
     """
-    if not folder.is_dir():
-        raise UserError(f"prepare.source: {folder} is not a folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if len(paths) < 2:
-        raise UserError(f"prepare.source: {folder} holds {len(paths)} files {'/'.join(SUFFIXES)}, expected at least 2")
+    paths = checkpoint_files(folder)
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda path: _chosen(read_state(path), path, patterns), paths)
         states = list(tqdm(read, total=len(paths), desc="read", unit="file", disable=None))
     check_states(states, [str(path) for path in paths])
     return Collection.stack(states, [path.name for path in paths])
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder by name, at least two."""
+    if not folder.is_dir():
+        raise UserError(f"prepare.source: {folder} is not a folder")
+    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if len(paths) < 2:
+        raise UserError(f"prepare.source: {folder} holds {len(paths)} files {'/'.join(SUFFIXES)}, expected at least 2")
+    return paths
+
+
+def first_state(folder: Path) -> StateDict:
+    """All tensors of the first checkpoint of a folder, those that are not generated included."""
+    return read_state(checkpoint_files(folder)[0])
 
 
 def read_state(path: Path) -> StateDict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from pdiff.errors import UserError
@@ -55,6 +56,19 @@ def build(name: str, *, pretrained: bool, classes: int, channels: int, image_siz
     Raises:
         UserError: there are no pretrained weights, or they are not on this machine and cannot be downloaded.
     """
+    network = _built(name, pretrained=pretrained, classes=classes, channels=channels, image_size=image_size)
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(2, channels, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = f"{channels} x {image_size} x {image_size}"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"network.architecture {name} does not take images of {size}: {reason}") from None
+    return network.train()
+
+
+def _built(name: str, *, pretrained: bool, classes: int, channels: int, image_size: int) -> nn.Module:
+    """The network itself."""
     if name in ARCHITECTURES and not pretrained:
         return ARCHITECTURES[name](classes=classes, channels=channels, image_size=image_size)
     import timm

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pdiff.errors import UserError
@@ -45,10 +46,23 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:  # a full disk, most of the time
+            raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def write_state(path: Path, state: Any) -> None:
+    """Write tensors in containers as `torch.save` does, whole or not at all."""
+    with whole(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # a full disk, most of the time
+            raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def read_json(path: Path) -> Any:

@@ -23,21 +23,18 @@ class Point(NamedTuple):
 Log = Callable[[Point], object]
 
 
-def log_all(log: Log, metrics: dict[str, float]) -> None:
-    """Log a dict of metrics at step 0."""
-    for name, value in metrics.items():
-        log(Point(name, value))
-
-
 @contextmanager
 def measured(log: Log, what: str) -> Iterator[None]:
     """Log `seconds/<what>`, and `memory_mb/<what>`: the peak so far of the process, or of the GPU in the block."""
-    cuda = torch.cuda.is_available()
-    if cuda:
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     yield
     log(Point(f"seconds/{what}", time.perf_counter() - start))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_initialized()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    )
     log(Point(f"memory_mb/{what}", peak / 2**20))

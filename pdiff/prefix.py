@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -54,12 +55,13 @@ def shrink(suffix: nn.Module, inputs: tuple, generated: Collection[str]) -> nn.M
     if not isinstance(suffix, fx.GraphModule):
         return suffix
     ShapeProp(suffix).propagate(*inputs)
+    calls = Counter(node.target for node in suffix.graph.nodes if node.op == "call_module")
     for node in suffix.graph.nodes:
         module = suffix.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(module, nn.Conv2d) or any(name.startswith(f"{node.target}.") for name in generated):
             continue
         image, result = (n.meta["tensor_meta"].shape[2:] for n in (node.args[0], node))
-        if image == result == (1, 1) and _has_central_tap(module):
+        if image == result == (1, 1) and calls[node.target] == 1 and _has_central_tap(module):
             suffix.add_submodule(node.target, _CentralTap(module))
     return suffix
 
@@ -69,7 +71,8 @@ def _has_central_tap(convolution: nn.Conv2d) -> bool:
     padding, dilation = convolution.padding, convolution.dilation
     if convolution.padding_mode != "zeros" or isinstance(padding, str) or convolution.groups > 1:
         return False
-    return padding[0] % dilation[0] == 0 and padding[1] % dilation[1] == 0
+    triples = zip(padding, dilation, convolution.kernel_size, strict=True)
+    return all(p % d == 0 and p // d < k for p, d, k in triples)
 
 
 class _CentralTap(nn.Linear):

@@ -29,7 +29,8 @@ class Section(BaseModel):
 
 
 class Optimization(Section):
-    """How something is trained."""
+    """How something is trained. `one_cycle` also cycles the momentum (Adam's first beta), as PyTorch's does;
+    `final_learning_rate` is where `cosine` ends."""
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: Rate = 1e-3
@@ -167,6 +168,12 @@ class Evaluate(Section):
     noise_count: Positive = 300
     baselines: tuple[Literal["average"], ...] = ("average",)
     batch_size: Positive = neutral(500)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        if len({f"{scale:g}" for scale in self.noise}) < len(self.noise):
+            raise ValueError(f"noise holds a scale twice: {list(self.noise)}")
+        return self
 
 
 class Experiment(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,20 +15,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pdiff import baselines, config, datasets, figures
-from pdiff.adopt import adopt
+from pdiff.adopt import adopt, first_state
 from pdiff.architectures import build
 from pdiff.checkpoints import collect, generated_names, pretrain
 from pdiff.datasets import Images, Part
 from pdiff.diffusion import sample_seed
 from pdiff.errors import UserError
 from pdiff.evaluation import accuracy, network_accuracy, predictions
-from pdiff.files import read_tensors, whole, write_json, write_tensors, write_text
+from pdiff.files import read_tensors, whole, write_json, write_state, write_tensors, write_text
 from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale, make_diffusion
-from pdiff.log import Log, Point, log_all, measured
+from pdiff.log import Log, Point, measured
 from pdiff.settings import Experiment
 from pdiff.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
 from pdiff.training import resolve_device
-from pdiff.weights import Collection, Standardizer
+from pdiff.weights import Collection, Standardizer, StateDict
 
 STATE = ".state"  # folder of a stage's own, for resuming; not an artifact
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
@@ -36,7 +37,7 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": torch.amax,
     "min": torch.amin,
     "std": partial(torch.std, correction=0),
-    "median": torch.median,
+    "median": partial(torch.quantile, q=0.5),
 }
 
 Metrics = dict[str, float]
@@ -59,6 +60,9 @@ class History:
         self.log(point)
 
     def __call__(self, point: Point) -> None:
+        before = self.points.get((point.name, point.step))
+        if before and point.name.startswith("seconds/"):  # of an interrupted run
+            point = point._replace(value=point.value + before.value)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
         self._keep(point)
@@ -94,8 +98,9 @@ def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
     network = _network(experiment, images, pretrained=experiment.network.pretrained).to(device)
     validate = partial(network_accuracy, images=images.validation, batch_size=500, device=device)
     if experiment.prepare.source:
-        collection = adopt(Path(experiment.prepare.source).expanduser(), experiment.prepare.parameters)
-        _load_into(network, collection, experiment.prepare.source)
+        source = Path(experiment.prepare.source).expanduser()
+        collection = adopt(source, experiment.prepare.parameters)
+        _load_into(network, first_state(source), source, complete=not experiment.network.pretrained)
     else:
         collection = _collected(experiment, network, images, validate, out, history)
     if not (out / "network.safetensors").exists():
@@ -124,16 +129,26 @@ def _collected(
         return collect(network, images, settings.collect, names, seed=seeds[1], log=log, path=state / "collect.pt")
 
 
-def _load_into(network: nn.Module, collection: Collection, source: str) -> None:
-    """Put the first checkpoint into the base network."""
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    for name, tensor in collection[0].items():
-        if expected.get(name) != tuple(tensor.shape):
-            raise UserError(
-                f"prepare.source {source}: {name} is {tuple(tensor.shape)}, "
-                f"but the network has {expected.get(name, 'no such tensor')}"
-            )
-    network.load_state_dict(collection[0], strict=False)
+def _load_into(network: nn.Module, state: StateDict, source: Path, *, complete: bool) -> None:
+    """Put a checkpoint into the base network; where it must be `complete`, it holds all of the network's parameters.
+
+    Raises:
+        UserError: tensors that the network has not, or has in another shape or kind; or that the checkpoint lacks.
+    """
+    own = network.state_dict()
+    for name, tensor in state.items():
+        fits = name in own and own[name].shape == tensor.shape
+        if not fits or own[name].is_floating_point() != tensor.is_floating_point():
+            expected = f"{tuple(own[name].shape)} {own[name].dtype}" if name in own else "no such tensor"
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise UserError(f"prepare.source {source}: {name} is {found}, but the network has {expected}")
+    missing = [name for name, _ in network.named_parameters() if name not in state]
+    if complete and missing:
+        raise UserError(
+            f"prepare.source {source}: the files lack {len(missing)} parameters of the network, such as {missing[0]}; "
+            f"the rest of the network would be random (network.pretrained is false)"
+        )
+    network.load_state_dict(state, strict=False)
 
 
 def _describe(experiment: Experiment, images: Images, path: Path) -> None:
@@ -154,7 +169,7 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     with measured(history, "autoencoder"):
         path = state / "autoencoder.pt"
         autoencoder = fit_autoencoder(vectors[fitted], experiment.autoencoder, seed=seeds[1], path=path, **common)
-    metrics = _check_reconstruction(experiment, collection, standardizer, autoencoder, prepare, history)
+    _check_reconstruction(experiment, collection, standardizer, autoencoder, prepare, history)
     latents = _encoded(autoencoder, vectors, device)
     mean, std = latent_scale(latents[fitted], standardize=experiment.diffusion.standardize_latents)
     latents, diffusion = (latents - mean) / std, make_diffusion(experiment.diffusion)
@@ -164,7 +179,7 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
         denoiser = fit_denoiser(diffusion, **parts, settings=experiment.diffusion, seed=seeds[2], path=path, **common)
     Generator(standardizer, autoencoder, mean, std, denoiser, diffusion).save(out / "generator")
     history.save(out / "history.csv")
-    return metrics | {"latent_size": latents.shape[1]}
+    return {"latent_size": latents.shape[1]}
 
 
 def _spread(collection: Collection, count: int) -> Collection:
@@ -186,7 +201,7 @@ def _check_reconstruction(
     autoencoder: nn.Module,
     prepared: Path,
     log: Log,
-) -> Metrics:
+) -> None:
     """Accuracy on validation images of a few checkpoints, before and after the autoencoder; a large drop is told."""
     settings, device = experiment.autoencoder, resolve_device(experiment.device)
     images = datasets.load(experiment.dataset)
@@ -200,11 +215,8 @@ def _check_reconstruction(
         ).mean()
         for group in (some, decoded)
     )
-    metrics = {
-        "autoencoder/original_val_accuracy": before.item(),
-        "autoencoder/reconstruction_val_accuracy": after.item(),
-    }
-    log_all(log, metrics)
+    log(Point("autoencoder/original_val_accuracy", before.item()))
+    log(Point("autoencoder/reconstruction_val_accuracy", after.item()))
     if before - after > settings.max_accuracy_drop:
         message = (
             f"autoencoder: reconstructed networks reach {after:.2%} on validation images, {before:.2%} before; "
@@ -213,7 +225,6 @@ def _check_reconstruction(
         if settings.on_accuracy_drop == "stop":
             raise UserError(message)
         tqdm.write(f"warning: {message}")
-    return metrics
 
 
 def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Metrics:
@@ -227,7 +238,9 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Met
     drawn = []
     with measured(history, "generate"):
         for rows in batches:
-            drawn.append(_drawn(generator, experiment, rows, device, out / STATE / f"{rows.start}.safetensors"))
+            drawn.append(
+                _drawn(generator, experiment, rows, device, out / STATE / f"{rows.start}_{rows.stop}.safetensors")
+            )
     tensors = {name: torch.cat([part.tensors[name] for part in drawn]) for name in drawn[0].tensors}
     Collection(tensors).save(out / "generated.safetensors")
     history.save(out / "history.csv")
@@ -269,12 +282,11 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     with measured(history, "similarity"):
         evaluation, matrix = _compared(groups, wrong)
         metrics = _summary(evaluation, matrix, len(groups["original"]))
-    log_all(history, metrics)
     with whole(out / "evaluation.csv") as temporary:
         evaluation.to_csv(temporary, index=False)
     write_tensors(out / "similarity.safetensors", {"matrix": matrix})
     history.save(out / "history.csv")
-    write_json(out / "summary.json", metrics)
+    write_json(out / "summary.json", {n: v if math.isfinite(v) else None for n, v in metrics.items()})
     _report(experiment, out, evaluation, matrix, metrics, [prepare, train, generate])
     return metrics
 
@@ -375,8 +387,7 @@ def export(collection: Collection, base: Path, out: Path, *, form: str, index: l
         if form == "safetensors":
             write_tensors(path, state)
         else:
-            with whole(path) as temporary:
-                torch.save(state, temporary)
+            write_state(path, state)
         paths.append(path)
     return paths
 
@@ -390,13 +401,12 @@ class Stage:
     sections: tuple[str, ...]
 
 
+PREPARED = ("dataset", "network", "prepare")
+TRAINED = (*PREPARED, "autoencoder", "diffusion")
+GENERATED = (*TRAINED, "generate")
 STAGES = {
-    "prepare": Stage(prepare, (), ("dataset", "network", "prepare")),
-    "train": Stage(train, ("prepare",), ("dataset", "network", "prepare", "autoencoder", "diffusion")),
-    "generate": Stage(generate, ("train",), ("dataset", "network", "prepare", "autoencoder", "diffusion", "generate")),
-    "evaluate": Stage(
-        evaluate,
-        ("prepare", "train", "generate"),
-        ("dataset", "network", "prepare", "autoencoder", "diffusion", "generate", "evaluate"),
-    ),
+    "prepare": Stage(prepare, (), PREPARED),
+    "train": Stage(train, ("prepare",), TRAINED),
+    "generate": Stage(generate, ("train",), GENERATED),
+    "evaluate": Stage(evaluate, ("prepare", "train", "generate"), (*GENERATED, "evaluate")),
 }

@@ -50,9 +50,6 @@ SERVER_TIMEOUT = 5.0
 REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
 
 
-Failure = mlflow.MlflowException  # what a store that fails raises
-
-
 class Done(NamedTuple):
     """A finished run of a stage: where its artifacts are, and its metrics."""
 
@@ -64,6 +61,20 @@ class Done(NamedTuple):
 def work_folder() -> Path:
     """Where unfinished stages keep what they have: the variable PDIFF_WORK, else `.pdiff` in the current folder."""
     return Path(os.environ.get("PDIFF_WORK", ".pdiff")).absolute()
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Work with the tracking store; what fails in it becomes one line.
+
+    Raises:
+        UserError: a store that does not answer, cannot be written to, or fails.
+    """
+    try:
+        connect()
+        yield
+    except mlflow.MlflowException as error:
+        raise UserError(f"MLflow: {' '.join(str(error).split())}") from None
 
 
 def connect() -> None:
@@ -110,8 +121,14 @@ def _process(pid: int) -> str:
 
 def _alive(process: str) -> bool:
     """Whether a process of this host runs; those of other hosts are taken to."""
-    host, pid, _ = process.rsplit(":", 2)
-    return host != socket.gethostname() or (psutil.pid_exists(int(pid)) and _process(int(pid)) == process)
+    host, pid, started = process.rsplit(":", 2)
+    if host != socket.gethostname():
+        return True
+    try:
+        found = psutil.Process(int(pid))
+        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - float(started)) < 2
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _close_dead_runs() -> None:
@@ -206,8 +223,19 @@ def execute(stage: str, experiment: Experiment, *, fresh: bool = False, known: d
     digest = config.digest(experiment, STAGES[stage].sections)
     with _exclusively(digest, f"{stage} of {experiment.tag}"):
         found = None if fresh else finished(stage, digest)
+        if fresh:
+            shutil.rmtree(work_folder() / digest, ignore_errors=True)
         known[stage] = _reuse(found, stage, experiment) if found else _perform(stage, experiment, digest, known)
+        if stage == "train" and experiment.register:
+            _register(known[stage].run_id, f"pdiff-{experiment.tag}")
     return known[stage]
+
+
+def _register(run_id: str, name: str) -> None:
+    """Register the generator of a run of train as a model, once."""
+    versions = mlflow.search_model_versions(filter_string=f"name = '{name}'")
+    if run_id not in {version.run_id for version in versions}:
+        mlflow.register_model(f"runs:/{run_id}/generator", name)
 
 
 @contextmanager
@@ -250,6 +278,10 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
             metrics = STAGES[stage].run(experiment, work, log, **{name: done.folder for name, done in upstream.items()})
             for name, value in metrics.items():
                 log(Point(name, value))
+        except UserError:
+            if not list((work / STATE).glob("*.pt")):  # a mistake at the start, not an interruption
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         finally:
             log.flush()
         for path in sorted(work.iterdir()):
@@ -297,7 +329,7 @@ class Denoising(torch.nn.Module):
 
 
 def _log_generator(experiment: Experiment, folder: Path) -> None:
-    """Log a model whose `predict` returns new weights; register it as `pdiff-<tag>` where asked for."""
+    """Log a model whose `predict` returns new weights."""
     with _quiet():
         mlflow.pyfunc.log_model(
             name="generator",
@@ -305,7 +337,6 @@ def _log_generator(experiment: Experiment, folder: Path) -> None:
             artifacts={"generator": str(folder)},
             model_config={"sampler": experiment.sampler, "steps": experiment.sampling_steps},
             pip_requirements=REQUIREMENTS,
-            registered_model_name=f"pdiff-{experiment.tag}" if experiment.register else None,
         )
 
 
@@ -399,4 +430,6 @@ def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:
         run = mlflow.get_run(run_id)
     except mlflow.MlflowException as error:
         raise UserError(f"--run: {error.message.splitlines()[0]}") from None
+    if reused := run.data.tags.get("pdiff.reused"):
+        return artifacts_of(reused)
     return _artifacts(run), run.data.tags

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pdiff.diffusion import sample_seed
 from pdiff.errors import UserError
-from pdiff.files import whole
+from pdiff.files import write_state
 from pdiff.log import Log, Point
 from pdiff.settings import Optimization
 
@@ -209,8 +209,7 @@ def resumable(trainer: Trainer, path: Path | None, *beside: Stateful) -> Iterato
         yield step
         if path and (time.monotonic() - saved > pause or step.number == trainer.steps):
             begin = time.monotonic()
-            with whole(path) as temporary:
-                torch.save([part.state_dict() for part in parts], temporary)
+            write_state(path, [part.state_dict() for part in parts])
             saved = time.monotonic()
             pause = max(SAVE_SECONDS, (saved - begin) / SAVE_SHARE)
 

@@ -1,11 +1,13 @@
 """Files that appear whole or not at all, and refusals of damaged ones."""
 
+import resource
 import stat
 from pathlib import Path
 
 import pytest
 import torch
 
+from pdiff import files
 from pdiff.errors import UserError
 from pdiff.files import read_json, read_tensors, whole, write_json, write_tensors, write_text
 
@@ -84,3 +86,16 @@ def test_a_truncated_tensor_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="not a readable safetensors file"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("write", [files.write_tensors, files.write_state])
+def test_a_full_disk_is_an_os_error(write, tmp_path: Path) -> None:
+    """Libraries raise errors of their own where a file cannot grow; here all of them are OSErrors."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            write(tmp_path / "file", {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

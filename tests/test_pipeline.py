@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pdiff import architectures
 from pdiff.__main__ import main as pdiff
+from pdiff.generator import Generator
 
 TINY = """
 dataset: {name: digits, validation_fraction: 0.2}
@@ -167,7 +168,10 @@ def test_export_writes_what_a_network_loads(workspace):
 
 
 def test_registered_model_returns_new_weights(workspace):
-    assert pdiff(["train", "--tag", "tiny.yaml", "--register", "true"]) == 0
+    assert pdiff(["train", "--tag", "tiny.yaml"]) == 0
+    for _ in range(2):  # a finished run is registered, too, and once
+        assert pdiff(["train", "--tag", "tiny.yaml", "--register", "true"]) == 0
+    assert [version.version for version in mlflow.search_model_versions()] == [1]
     assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
     model = mlflow.pyfunc.load_model("models:/pdiff-tiny/1")
     weights = model.predict(pd.DataFrame({"count": [8], "seed": [0]}))
@@ -287,3 +291,43 @@ def test_no_permission_is_one_line(workspace, capfd, monkeypatch):
     monkeypatch.setenv("PDIFF_WORK", str(workspace / "file" / "work"))
     assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 2
     assert "cannot be written" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupted_draw_resumes_with_another_batch_size(workspace, monkeypatch):
+    """Interrupted in the second batch of four, resumed in batches of two: the same networks."""
+    assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
+    draw, calls = Generator.sample, []
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "sample", interrupted)
+        assert pdiff(["generate", "--tag", "tiny.yaml", "--fresh", "--generate.batch_size", "4"]) == 130
+    mlflow.MlflowClient().delete_run(runs("generate")[0].info.run_id)  # or it would be reused
+    assert pdiff(["generate", "--tag", "tiny.yaml", "--generate.batch_size", "2"]) == 0
+    first, second = (load_file(path) for path in workspace.glob("mlruns/*/*/artifacts/generated.safetensors"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor)
+
+
+def test_own_checkpoints_bring_their_frozen_layers(workspace, capfd):
+    """Only the last layer is generated; the others come from the files, not from a random network."""
+    network = architectures.build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
+    Path("own").mkdir()
+    for k in range(4):
+        state = {n: t + 0.01 * torch.randn(t.shape) * n.startswith("3.") for n, t in network.state_dict().items()}
+        torch.save({"state_dict": state}, f"own/{k}.pth")
+    words = ["prepare", "--tag", "tiny.yaml", "--prepare.source", "own", "--prepare.parameters"]
+    assert pdiff([*words, "[3.*]"]) == 0
+    (run,) = runs("prepare")
+    base = load_file(artifacts(run) / "network.safetensors")
+    assert all(torch.equal(base[name], network.state_dict()[name]) for name in ("1.weight", "1.bias"))
+    assert set(load_file(artifacts(run) / "checkpoints.safetensors")) == {"3.weight", "3.bias"}
+    for k in range(4):
+        torch.save({n: t for n, t in network.state_dict().items() if n.startswith("3.")}, f"own/{k}.pth")
+    assert pdiff([*words, "all"]) == 2
+    assert "1.weight" in capfd.readouterr().err.splitlines()[-1]

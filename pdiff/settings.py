@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pdiff.diffusion import SAMPLERS_OF
 
@@ -14,6 +14,7 @@ warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCM
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Several = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))  # one is several, too
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -56,8 +57,8 @@ class Dataset(Section):
     resize: Annotated[int, Field(ge=0, le=1024)] = 0
     channels: Literal[0, 1, 3] = 0
     augment: bool = False
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[Rate, ...] = (0.5,)
+    mean: Annotated[tuple[float, ...], Several] = (0.5,)
+    std: Annotated[tuple[Rate, ...], Several] = (0.5,)
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     split_seed: Seed = 0
 
@@ -91,7 +92,7 @@ class Prepare(Section):
     """Where the collection comes from: `parameters` are names or patterns of what is generated, or "all";
     `source` is a folder of somebody's checkpoint files instead of training."""
 
-    parameters: tuple[str, ...] = ("all",)
+    parameters: Annotated[tuple[str, ...], Several] = ("all",)
     source: str = ""
     pretrain: Pretrain = Pretrain()
     collect: Collect = Collect()
@@ -164,9 +165,9 @@ class Evaluate(Section):
     """What generated networks are compared with: noise on `noise_count` originals at every scale of `noise`, and the
     baselines."""
 
-    noise: tuple[NonNegative, ...] = (0.001, 0.05, 0.15)
+    noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
     noise_count: Positive = 300
-    baselines: tuple[Literal["average"], ...] = ("average",)
+    baselines: Annotated[tuple[Literal["average"], ...], Several] = ("average",)
     batch_size: Positive = neutral(500)
 
     @model_validator(mode="after")

@@ -129,7 +129,7 @@ def test_all_problems_in_one_message(write):
         ("- 1", "t.yaml: holds a list, expected sections"),
         ("", "t.yaml: holds a NoneType, expected sections"),
         (BASE + "1: 2", "t.yaml: keys should be strings"),
-        (BASE + "prepare: {parameters: layer4}", "t.yaml: prepare.parameters: input should be a valid tuple"),
+        (BASE + "prepare: {parameters: 3}", "t.yaml: prepare.parameters: input should be a valid string"),
         (BASE + "seed: .nan", "t.yaml: seed: "),
         (BASE + "autoencoder: {learning_rate: .inf}", "t.yaml: autoencoder.learning_rate: input should be a finite"),
         (BASE + "autoencoder: {kind: conv}", "t.yaml: autoencoder: latent_size 'auto' needs kind pca"),

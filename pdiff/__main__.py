@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("tag")
     show.set_defaults(run=_show)
     commands.add_parser("tags", help="list all tags").set_defaults(run=_tags)
-    text = "print all finished runs of main side by side: test accuracy in %, similarity, seconds"
+    text = "print all finished runs of main side by side: test accuracy in percent, similarity, seconds"
     commands.add_parser("compare", help=text, description=text).set_defaults(run=_compare)
     export = commands.add_parser("export", help="write networks of a run as ordinary state-dict files")
     export.add_argument("--run", dest="run_id", required=True, help="a run of prepare, generate or main")

@@ -12,7 +12,7 @@ def test_help(command, capsys) -> None:
         main([*command, "--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert "usage: pdiff" in printed and all(name in printed for name in (ENTRY_POINTS if not command else command))
+    assert "usage: pdiff" in printed and all(name in printed for name in (command or ENTRY_POINTS))
 
 
 def test_tags_and_show(capsys) -> None:

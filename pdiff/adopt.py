@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pdiff.checkpoints import check_states
+from pdiff.checkpoints import check_states, matching
 from pdiff.errors import UserError
 from pdiff.files import read_tensors
 from pdiff.weights import Collection, StateDict
@@ -89,9 +88,7 @@ def _load(path: Path) -> Any:
 
 def _chosen(state: StateDict, path: Path, patterns: Sequence[str]) -> StateDict:
     """The tensors of a state that match, in its order."""
-    if tuple(patterns) == ("all",):
-        return state
-    chosen = {n: t for n, t in state.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
+    chosen = {name: state[name] for name in matching(state, patterns)}
     if not chosen:
         raise UserError(f"{path}: no tensor matches prepare.parameters {', '.join(patterns)}")
     return chosen

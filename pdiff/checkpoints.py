@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from pdiff.log import Log, Point
 from pdiff.prefix import split
 from pdiff.settings import Collect, Pretrain
 from pdiff.training import Best, Trainer, follow
-from pdiff.weights import Collection, StateDict, is_generated
+from pdiff.weights import Collection, StateDict, is_generated, not_finite
 
+EVERYTHING = ("all",)
 IMPLIED = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -29,15 +30,19 @@ def generated_names(network: nn.Module, patterns: Sequence[str]) -> list[str]:
         UserError: a pattern that matches nothing.
     """
     state = network.state_dict()
-    if tuple(patterns) == ("all",):
-        return list(state)
-    for pattern in patterns:
+    for pattern in () if tuple(patterns) == EVERYTHING else patterns:
         if not any(fnmatchcase(name, pattern) for name in state):
             raise UserError(
                 f"prepare.parameters: {pattern!r} matches none of the network's {len(state)} tensors, "
                 f"such as {', '.join(list(state)[-4:])}"
             )
-    return [name for name in state if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return matching(state, patterns)
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names, in their order, that are one of the patterns or match it; every name for "all" alone."""
+    everything = tuple(patterns) == EVERYTHING
+    return [name for name in names if everything or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def snapshot(network: nn.Module, names: Sequence[str]) -> StateDict:
@@ -184,5 +189,5 @@ def check_states(states: Sequence[StateDict], names: Sequence[str]) -> None:
                 raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)} as in {names[0]}")
             if tensor.dtype != dtype:
                 raise UserError(f"{where}: {name} is {tensor.dtype}, expected {dtype} as in {names[0]}")
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UserError(f"{where}: {name} holds NaN or infinity, expected finite numbers")
+        if name := not_finite(state):
+            raise UserError(f"{where}: {name} holds NaN or infinity, expected finite numbers")

@@ -18,7 +18,7 @@ from pdiff.files import read_json, read_tensors, write_json, write_tensors
 from pdiff.log import Log, Point
 from pdiff.settings import Autoencoder, DiffusionSettings
 from pdiff.training import Best, Trainer, follow, shuffled
-from pdiff.weights import Collection, Slot, Standardizer
+from pdiff.weights import Collection, Slot, Standardizer, not_finite
 
 FORMAT = 1
 HELDOUT_BLOCKS = 4
@@ -92,8 +92,8 @@ class Generator:
         description, tensors = read_json(path), read_tensors(folder / "generator.safetensors")
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             raise UserError(f"{path}: not a generator of format {FORMAT}")
-        if bad := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
-            raise UserError(f"{folder / 'generator.safetensors'}: {bad[0]} holds NaN or infinity")
+        if name := not_finite(tensors):
+            raise UserError(f"{folder / 'generator.safetensors'}: {name} holds NaN or infinity")
         try:
             slots = [Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in description["slots"]]
             autoencoder = _make(AUTOENCODERS, description["autoencoder"], _under("autoencoder.", tensors))

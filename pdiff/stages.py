@@ -28,7 +28,7 @@ from pdiff.log import Log, Point, measured
 from pdiff.settings import Experiment
 from pdiff.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
 from pdiff.training import resolve_device
-from pdiff.weights import Collection, Standardizer, StateDict
+from pdiff.weights import Collection, Standardizer, StateDict, not_finite
 
 STATE = ".state"  # folder of a stage's own, for resuming; not an artifact
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
@@ -259,9 +259,8 @@ def _drawn(generator: Generator, experiment: Experiment, rows: range, device: to
     seeds = [sample_seed(experiment.generate.seed, k) for k in rows]
     options = {"sampler": experiment.sampler, "steps": experiment.sampling_steps}
     drawn = generator.sample(seeds, device=device, progress=bar, **options)
-    for name, tensor in drawn.tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"generate: {name} of a generated network holds NaN or infinity; the generator diverged")
+    if name := not_finite(drawn.tensors):
+        raise UserError(f"generate: {name} of a generated network holds NaN or infinity; the generator diverged")
     drawn.save(path)
     return drawn
 

@@ -286,9 +286,7 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
             log.flush()
         for path in sorted(work.iterdir()):
             if path.name != STATE:
-                (mlflow.log_artifacts if path.is_dir() else mlflow.log_artifact)(
-                    str(path), *([path.name] if path.is_dir() else [])
-                )
+                mlflow.log_artifact(str(path))  # a folder with what is in it
         _log_beside(stage, experiment, work)
     shutil.rmtree(work)
     ended = mlflow.get_run(run.info.run_id)

@@ -77,9 +77,8 @@ class Collection:
         found = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
         if not isinstance(index, dict) or found != index.get("layout") or "checkpoints" not in index:
             raise UserError(f"{path}: its tensors are not those of its index {path.with_suffix('.json').name}")
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UserError(f"{path}: tensor {name!r} holds NaN or infinity, expected finite numbers")
+        if name := not_finite(tensors):
+            raise UserError(f"{path}: tensor {name!r} holds NaN or infinity, expected finite numbers")
         return cls({name: tensors[name] for name in index["layout"]}, index["checkpoints"])
 
 
@@ -101,6 +100,11 @@ class Slot:
     def size(self) -> int:
         """Numbers in one checkpoint's tensor."""
         return torch.Size(self.shape).numel()
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, if one does."""
+    return next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
 
 
 def is_generated(name: str, tensor: Tensor) -> bool:

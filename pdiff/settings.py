@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Annotated, Any, Literal
 
@@ -64,10 +65,12 @@ class Dataset(Section):
 
 
 class Network(Section):
-    """The classifier whose weights are generated."""
+    """The classifier whose weights are generated: `architecture` is a name (`pdiff.architectures`, timm's) or
+    `path/to/file.py:function`; `pretrained` takes timm's weights, or those in the file `weights`."""
 
     architecture: str
     pretrained: bool = False
+    weights: str = ""
 
 
 class Pretrain(Optimization):
@@ -79,28 +82,33 @@ class Pretrain(Optimization):
 
 
 class Collect(Optimization):
-    """Fine-tuning of the generated parameters, saved every few steps until there are enough checkpoints."""
+    """Fine-tuning of the generated parameters, saved every few steps until there are enough checkpoints;
+    `every_steps: auto` spreads them over one epoch."""
 
     learning_rate: Rate = 0.03
     weight_decay: NonNegative = 5e-4
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     checkpoints: Annotated[int, Field(ge=2)] = 300
-    every_steps: Positive = 1
+    every_steps: Positive | Literal["auto"] = 1
 
 
 class Prepare(Section):
     """Where the collection comes from: `parameters` are names or patterns of what is generated, or "all";
-    `source` is a folder of somebody's checkpoint files instead of training."""
+    `source` is a folder of somebody's checkpoint files instead of training, `exclude` names or patterns of files
+    there that are left out."""
 
     parameters: Annotated[tuple[str, ...], Several] = ("all",)
     source: str = ""
+    exclude: Annotated[tuple[str, ...], Several] = ()
     pretrain: Pretrain = Pretrain()
     collect: Collect = Collect()
 
 
 class Autoencoder(Optimization):
-    """Vectors <-> latents. The fields of training concern `conv` alone, `variance` the automatic size of `pca`."""
+    """Vectors <-> latents, fitted on the first `checkpoints` of the collection, 0 for all. The fields of training
+    concern `conv` alone, `variance` the automatic size of `pca`; `kl_weight` > 0 makes `conv` variational."""
 
+    checkpoints: Annotated[int, Field(ge=0)] = 0
     kind: Literal["pca", "conv"] = "pca"
     latent_size: Positive | Literal["auto"] = "auto"
     variance: Annotated[float, Field(gt=0, le=1)] = 0.999
@@ -121,7 +129,7 @@ class Autoencoder(Optimization):
 
 
 class DiffusionSettings(Optimization):
-    """Latent diffusion. `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops
+    """Latent diffusion; with `steps` 0 there is none, and latents are drawn from a Gaussian. `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops
     after as many evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best."""
 
     denoiser: Literal["mlp", "conv"] = "mlp"
@@ -132,7 +140,7 @@ class DiffusionSettings(Optimization):
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
     standardize_latents: bool = True
-    steps: Positive = 1000
+    steps: Annotated[int, Field(ge=0)] = 1000
     learning_rate: Rate = 1e-3
     schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
     batch_size: Positive = 128
@@ -152,40 +160,65 @@ class DiffusionSettings(Optimization):
 
 class Generate(Section):
     """How networks are drawn. `sampler: auto` takes the first that follows the prediction; `sampling_steps` are
-    denoiser calls, 0 for all timesteps."""
+    denoiser calls, 0 for all timesteps. With `trajectory_every` > 0 the first `trajectory_count` draws are also kept
+    as they are after every so many calls."""
 
     count: Positive = 200
     sampler: Literal["auto", "ddpm", "ddim", "dpmsolver++", "euler", "heun"] = "auto"
     sampling_steps: Annotated[int, Field(ge=0)] = 20
     seed: Seed = 0
+    trajectory_every: Annotated[int, Field(ge=0)] = 0
+    trajectory_count: Positive = 16
     batch_size: Positive = neutral(64)
 
 
 class Evaluate(Section):
     """What generated networks are compared with: noise on `noise_count` originals at every scale of `noise`, and the
-    baselines."""
+    baselines. `test: false` measures on validation images alone.
+
+    Networks of a data set or an architecture of somebody's own are evaluated by `function`, `path/to/file.py:function`
+    that predicts, or by `command`, which prints an accuracy that `pattern` finds, for the file `{checkpoint}`; run in
+    `folder`, so many at a time as `workers` says, 0 for as many as there are cores.
+    """
 
     noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
     noise_count: Positive = 300
     baselines: Annotated[tuple[Literal["average"], ...], Several] = ("average",)
+    test: bool = True
+    function: str = ""
+    command: str = ""
+    pattern: str = r"(?i)acc\w*\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
+    folder: str = ""
+    workers: Annotated[int, Field(ge=0)] = neutral(0)
     batch_size: Positive = neutral(500)
 
     @model_validator(mode="after")
     def _check(self) -> Evaluate:
         if len({f"{scale:g}" for scale in self.noise}) < len(self.noise):
             raise ValueError(f"noise holds a scale twice: {list(self.noise)}")
+        if self.function and self.command:
+            raise ValueError("function and command exclude each other")
+        if self.command and "{checkpoint}" not in self.command:
+            raise ValueError(f"command must hold {{checkpoint}}, but got {self.command!r}")
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"pattern {self.pattern!r} has {groups} groups, expected one: the accuracy")
         return self
 
 
 class Experiment(Section):
-    """Everything that one tag stands for."""
+    """Everything that one tag stands for; without `dataset` and `network`, networks that only their owner knows."""
 
     tag: str = neutral("")
     seed: Seed = 0
     device: str = neutral("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    processes: Positive = neutral(1)
     register: bool = neutral(False)
-    dataset: Dataset
-    network: Network
+    dataset: Dataset | None = None
+    network: Network | None = None
     prepare: Prepare = Prepare()
     autoencoder: Autoencoder = Autoencoder()
     diffusion: DiffusionSettings = DiffusionSettings()
@@ -194,6 +227,9 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
+        missing = [name for name in ("dataset", "network") if getattr(self, name) is None]
+        if missing and not (self.prepare.source and len(missing) == 2):
+            raise ValueError(f"{' and '.join(missing)}: is missing; only prepare.source can do without both")
         prediction, generate = self.diffusion.prediction, self.generate
         allowed = SAMPLERS_OF[prediction]
         if generate.sampler not in ("auto", *allowed):

@@ -122,7 +122,7 @@ def test_all_problems_in_one_message(write):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("dataset: {name: digits}", "t.yaml: network: is missing"),
+        ("dataset: {name: digits}", "t.yaml: network: is missing; only prepare.source can do without both"),
         ("dataset: {}\nnetwork: {architecture: mlp}", "t.yaml: dataset.name: is missing"),
         ("dataset: digits\nnetwork: {architecture: mlp}", "t.yaml: dataset: input should be a valid dictionary"),
         (BASE + "dataset: [", "t.yaml: not YAML"),
@@ -238,8 +238,8 @@ def test_neutral_fields_are_those_that_are_meant():
         return {k for n, v in tree.items() for k in (keys(v, f"{prefix}{n}.") if isinstance(v, dict) else {prefix + n})}
 
     assert keys(experiment.model_dump()) - keys(without_neutral(experiment)) == {
-        *("tag", "device", "register", "dataset.root", "dataset.download"),
-        *("generate.batch_size", "evaluate.batch_size"),
+        *("tag", "device", "processes", "register", "dataset.root", "dataset.download"),
+        *("generate.batch_size", "evaluate.batch_size", "evaluate.workers"),
     }
 
 

@@ -17,7 +17,9 @@ ENTRY_POINTS = {
     "train": "fit the generator: autoencoder and latent diffusion",
     "generate": "draw networks",
     "evaluate": "compare the generated networks with the originals and the baselines",
+    "sweep": "search for the best settings with Optuna",
 }
+LAUNCHERS = ("processes", "local", "slurm")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,11 +27,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="pdiff", description="Generate neural-network weights, tracked by MLflow.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     more = "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32"
-    for name, text in ENTRY_POINTS.items():
+    for name, text in list(ENTRY_POINTS.items())[:-1]:
         command = commands.add_parser(name, help=text, description=text, epilog=more, allow_abbrev=False)
         command.add_argument("--tag", required=True, help="an experiment (`pdiff tags`), or a path to a YAML file")
         command.add_argument("--fresh", nargs="?", const="true", default="false", help="repeat what is finished")
         command.set_defaults(run=_stage)
+    _add_sweeps(commands)
     show = commands.add_parser(
         "show", help="print the complete configuration of a tag", epilog=more, allow_abbrev=False
     )
@@ -45,6 +48,31 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--index", type=int, nargs="+", help="which networks; all when absent")
     export.set_defaults(run=_export)
     return top
+
+
+def _add_sweeps(commands: argparse._SubParsersAction) -> None:
+    """The commands around sweeps."""
+    more = "any key of the configuration may follow, for all trials, e.g. --diffusion.steps 500"
+    url = "sqlite:///FILE, journal:///FILE or a database's address; default: PDIFF_STORAGE, else sqlite:///optuna.db"
+    text = ENTRY_POINTS["sweep"]
+    sweep = commands.add_parser("sweep", help=text, description=text, epilog=more, allow_abbrev=False)
+    sweep.add_argument("--tag", required=True, help="an experiment (`pdiff tags`), or a path to a YAML file")
+    sweep.add_argument("--sweep", required=True, help="a file in experiments/sweeps, or a path to a YAML file")
+    sweep.add_argument("--trials", type=int, default=0, help="of the whole study; default: the sweep's own number")
+    sweep.add_argument("--workers", type=int, default=1, help="processes of this command")
+    sweep.add_argument("--storage", default="", help=url)
+    sweep.add_argument("--study", default="", help="its name; default: SWEEP-TAG")
+    sweep.add_argument("--launcher", choices=LAUNCHERS, default="processes", help="where the workers run")
+    sweep.add_argument("--launcher-options", default="{}", help="of submitit, as YAML, e.g. {slurm_partition: gpu}")
+    sweep.set_defaults(run=_sweep)
+    work = commands.add_parser("work", help="one more worker for a study that a sweep leads")
+    work.add_argument("--study", required=True)
+    work.add_argument("--storage", default="", help=url)
+    work.add_argument("--role", choices=["trials", "final"], default="trials", help=argparse.SUPPRESS)
+    work.set_defaults(run=_work)
+    studies = commands.add_parser("studies", help="list the studies of a storage")
+    studies.add_argument("--storage", default="", help=url)
+    studies.set_defaults(run=_studies)
 
 
 def overrides(rest: Sequence[str]) -> dict[str, str]:
@@ -82,6 +110,54 @@ def _stage(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if arguments.command in ("main", "evaluate"):
         _print_evaluation(done.folder)
     print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
+
+
+def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    import yaml
+
+    from pdiff import studies, sweep, tracking
+
+    if arguments.workers < 1 or arguments.trials < 0:
+        raise UserError(f"--workers {arguments.workers} --trials {arguments.trials}: expected positive numbers")
+    try:
+        options = yaml.safe_load(arguments.launcher_options)
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f"--launcher-options: expected a mapping in YAML, but got {arguments.launcher_options!r}")
+    command = sweep.Command(
+        tag=arguments.tag,
+        sweep=arguments.sweep,
+        overrides=overrides(rest),
+        trials=arguments.trials,
+        workers=arguments.workers,
+        storage=arguments.storage or studies.default_storage(),
+        study=arguments.study,
+        launcher=arguments.launcher,
+        options=options,
+    )
+    with tracking.connected():
+        result = sweep.run(command)
+    if not result.final.empty:
+        print(f"\n{sweep.final_text(result.final)}")
+    print(f"\nstudy      {command.name} in {studies.without_password(command.storage)}")
+    print(f"best       {sweep.best_text(result.study)}\nreport     {result.report}\nrun        {result.run_id}")
+
+
+def _work(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import studies, sweep
+
+    overrides(rest)
+    role = sweep.finish if arguments.role == "final" else sweep.work
+    role(arguments.study, arguments.storage or studies.default_storage())
+
+
+def _studies(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import studies
+
+    overrides(rest)
+    table = studies.listed(arguments.storage or studies.default_storage())
+    print("no study" if table.empty else table.to_string(index=False))
 
 
 def _print_evaluation(folder: Path) -> None:

@@ -28,19 +28,20 @@ def tags() -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-def load(tag: str, overrides: Mapping[str, str] | None = None) -> Experiment:
+def load(tag: str, overrides: Mapping[str, str] | None = None, *, origin: str = COMMAND_LINE) -> Experiment:
     """The experiment of a tag.
 
     Args:
         tag: the name of a file in `experiments/`, or a path to a YAML file.
         overrides: dotted key -> value as text, in YAML.
+        origin: where the overrides stand, for messages.
 
     Raises:
         UserError: all problems in one message, each with file, key, value and rule.
     """
     tree, origins = _read(tag, ())
     for key, text in (overrides or {}).items():
-        _put(tree, origins, key, text)
+        _put(tree, origins, key, text, origin)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
     problems = _unknown_names(tree, origins)
     try:
@@ -92,7 +93,7 @@ def _read(tag: str, below: tuple[str, ...]) -> tuple[Tree, dict[str, str]]:
     path = Path(tag).expanduser() if _is_path(tag) else known.get(tag)
     if path is None:
         raise UserError(f"unknown tag {tag!r}; {nearest(tag, list(known))} (`pdiff tags` lists all)")
-    own = _parse(path)
+    own = parse(path)
     tree: Tree = {}
     origins: dict[str, str] = {}
     extends = own.pop("extends", [])
@@ -107,7 +108,12 @@ def _read(tag: str, below: tuple[str, ...]) -> tuple[Tree, dict[str, str]]:
     return _merged(tree, own), origins
 
 
-def _parse(path: Path) -> Tree:
+def parse(path: Path) -> Tree:
+    """The content of a YAML file that holds sections.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or holds something else.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -136,18 +142,18 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _put(tree: Tree, origins: dict[str, str], key: str, text: str) -> None:
-    """Set a dotted key from the command line."""
+def _put(tree: Tree, origins: dict[str, str], key: str, text: str, origin: str) -> None:
+    """Set a dotted key to a value as text, in YAML."""
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise UserError(f"{COMMAND_LINE}: {key}: {section} is a value, not a section")
+            raise UserError(f"{origin}: {key}: {section} is a value, not a section")
     try:
         tree[last] = yaml.safe_load(text) if text.strip() else text
     except yaml.YAMLError:
         tree[last] = text
-    origins[key] = COMMAND_LINE
+    origins[key] = origin
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -169,11 +175,16 @@ def _problem(item: Any, origins: dict[str, str], path: str) -> str:
     where = f"{places[-1] if places else path}: {key}".removesuffix(": ")
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key; {nearest(key, known)}"
+    return f"{where}: {rule(item)}"
+
+
+def rule(item: Any) -> str:
+    """What a validation error says: the rule, and the value that broke it."""
     if item["type"] == "missing":
-        return f"{where}: is missing"
+        return "is missing"
     message = item["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    return f"{where}: {message}" if item["type"] == "value_error" else f"{where}: {message}, but got {item['input']!r}"
+    return message if item["type"] == "value_error" else f"{message}, but got {item['input']!r}"
 
 
 def _unknown_names(tree: Tree, origins: dict[str, str]) -> list[str]:

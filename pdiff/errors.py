@@ -1,5 +1,9 @@
-"""The one exception that means: the user can mend this."""
+"""Exceptions that mean something to everybody."""
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what, where, which value, and what was expected."""
+
+
+class Pruned(BaseException):
+    """Whoever listens to a run has seen enough of it. Not a failure, so nothing that handles failures handles it."""

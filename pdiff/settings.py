@@ -217,6 +217,7 @@ class Experiment(Section):
     device: str = neutral("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     processes: Positive = neutral(1)
     register: bool = neutral(False)
+    log_models: bool = neutral(True)
     dataset: Dataset | None = None
     network: Network | None = None
     prepare: Prepare = Prepare()

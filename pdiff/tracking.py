@@ -7,13 +7,13 @@ import math
 import os
 import re
 import shutil
-import socket
 import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,6 @@ from urllib.parse import urlparse
 import mlflow
 import numpy as np
 import pandas as pd
-import psutil
 import requests
 import torch
 from filelock import FileLock, Timeout
@@ -35,10 +34,11 @@ from mlflow.utils.git_utils import get_git_commit
 from tqdm.auto import tqdm
 
 from pdiff import config
-from pdiff.errors import UserError
+from pdiff.errors import Pruned, UserError
 from pdiff.files import read_json
 from pdiff.generator import Generator
-from pdiff.log import Point
+from pdiff.log import Log, Point
+from pdiff.processes import alive, this_process
 from pdiff.settings import Experiment
 from pdiff.stages import STAGES, STATE
 
@@ -99,7 +99,7 @@ def connect() -> None:
                     database.execute("PRAGMA journal_mode=WAL")
             if "MLFLOW_RUN_ID" not in os.environ:
                 mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
-            _close_dead_runs()
+            close_dead_runs()
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"the tracking store {uri} or {work_folder()} cannot be written: {error}") from None
     mlflow.enable_system_metrics_logging()
@@ -114,33 +114,29 @@ def _runs(condition: str) -> list[Run]:
     return mlflow.search_runs(_experiments(), condition, output_format="list", order_by=["attributes.start_time DESC"])
 
 
-def _process(pid: int) -> str:
-    """A name of a process that no other one gets: host, number, time of its start."""
-    return f"{socket.gethostname()}:{pid}:{psutil.Process(pid).create_time():.0f}"
-
-
-def _alive(process: str) -> bool:
-    """Whether a process of this host runs; those of other hosts are taken to."""
-    host, pid, started = process.rsplit(":", 2)
-    if host != socket.gethostname():
-        return True
-    try:
-        found = psutil.Process(int(pid))
-        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - float(started)) < 2
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _close_dead_runs() -> None:
+def close_dead_runs() -> None:
     """Mark runs as KILLED that are RUNNING by their record, but whose process is gone."""
     for run in _runs("attributes.status = 'RUNNING'"):
         process = run.data.tags.get("pdiff.process")
-        if process and not _alive(process):
+        if process and not alive(process):
             mlflow.MlflowClient().set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
 
 
+_listener: ContextVar[Log] = ContextVar("listener", default=lambda point: None)
+
+
+@contextmanager
+def listening(log: Log) -> Iterator[None]:
+    """Tell a log everything that the stages in the block tell their runs; it may raise `Pruned` to end them."""
+    token = _listener.set(log)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 class RunLog:
-    """Points to a run, in batches."""
+    """Points to a run, in batches, and to who is listening."""
 
     def __init__(self, run_id: str) -> None:
         self.run_id, self.client, self.pending, self.sent = run_id, mlflow.MlflowClient(), [], time.monotonic()
@@ -149,6 +145,7 @@ class RunLog:
         self.pending.append(Metric(point.name, float(point.value), int(time.time() * 1000), point.step))
         if len(self.pending) >= BATCH or time.monotonic() - self.sent > BATCH_SECONDS:
             self.flush()
+        _listener.get()(point)
 
     def flush(self) -> None:
         """Send what is pending."""
@@ -158,30 +155,42 @@ class RunLog:
 
 
 @contextmanager
-def _run(stage: str, experiment: Experiment, digest: str) -> Iterator[Run]:
-    """A run with its tags and parameters; nested in the active one; closed as what it ended as."""
+def _run(
+    stage: str,
+    experiment: Experiment,
+    digest: str,
+    *,
+    label: str = "",
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[Run]:
+    """A run with its tags and parameters; nested in the active one, or in another process's `parent`; closed as what
+    it ended as."""
+    name = f"{experiment.tag} {label or stage}"
     tags = {
+        **(tags or {}),
         "pdiff.stage": stage,
         "pdiff.tag": experiment.tag,
         "pdiff.digest": digest,
-        "pdiff.process": _process(os.getpid()),
+        "pdiff.process": this_process(),
         "pdiff.commit": commit(),
         "pdiff.interpreter": sys.executable,
     }
     nested = mlflow.active_run() is not None
-    run = mlflow.start_run(run_name=f"{experiment.tag} {stage}", nested=nested, tags=tags)
+    run = mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
     status = RunStatus.FINISHED
     try:
         parameters = [Param(f"config.{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
         if not nested:
-            _name_project_run(run, f"{experiment.tag} {stage}")
+            _name_project_run(run, name)
         for start in range(0, len(parameters), BATCH):
             mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
         mlflow.log_text(config.to_yaml(experiment), "config.yaml")
         yield run
     except BaseException as error:
         status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
-        mlflow.set_tag("pdiff.error", str(error)[:PARAMETER_LIMIT] or type(error).__name__)
+        reason = "pdiff.pruned" if isinstance(error, Pruned) else "pdiff.error"
+        mlflow.set_tag(reason, str(error)[:PARAMETER_LIMIT] or type(error).__name__)
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
@@ -258,6 +267,9 @@ def _reuse(run: Run, stage: str, experiment: Experiment) -> Done:
     tqdm.write(f"{stage}: reusing run {run.info.run_id} (--fresh repeats it)")
     if run.data.tags.get("pdiff.commit") not in (commit(), "unknown"):
         tqdm.write(f"warning: run {run.info.run_id} was made by commit {run.data.tags.get('pdiff.commit')}")
+    if stage == "train" and experiment.log_models and not mlflow.get_run(run.info.run_id).outputs.model_outputs:
+        with mlflow.start_run(run.info.run_id, nested=True):
+            _log_beside(stage, experiment, _artifacts(run))
     if "MLFLOW_RUN_ID" in os.environ and mlflow.active_run() is None:
         with _run(stage, experiment, run.data.tags["pdiff.digest"]) as own:
             mlflow.set_tag("pdiff.reused", run.info.run_id)
@@ -282,6 +294,9 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
             if not list((work / STATE).glob("*.pt")):  # a mistake at the start, not an interruption
                 shutil.rmtree(work, ignore_errors=True)
             raise
+        except Pruned:  # nobody will ask for it again
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         finally:
             log.flush()
         for path in sorted(work.iterdir()):
@@ -299,7 +314,7 @@ def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:
         described = read_json(work / "dataset.json")
         source = CodeDatasetSource({"mlflow.source.name": f"pdiff.datasets:{described['name']}"})
         mlflow.log_input(MetaDataset(source, name=described["name"], digest=described["digest"]), context="training")
-    if stage == "train":
+    if stage == "train" and experiment.log_models:
         _log_models(Generator.load(work / "generator"))
         _log_generator(experiment, work / "generator")
 
@@ -387,6 +402,63 @@ def main(experiment: Experiment, *, fresh: bool = False) -> Done:
         _copy_metrics(parent.info.run_id, metrics)
         mlflow.log_artifact(str(done.folder / "report.html"))
     return Done(parent.info.run_id, done.folder, metrics)
+
+
+@contextmanager
+def around(
+    kind: str, experiment: Experiment, *, label: str, tags: Mapping[str, str], parent: str | None = None
+) -> Iterator[str]:
+    """A run around others, such as a sweep or a trial; yields its identifier.
+
+    Args:
+        kind: what takes the place of a stage in its tags.
+        experiment: the configuration to log.
+        label: what its name says beside the tag.
+        tags: more tags.
+        parent: a run of another process in which it is nested.
+    """
+    if parent:
+        mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
+    digest = config.digest(experiment, STAGES["evaluate"].sections)
+    with _run(kind, experiment, digest, label=label, parent=parent, tags=tags) as run:
+        yield run.info.run_id
+
+
+def record(
+    run_id: str,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    files: Mapping[Path, str] | None = None,
+) -> None:
+    """Add to a run; `files` are path -> name of the folder of artifacts that gets it, "" for the top."""
+    client = mlflow.MlflowClient()
+    _copy_metrics(run_id, dict(metrics or {}))
+    client.log_batch(run_id, params=[Param(k, str(v)[:PARAMETER_LIMIT]) for k, v in (parameters or {}).items()])
+    for name, value in (tags or {}).items():
+        client.set_tag(run_id, name, value)
+    for path, folder in (files or {}).items():
+        client.log_artifact(run_id, str(path), folder or None)
+
+
+def address() -> str:
+    """Where the tracking store is."""
+    return mlflow.get_tracking_uri()
+
+
+def move(run_ids: Sequence[str], parent: str) -> None:
+    """Nest runs in another parent."""
+    for run_id in run_ids:
+        mlflow.MlflowClient().set_tag(run_id, "mlflow.parentRunId", parent)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error says that the tracking store does not answer, and not that it was asked for nonsense."""
+    code = getattr(error, "error_code", "")
+    return isinstance(error, mlflow.MlflowException | requests.RequestException) and (
+        code in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED")
+    )
 
 
 COMPARED = {

@@ -238,7 +238,7 @@ def test_neutral_fields_are_those_that_are_meant():
         return {k for n, v in tree.items() for k in (keys(v, f"{prefix}{n}.") if isinstance(v, dict) else {prefix + n})}
 
     assert keys(experiment.model_dump()) - keys(without_neutral(experiment)) == {
-        *("tag", "device", "processes", "register", "dataset.root", "dataset.download"),
+        *("tag", "device", "processes", "register", "log_models", "dataset.root", "dataset.download"),
         *("generate.batch_size", "evaluate.batch_size", "evaluate.workers"),
     }
 

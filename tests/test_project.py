@@ -3,12 +3,13 @@
 import ast
 import re
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pdiff.__main__ import ENTRY_POINTS
+from pdiff.__main__ import ENTRY_POINTS, parser
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pdiff").glob("*.py"))
@@ -43,8 +44,12 @@ def test_entry_points_are_those_of_the_command_line():
     entry_points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
     assert list(entry_points) == list(ENTRY_POINTS)
     for name, entry in entry_points.items():
-        assert entry["command"] == f"python -m pdiff {name} --tag {{tag}}"
-        assert entry["parameters"] == {"tag": "string"}
+        words = [f"--{parameter} {{{parameter}}}" for parameter in entry["parameters"]]
+        assert entry["command"] == " ".join(["python -m pdiff", name, *words])
+        assert entry["parameters"]["tag"] == "string"
+        given = {"sweep": "s", "launcher": "processes"}
+        values = [word.format_map(defaultdict(lambda: "1", given)) for word in words]
+        assert parser().parse_args([name, *" ".join(values).split()]).command == name
 
 
 def test_the_commands_of_the_readme_are_run_in_every_commit():

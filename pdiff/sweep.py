@@ -1,0 +1,438 @@
+"""Sweeps: one command leads a study and its parent run, its workers and those of other hosts run the trials."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import pandas as pd
+from optuna.trial import TrialState
+from tqdm.auto import tqdm
+
+from pdiff import config, space, study_report, tracking
+from pdiff.errors import UserError
+from pdiff.launchers import Job, abandoned, launcher, pdiff
+from pdiff.processes import alive, this_process
+from pdiff.settings import Experiment
+from pdiff.space import Sweep
+from pdiff.stages import STAGES
+from pdiff.studies import (
+    Exhausted,
+    Study,
+    best,
+    fail_dead,
+    make_pruner,
+    make_sampler,
+    open_storage,
+    reason,
+    requeue,
+    values_text,
+    without_password,
+)
+from pdiff.trials import Lost, Runner, attend
+
+POLL = 1.0  # seconds
+LEASE = 60.0  # seconds for which a leader of another host is believed to be alive
+STOP_SECONDS = 60.0  # that workers get to end cleanly
+STARTS = 5  # workers in a row that may die before their first trial
+SHOWN_TAGS = ("val_accuracy/", "val_similarity/", "test_accuracy/", "similarity/", "seconds/")
+
+
+class Command(NamedTuple):
+    """What the user asked for."""
+
+    tag: str
+    sweep: str
+    overrides: dict[str, str]
+    trials: int
+    workers: int
+    storage: str
+    study: str
+    launcher: str
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The name of the study."""
+        return self.study or f"{Path(self.sweep).stem}-{Path(self.tag).stem}"
+
+
+class Result(NamedTuple):
+    """What a sweep came to."""
+
+    run_id: str
+    study: Study
+    report: Path | None
+    final: pd.DataFrame
+
+
+def run(command: Command) -> Result:
+    """Lead a study to its end, or, where another command leads it, lend it workers until it has none to do.
+
+    Raises:
+        UserError: a sweep, a tag, or a storage that cannot be used; a study that was begun with other settings.
+    """
+    sweep, base, grid = _checked(command)
+    storage = open_storage(command.storage)
+    study = _study(command, sweep, base, grid, storage)
+    if not _claimed(study):
+        return _help(study, command)
+    label = f"sweep {study.study_name}"
+    tags = {
+        "pdiff.study": study.study_name,
+        "mlflow.note.content": f"Study {study.study_name} in {without_password(command.storage)}.",
+    }
+    with tracking.around("sweep", base, label=label, tags=tags) as run_id:
+        _begin(study, command, run_id)
+        folder = tracking.work_folder() / "sweeps" / study.study_name
+        start = _launcher(command, folder, base)
+        try:
+            _lead(study, Crew(start, _worker(command, "trials"), command.workers), run_id)
+        finally:
+            study.set_user_attr("leader", ["", 0])
+            tracking.close_dead_runs()
+            report = study_report.write(study, folder / "report")
+            tracking.record(run_id, **_best(study), files=dict.fromkeys(sorted((folder / "report").iterdir()), ""))
+        final = _final(study, start, command, run_id)
+    return Result(run_id, study, report, final)
+
+
+def _checked(command: Command) -> tuple[Sweep, Experiment, dict[str, list[Any]]]:
+    """The sweep, the experiment without a trial, and the grid; every mistake that can be seen now is told now."""
+    config.load(command.tag, command.overrides)
+    sweep = space.load(command.sweep)
+    base = space.check(command.sweep, sweep, command.tag, command.overrides)
+    given, path = config.flat(base), space.find(command.sweep)
+    try:
+        grid = sweep.grid(given) if sweep.sampler.kind == "grid" else {}
+        study = _rehearsal(sweep, grid)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    refused = []
+    for _ in range(20):
+        chosen = sweep.suggest(study.ask(), given)
+        try:
+            config.load(command.tag, {**_fixed(sweep, command), **chosen}, origin=str(path))
+            return sweep, base, grid
+        except UserError as error:
+            refused.append(str(error))
+    raise UserError(f"every trial would be refused, such as: {refused[0]}")
+
+
+def _rehearsal(sweep: Sweep, grid: Mapping[str, list[Any]]) -> optuna.Study:
+    """A study of random trials in memory, after the sweep's own sampler and pruner were made once."""
+    make_sampler(sweep.sampler, grid)
+    make_pruner(sweep.pruner)
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+
+
+def _fixed(sweep: Sweep, command: Command) -> dict[str, str]:
+    return {key: space.as_text(value) for key, value in sweep.set.items()} | command.overrides
+
+
+def _study(
+    command: Command,
+    sweep: Sweep,
+    base: Experiment,
+    grid: Mapping[str, list[Any]],
+    storage: optuna.storages.BaseStorage,
+) -> Study:
+    """The study, created where there is none.
+
+    Raises:
+        UserError: there is one of this name that searches something else.
+    """
+    directions = [objective.direction for objective in sweep.objectives.values()]
+    plain = optuna.create_study(study_name=command.name, storage=storage, directions=directions, load_if_exists=True)
+    dumped = sweep.model_dump(mode="json")
+    searched = {name: dumped[name] for name in ("objectives", "parameters", "set", "prune_if", "first_batch")}
+    searched["experiment"] = config.digest(base, STAGES["evaluate"].sections)
+    before = plain.user_attrs.get("searched", searched)
+    if changed := [name for name in searched if before.get(name) != searched[name]]:
+        raise UserError(
+            f"study {command.name} in {without_password(command.storage)} was begun with other settings "
+            f"({', '.join(changed)}); --study NAME begins another one"
+        )
+    plain.set_user_attr("searched", searched)
+    plain.set_metric_names(list(sweep.objectives))
+    return Study(command.name, storage, sweep, grid)
+
+
+def _claimed(study: Study) -> bool:
+    """Become the leader of a study, unless it has one that lives."""
+    process, until = study.user_attrs.get("leader", ["", 0])
+    if process and alive(process) and time.time() < until:
+        return False
+    _lease(study)
+    time.sleep(0.5)  # another command may have done the same: the last one leads
+    return study.user_attrs["leader"][0] == this_process()
+
+
+def _lease(study: Study) -> None:
+    study.set_user_attr("leader", [this_process(), time.time() + LEASE])
+
+
+def _begin(study: Study, command: Command, run_id: str) -> None:
+    """Plan the trials; those of earlier commands move to this one's parent run."""
+    sweep = study.sweep
+    order = {"tag": command.tag, "overrides": command.overrides, "sweep": sweep.model_dump(mode="json")}
+    deadline = time.time() + sweep.timeout if sweep.timeout else None
+    for key, value in {"order": order, "run": run_id, "stopped": "", "deadline": deadline}.items():
+        study.set_user_attr(key, value)
+    fail_dead(study)
+    requeue(study)
+    size = 1
+    for values in study.grid.values():
+        size *= len(values)
+    trials = command.trials or sweep.trials
+    study.plan(min(trials, size) if study.grid else trials)
+    earlier = [trial.user_attrs["run"] for trial in study.get_trials(deepcopy=False) if "run" in trial.user_attrs]
+    tracking.move(earlier, run_id)
+
+
+def _launcher(command: Command, folder: Path, base: Experiment) -> Callable[..., Job]:
+    return launcher(command.launcher, command.workers, folder, command.options, pinned=base.device == "auto")
+
+
+def _worker(command: Command, role: str) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a worker; the storage, which may hold a password, is in the latter."""
+    variables = {"PDIFF_STORAGE": command.storage, "MLFLOW_TRACKING_URI": tracking.address()}
+    return pdiff("work", "--study", command.name, "--role", role), variables
+
+
+class Crew:
+    """The workers of this command: as many as there is work for; those that die are replaced."""
+
+    def __init__(self, start: Callable[..., Job], what: tuple[list[str], dict[str, str]], size: int) -> None:
+        self.start, self.what, self.jobs, self.size = start, what, {}, size
+        self.deaths, self.finished = 0, 0
+
+    def keep(self, waiting: int, finished: int) -> None:
+        """Start workers for what waits.
+
+        Raises:
+            UserError: they die before they begin a trial.
+        """
+        ended = [slot for slot, job in self.jobs.items() if not job.running()]
+        self.deaths = 0 if finished > self.finished else self.deaths + len(ended)
+        self.finished = finished
+        if self.deaths > STARTS + self.size and waiting:
+            log = self.jobs[ended[0]].log if ended else self.last
+            raise UserError(f"the workers end before their first trial; the last words of {log}: {_last_line(log)}")
+        for slot in ended:
+            self.last = self.jobs.pop(slot).log
+        for slot in [slot for slot in range(self.size) if slot not in self.jobs][:waiting]:
+            self.jobs[slot] = self.start(*self.what, slot)
+
+    def stop(self) -> None:
+        """End all of them cleanly, and wait for it."""
+        for job in self.jobs.values():
+            job.stop()
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until all have ended."""
+        for job in self.jobs.values():
+            job.wait(STOP_SECONDS)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1] if lines else "nothing"
+
+
+def _lead(study: Study, crew: Crew, run_id: str) -> None:
+    """Keep the workers busy until every planned trial has ended, or the time is up."""
+    try:
+        with Display(study) as display:
+            while True:
+                _lease(study)
+                fail_dead(study)
+                requeue(study)
+                if stopped := study.user_attrs["stopped"]:
+                    raise UserError(stopped)
+                waiting, running, finished = display.update()
+                if display.improved:
+                    tracking.record(run_id, metrics=_best(study)["metrics"])
+                waiting = 0 if _late(study) else waiting
+                if not waiting and not running:
+                    break
+                crew.keep(waiting, finished)
+                time.sleep(POLL)
+            crew.wait()
+    except BaseException:
+        crew.stop()
+        fail_dead(study)
+        raise
+
+
+def _help(study: Study, command: Command) -> Result:
+    """Lend workers to a study that another command leads."""
+    tqdm.write(f"study {study.study_name}: another command leads it; {command.workers} workers join")
+    while "run" not in study.user_attrs or not study.get_trials(deepcopy=False):  # it has only just begun
+        time.sleep(POLL)
+    folder = tracking.work_folder() / "sweeps" / study.study_name
+    base = config.load(command.tag, _fixed(study.sweep, command))
+    crew = Crew(_launcher(command, folder, base), _worker(command, "trials"), command.workers)
+    try:
+        with Display(study) as display:
+            while True:
+                fail_dead(study)
+                waiting, _, finished = display.update()
+                if _late(study) or study.user_attrs["stopped"] or not waiting:
+                    break
+                crew.keep(waiting, finished)
+                time.sleep(POLL)
+            while any(job.running() for job in crew.jobs.values()):
+                display.update()
+                time.sleep(POLL)
+    except BaseException:
+        crew.stop()
+        raise
+    return Result(study.user_attrs["run"], study, None, pd.DataFrame())
+
+
+def _late(study: optuna.Study) -> bool:
+    return (study.user_attrs["deadline"] or float("inf")) < time.time()
+
+
+class Display:
+    """One bar: trials that ended, the best value, those that run; and a line for each that ends."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.told, self.best, self.improved = study, set(), None, False
+
+    def __enter__(self) -> Display:
+        trials = self.study.get_trials(deepcopy=False)
+        self.told = {trial.number for trial in trials if trial.state.is_finished()}
+        self.bar = tqdm(total=len(trials), initial=len(self.told), desc="trials", unit="trial", disable=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def update(self) -> tuple[int, int, int]:
+        """Show the present state; numbers of trials that wait, run, and have ended."""
+        trials = self.study.get_trials(deepcopy=False)
+        states = [trial.state for trial in trials]
+        waiting, running = states.count(TrialState.WAITING), states.count(TrialState.RUNNING)
+        for trial in trials:
+            if trial.state.is_finished() and trial.number not in self.told:
+                self.told.add(trial.number)
+                complete = trial.state == TrialState.COMPLETE
+                text = values_text(self.study, trial.values) if complete else reason(trial)
+                tqdm.write(f"trial {trial.number}: {trial.state.name.lower()}, {text}")
+        found = best(self.study)
+        self.improved = bool(found) and found[0].number != self.best
+        self.best = found[0].number if found else None
+        shown = f"{found[0].values[0]:.4g} (trial {self.best})" if found else "none"
+        self.bar.total, self.bar.n = len(trials), len(self.told)
+        self.bar.set_postfix_str(f"best {shown}, running {running}")
+        return waiting, running, len(self.told)
+
+
+def _best(study: Study) -> dict[str, dict[str, Any]]:
+    """Metrics and parameters of the best trial: the best value of each objective, the parameters of the first's."""
+    found = best(study)
+    if not found:
+        return {"metrics": {}, "parameters": {}}
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    metrics = {"trials": len(complete)}
+    for k, (name, objective) in enumerate(study.sweep.objectives.items()):
+        choose = max if objective.direction == "maximize" else min
+        metrics[f"best/{name}"] = choose(trial.values[k] for trial in complete)
+    parameters = {f"best.{name}": value for name, value in found[0].params.items()} | {"best.trial": found[0].number}
+    return {"metrics": metrics, "parameters": parameters}
+
+
+def _final(study: Study, start: Callable[..., Job], command: Command, run_id: str) -> pd.DataFrame:
+    """Let a worker run the best trials again on test images; their metrics over the new seeds, one row each."""
+    final, folder = study.sweep.final, tracking.work_folder() / "sweeps" / study.study_name
+    path = folder / "final.csv"
+    if not final.seeds or not best(study):
+        return pd.DataFrame()
+    path.unlink(missing_ok=True)
+    tqdm.write(f"the best on test images, with {final.seeds} new seeds each:")
+    job = start(*_worker(command, "final"), 0)
+    try:
+        while job.running():
+            _lease(study)
+            time.sleep(POLL)
+    except BaseException:
+        job.stop()
+        job.wait(STOP_SECONDS)
+        raise
+    finally:
+        study.set_user_attr("leader", ["", 0])
+        tracking.close_dead_runs()
+    if not path.exists():
+        raise UserError(f"the best trials could not be run again; the last words of {job.log}: {_last_line(job.log)}")
+    frame = pd.read_csv(path)
+    first = frame[frame.trial == frame.trial.iloc[0]].set_index("metric")
+    metrics = {f"final/{name}": row["mean"] for name, row in first.iterrows()}
+    metrics |= {f"final_std/{name}": row["std"] for name, row in first.iterrows()}
+    tracking.record(run_id, metrics=metrics, files={path: ""})
+    return frame
+
+
+def work(name: str, url: str) -> None:
+    """Run trials of a study until none waits, its time is up, or it was stopped."""
+    study, order = attend(name, url)
+    with tracking.connected():
+        runner = Runner(study, order)
+        while not (study.user_attrs["stopped"] or _late(study) or abandoned()):
+            try:
+                study.optimize(runner, n_trials=1, catch=(Exception,), gc_after_trial=True)
+            except Lost as lost:
+                tqdm.write(str(lost))
+            except Exhausted:
+                return
+
+
+def finish(name: str, url: str) -> None:
+    """Run the best trials again with seeds that selected nothing, and look at test images for the first time."""
+    study, order = attend(name, url)
+    rows = []
+    with tracking.connected():
+        for trial in best(study, study.sweep.final.trials):
+            overrides = order.fixed | trial.user_attrs["overrides"] | {"evaluate.test": "true"}
+            experiment = config.load(order.tag, overrides)
+            tags = {"pdiff.study": name, "pdiff.trial": str(trial.number)}
+            label = f"final of trial {trial.number}"
+            with tracking.around("final", experiment, label=label, tags=tags, parent=order.run) as run_id:
+                metrics = _over_seeds(order.tag, overrides, experiment, study.sweep.final.seeds)
+                tracking.record(run_id, metrics=metrics["mean"].to_dict())
+                tracking.record(run_id, metrics={f"std/{key}": value for key, value in metrics["std"].items()})
+            rows.append(metrics.rename_axis("metric").reset_index().assign(trial=trial.number))
+    path = tracking.work_folder() / "sweeps" / name / "final.csv"
+    pd.concat(rows).to_csv(path, index=False)
+
+
+def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, seeds: int) -> pd.DataFrame:
+    """Metric -> mean and sample standard deviation over whole pipelines of new seeds."""
+    columns = []
+    for k in range(1, seeds + 1):
+        new = {"seed": str(experiment.seed + k), "generate.seed": str(experiment.generate.seed + k)}
+        metrics = tracking.main(config.load(tag, {**overrides, **new})).metrics
+        columns.append({name: value for name, value in metrics.items() if name.startswith(SHOWN_TAGS)})
+    frame = pd.DataFrame(columns)
+    return pd.DataFrame({"mean": frame.mean(), "std": frame.std(ddof=1)})
+
+
+def best_text(study: Study) -> str:
+    """The best trials for people, one line each."""
+    lines = [
+        f"trial {trial.number}: {values_text(study, trial.values)} with {trial.params}"
+        for trial in best(study, study.sweep.final.trials)
+    ]
+    return "\n           ".join(lines) or "no trial completed"
+
+
+def final_text(final: pd.DataFrame) -> str:
+    """What the best trials reach on test images: mean and standard deviation over new seeds."""
+    shown = final[final.metric.str.contains("/(?:original|generated|average)_")]
+    text = shown.apply(lambda row: f"{row['mean']:.4f} ± {row['std']:.4f}", axis=1)
+    return shown.assign(text=text).pivot(index="metric", columns="trial", values="text").to_string()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -320,5 +321,5 @@ def _refused(name: str, parameter: Parameter, load: Callable[[dict[str, str]], o
         try:
             load(more)
         except UserError as error:
-            told = str(error).split("; ")
+            told = re.split(r"; (?=\S+\.ya?ml: )", str(error))
             yield from (text for text in told if any(text.startswith(f"{path}: {key}: ") for key in more))

@@ -18,6 +18,7 @@ import pandas as pd
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
@@ -119,12 +120,14 @@ def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
         if parsed.drivername.startswith("sqlite"):
             with sqlite3.connect(parsed.database or "", timeout=60) as database:
                 database.execute("PRAGMA journal_mode=WAL")
-            options["connect_args"] = {"timeout": 60}
+            options["connect_args"] = {"timeout": 60, "isolation_level": None}
         make = waiting_for_database(RDBStorage) if patient else RDBStorage
         storage = make(url, options, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
     except (ArgumentError, NoSuchModuleError, ImportError, sqlite3.Error, OSError, SQLAlchemyError) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())
         raise UserError(f"--storage {_readable(url)}: cannot be opened: {reason}") from None
+    if parsed.drivername.startswith("sqlite"):  # knows no SELECT FOR UPDATE: two workers would take the same trial
+        event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     for name, method in inspect.getmembers(storage, inspect.ismethod):
         if not name.startswith("__"):
             setattr(storage, name, waiting_for_database(method))

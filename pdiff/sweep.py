@@ -38,7 +38,9 @@ POLL = 1.0  # seconds
 LEASE = 60.0  # seconds for which a leader of another host is believed to be alive
 STOP_SECONDS = 60.0  # that workers get to end cleanly
 STARTS = 5  # workers in a row that may die before their first trial
-SHOWN_TAGS = ("val_accuracy/", "val_similarity/", "test_accuracy/", "similarity/", "seconds/")
+KEPT = ("val_accuracy/", "val_similarity/", "test_accuracy/", "similarity/", "seconds/")  # metrics over new seeds
+FINAL = [f"test_accuracy/{group}_{stat}" for group in ("original", "generated", "average") for stat in ("mean", "max")]
+FINAL += ["similarity/original_original", "similarity/generated_generated", "similarity/original_generated_max"]
 
 
 class Command(NamedTuple):
@@ -385,7 +387,7 @@ def work(name: str, url: str) -> None:
         runner = Runner(study, order)
         while not (study.user_attrs["stopped"] or _late(study) or abandoned()):
             try:
-                study.optimize(runner, n_trials=1, catch=(Exception,), gc_after_trial=True)
+                study.optimize(runner, n_trials=1, catch=(Exception,))
             except Lost as lost:
                 tqdm.write(str(lost))
             except Exhausted:
@@ -417,7 +419,7 @@ def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, 
     for k in range(1, seeds + 1):
         new = {"seed": str(experiment.seed + k), "generate.seed": str(experiment.generate.seed + k)}
         metrics = tracking.main(config.load(tag, {**overrides, **new})).metrics
-        columns.append({name: value for name, value in metrics.items() if name.startswith(SHOWN_TAGS)})
+        columns.append({name: value for name, value in metrics.items() if name.startswith(KEPT)})
     frame = pd.DataFrame(columns)
     return pd.DataFrame({"mean": frame.mean(), "std": frame.std(ddof=1)})
 
@@ -433,6 +435,6 @@ def best_text(study: Study) -> str:
 
 def final_text(final: pd.DataFrame) -> str:
     """What the best trials reach on test images: mean and standard deviation over new seeds."""
-    shown = final[final.metric.str.contains("/(?:original|generated|average)_")]
+    shown = final[final.metric.isin(FINAL)]
     text = shown.apply(lambda row: f"{row['mean']:.4f} ± {row['std']:.4f}", axis=1)
     return shown.assign(text=text).pivot(index="metric", columns="trial", values="text").to_string()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Mapping
@@ -113,7 +114,8 @@ class Runner:
                 trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             raise
         finally:
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # what a failed trial held must not fail the next one
+                gc.collect()
                 torch.cuda.empty_cache()
 
     def _experiment(self, chosen: Mapping[str, str], **more: str) -> Experiment:

@@ -298,10 +298,10 @@ def wait_for(condition, process, seconds=180):
         time.sleep(0.1)
 
 
-def begun(url=studies.STORAGE):
+def begun(storage):
     """Trials that are in somebody's hands."""
-    with contextlib.suppress(KeyError, UserError):
-        study = loaded(url=url)
+    with contextlib.suppress(KeyError):
+        study = optuna.load_study(study_name="s-tiny", storage=storage)
         return [t for t in study.get_trials() if t.state.name == "RUNNING" and "process" in t.user_attrs]
     return []
 
@@ -351,7 +351,8 @@ def test_a_sweep_from_beginning_to_end(workspace, capsys):
 def test_terminated_and_continued(workspace):
     written(trials=3)
     process = start(*WORDS, "--storage", "journal://study.journal")
-    wait_for(lambda: begun("journal://study.journal"), process)
+    storage = studies.open_storage("journal://study.journal")
+    wait_for(lambda: begun(storage), process)
     process.terminate()
     printed = process.communicate()[0]
     assert process.returncode == 130, printed
@@ -372,7 +373,8 @@ def test_another_command_joins(workspace):
     """The second command, as if on another host, lends a worker; the first one alone leads and reports."""
     written(trials=6)
     first = start(*WORDS)
-    wait_for(begun, first)
+    storage = studies.open_storage(studies.STORAGE)
+    wait_for(lambda: begun(storage), first)
     second = start(*WORDS)
     assert second.wait() == 0 and first.wait() == 0
     assert "another command leads it" in second.communicate()[0]
@@ -395,17 +397,13 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
     url = server.get_uri(driver="psycopg")
     written(trials=40)
     leader = start(*WORDS, "--workers", "3", PDIFF_STORAGE=url)
-    killed, stopped = [], False
-
-    def done() -> int:
-        study = loaded(url=url)
-        return sum(trial.state.name == "COMPLETE" for trial in study.get_trials())
-
+    storage, killed, stopped = studies.open_storage(url), [], False
     try:
-        wait_for(lambda: begun(url), leader)
+        wait_for(lambda: begun(storage), leader)
+        study = optuna.load_study(study_name="s-tiny", storage=storage)
         while leader.poll() is None:
-            count = done()
-            if count >= 5 * (len(killed) + 1) and (running := begun(url)) and len(killed) < 5:
+            count = states(study).count("COMPLETE")
+            if count >= 5 * (len(killed) + 1) and (running := begun(storage)) and len(killed) < 5:
                 process = running[-1].user_attrs["process"]
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(process.split(":")[1]), signal.SIGKILL)
@@ -417,7 +415,7 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
                 stopped = True
             time.sleep(0.2)
         assert leader.returncode == 0, leader.communicate()[0]
-        trials_ = loaded(url=url).get_trials()
+        trials_ = study.get_trials()
     finally:
         leader.kill()
         server.stop()

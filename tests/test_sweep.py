@@ -18,7 +18,7 @@ import optuna
 import pandas as pd
 import pytest
 
-from pdiff import launchers, space, stages, studies, sweep, tracking, trials
+from pdiff import crew, launchers, space, stages, studies, sweep, tracking, trials
 from pdiff.__main__ import main as pdiff
 from pdiff.errors import UserError
 from pdiff.files import write_json
@@ -476,10 +476,10 @@ def test_workers_that_cannot_start_are_told_once(tmp_path):
         def running(self):
             return False
 
-    crew = sweep.Crew(Broken, ([], {}), 2)
+    workers = crew.Crew(Broken, ([], {}), 2)
     with pytest.raises(UserError, match="pdiff: no such tag"):
         for _ in range(30):
-            crew.keep(waiting=3, finished=0)
+            workers.keep(waiting=3, finished=0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pdiff.architectures import ARCHITECTURES, known_architectures
 from pdiff.datasets import DATASETS
 from pdiff.errors import UserError
-from pdiff.settings import Experiment, without_neutral
+from pdiff.settings import Collect, Experiment, without_neutral
 
 FOLDERS = (Path("experiments"), Path(__file__).resolve().parent.parent / "experiments")
 COMMAND_LINE = "command line"
@@ -72,6 +72,12 @@ def digest(experiment: Experiment, sections: Sequence[str]) -> str:
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def pretraining_digest(experiment: Experiment) -> str:
+    """A fingerprint of what pretraining depends on: less than the whole of `prepare`."""
+    only = experiment.prepare.model_copy(update={"parameters": ("all",), "collect": Collect()})
+    return digest(experiment.model_copy(update={"prepare": only}), ("dataset", "network", "prepare"))
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -129,8 +129,11 @@ class Autoencoder(Optimization):
 
 
 class DiffusionSettings(Optimization):
-    """Latent diffusion; with `steps` 0 there is none, and latents are drawn from a Gaussian. `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops
-    after as many evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best."""
+    """Latent diffusion; with `steps` 0 there is none, and latents are drawn from a Gaussian.
+
+    `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops after as many
+    evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best.
+    """
 
     denoiser: Literal["mlp", "conv"] = "mlp"
     width: Positive = 256

@@ -106,16 +106,28 @@ def _read(tag: str, below: tuple[str, ...]) -> tuple[Tree, dict[str, str]]:
     if not all(isinstance(parent, str) for parent in parents):
         raise UserError(f"{path}: extends: expected a tag or a list of tags, but got {extends!r}")
     for parent in parents:
-        inherited, files = _read(parent, (*below, tag))
+        beside = str(path.parent / Path(parent).expanduser()) if _is_path(parent) else parent
+        inherited, files = _read(beside, (*below, tag))
         tree = _merged(tree, inherited)
         origins |= files
     origins |= {key: str(path) for key, _ in _leaves(own)}
     return _merged(tree, own), origins
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings hold every key once; PyYAML itself takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _parse(path: Path) -> Tree:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

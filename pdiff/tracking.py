@@ -200,12 +200,22 @@ def commit() -> str:
 
 
 def finished(stage: str, digest: str) -> Run | None:
-    """The latest finished run of a stage with this digest."""
+    """The latest finished run of a stage with this digest whose artifacts are still there."""
     condition = (
         f"attributes.status = 'FINISHED' and tags.`pdiff.digest` = '{digest}' and tags.`pdiff.stage` = '{stage}'"
     )
-    found = [run for run in _runs(condition) if "pdiff.reused" not in run.data.tags]
-    return found[0] if found else None
+    return _latest(condition)
+
+
+def _latest(condition: str) -> Run | None:
+    """The latest run that did something itself and whose artifacts are there."""
+    return next((run for run in _runs(condition) if "pdiff.reused" not in run.data.tags and _is_whole(run)), None)
+
+
+def _is_whole(run: Run) -> bool:
+    """Whether the artifacts of a run lie where they should, as far as that can be told without a server."""
+    uri = run.info.artifact_uri
+    return urlparse(uri).scheme not in ("", "file") or (Path(local_file_uri_to_path(uri)) / "config.yaml").exists()
 
 
 def execute(stage: str, experiment: Experiment, *, fresh: bool = False, known: dict[str, Done] | None = None) -> Done:
@@ -306,11 +316,11 @@ def _share_pretraining(experiment: Experiment, work: Path) -> None:
     pretrained = config.pretraining_digest(experiment)
     mlflow.set_tag("pdiff.pretraining", pretrained)
     target = work / "network.safetensors"
-    found = _runs(f"attributes.status = 'FINISHED' and tags.`pdiff.pretraining` = '{pretrained}'")
+    found = _latest(f"attributes.status = 'FINISHED' and tags.`pdiff.pretraining` = '{pretrained}'")
     if found and not target.exists():
-        tqdm.write(f"prepare: the pretrained network of run {found[0].info.run_id}")
+        tqdm.write(f"prepare: the pretrained network of run {found.info.run_id}")
         with whole(target) as temporary:
-            shutil.copyfile(_artifacts(found[0]) / target.name, temporary)
+            shutil.copyfile(_artifacts(found) / target.name, temporary)
 
 
 def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:

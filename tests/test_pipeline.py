@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,13 @@ def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
     for name, tensor in same[0].items():
         torch.testing.assert_close(same[1][name], tensor[:5])  # network k depends on the seed and on k alone
         assert torch.equal(same[2][name], tensor)
+
+
+def test_a_run_whose_artifacts_are_gone_is_not_reused(workspace):
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
+    shutil.rmtree(artifacts(runs("prepare")[0]))
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
+    assert [(artifacts(run) / "checkpoints.safetensors").exists() for run in runs("prepare")] == [False, True]
 
 
 def test_export_writes_what_a_network_loads(workspace):

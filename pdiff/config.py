@@ -6,12 +6,14 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pdiff import user_code
 from pdiff.architectures import ARCHITECTURES, known_architectures
 from pdiff.datasets import DATASETS
 from pdiff.errors import UserError
@@ -64,14 +66,41 @@ def flat(experiment: Experiment) -> dict[str, Any]:
 
 
 def digest(experiment: Experiment, sections: Sequence[str]) -> str:
-    """A fingerprint of everything in some sections that can change a result, files of `prepare.source` included."""
+    """A fingerprint of everything in some sections that can change a result, and of the files that they name: those
+    of `prepare.source` by their names, sizes and times, the others by their content."""
     values = without_neutral(experiment)
     content: Tree = {name: values[name] for name in ("seed", *sections)}
     if experiment.prepare.source:
         folder = Path(experiment.prepare.source).expanduser()
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if contents := [_content(path) for path in _files(experiment)]:
+        content["contents"] = contents
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _files(experiment: Experiment) -> list[Path]:
+    """The files that an experiment names: weights, and an architecture of somebody's own."""
+    network = experiment.network
+    if network is None:
+        return []
+    own = [user_code.source(network.architecture)] if user_code.is_own(network.architecture) else []
+    return own + ([Path(network.weights).expanduser()] if network.weights else [])
+
+
+def _content(path: Path) -> str:
+    """A fingerprint of a file; empty where there is none."""
+    return _hashed(path, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ""
+
+
+@lru_cache
+def _hashed(path: Path, size: int, time: int) -> str:
+    """A fingerprint of a file, kept for as long as its size and time of change are the same."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -184,8 +213,12 @@ def _unknown_names(tree: Tree, origins: dict[str, str]) -> list[str]:
         name = values.get(key) if isinstance(values, dict) else None
         if not isinstance(name, str) or name in registry:
             continue
+        where = f"{origins.get(f'{section}.{key}', COMMAND_LINE)}: {section}.{key}"
+        if section == "network" and user_code.is_own(name):
+            if not user_code.source(name).is_file():
+                problems.append(f"{where}: {user_code.source(name)} is not a file")
+            continue
         known = list(registry) if section == "dataset" else known_architectures()
         if name not in known:
-            where = f"{origins.get(f'{section}.{key}', COMMAND_LINE)}: {section}.{key}"
             problems.append(f"{where}: unknown {name!r}; {nearest(name, known)}")
     return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def known_architectures() -> list[str]:
+@lru_cache
+def known_architectures() -> tuple[str, ...]:
     """Every name that `build` takes, but those of files."""
     import timm
 
-    return [*ARCHITECTURES, *timm.list_models(), *timm.list_pretrained()]
+    return (*ARCHITECTURES, *timm.list_models(), *timm.list_pretrained())
 
 
 def build(name: str, *, pretrained: bool, classes: int, channels: int, image_size: int, weights: str = "") -> nn.Module:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pdiff.architectures import ARCHITECTURES, known_architectures
-from pdiff.datasets import DATASETS
+from pdiff.datasets import DATASETS, folder_state
 from pdiff.errors import UserError
 from pdiff.settings import Experiment, without_neutral
 
@@ -71,6 +71,8 @@ def digest(experiment: Experiment, sections: Sequence[str]) -> str:
         folder = Path(experiment.prepare.source).expanduser()
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if experiment.dataset and experiment.dataset.name == "image_folder":
+        content["folder"] = folder_state(experiment.dataset)  # a root that is no mere place
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

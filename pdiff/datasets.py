@@ -119,7 +119,7 @@ def food101(root: Path, download: bool) -> tuple[Raw, Raw]:
     files = {f"food-101/{name}": "" for name in ("images", "meta/train.json", "meta/test.json")}
     parts = _fetch(tv.Food101, root, files, download, **SPLITS)
     if parts[0].classes != parts[1].classes:  # or their labels would not mean the same
-        raise UserError(f"meta/train.json and meta/test.json in {root / 'food-101'} must name the same classes")
+        raise UserError("food-101/meta/train.json and food-101/meta/test.json must name the same classes")
     train, test = (_files(part._image_files, part._labels, root) for part in parts)
     return train, test
 
@@ -191,7 +191,7 @@ def load(settings: Settings) -> Images:
         for part in (train, test):
             _check(part, source, classes)
     except UserError as error:
-        raise UserError(f"dataset {settings.name}: {error}") from None
+        raise UserError(f"dataset {settings.name} in {root}: {error}") from None
     held = _held_out(settings, len(train.labels))
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(settings.split_seed))
     size, channels = _size(settings, source), _channels(settings, train.channels)
@@ -314,14 +314,14 @@ def _fetch(kind: Callable, root: Path, files: Mapping[str, str], download: bool,
     if download and absent():
         reason = _download(root, lambda: absent() and read(True))
     if missing := absent():
-        raise UserError(f"not there, and {reason}; put {', '.join(missing)} into {root}")
+        raise UserError(f"not there, and {reason}; put {', '.join(missing)} into that folder")
     try:
         return read(False)
     except Exception as error:  # whatever a damaged file leads to
-        changed = [root / name for name, md5 in files.items() if md5 and calculate_md5(root / name) != md5]
+        changed = [name for name, md5 in files.items() if md5 and calculate_md5(root / name) != md5]
         if changed:
             raise UserError(f"{changed[0]} is damaged, or another file: its MD5 sum is not the published one") from None
-        raise UserError(f"the files in {root} are damaged: {_line(error)}") from None
+        raise UserError(f"one of {', '.join(files)} is damaged: {_line(error)}") from None
 
 
 def _download(root: Path, download: Callable[[], Any]) -> str:

@@ -102,8 +102,9 @@ def test_files_are_preprocessed_as_by_hand(tmp_path, resize, size, store):
     settings = Dataset(name="any", resize=resize, image_size=size, mean=(0,), std=(1,))
     part = Part(files, settings, store=store and tmp_path / store)
     for _ in range(2):
-        found = gathered(part, 3).numpy()
-        assert (found == np.stack([by_hand(files.path(k), resize or size, size) for k in range(7)])).all()
+        found = gathered(part, 3).numpy().astype(int)
+        expected = np.stack([by_hand(files.path(k), resize or size, size) for k in range(7)])
+        assert abs(found - expected).max() <= 1  # they round in other ways
     assert torch.equal(torch.cat([labels for _, labels in part.batches(3)]), torch.arange(7))
 
 
@@ -164,7 +165,7 @@ def test_augmented_images_differ_every_time_and_only_in_training(make):
 
 def test_augmentation_is_that_of_torchvision(make):
     part = make(augment=True)
-    oracle = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    oracle = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip()])
     for k, (batch, labels) in enumerate(islice(part.stream(4, seed=5), 2)):
         for image, i in zip(batch, labels.tolist(), strict=True):
             torch.manual_seed(images.sample_seed(5, k) ^ i)

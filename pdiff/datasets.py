@@ -102,7 +102,7 @@ def flowers102(root: Path, download: bool) -> tuple[Raw, Raw]:
     sums = dict(tv.Flowers102._file_dict[key] for key in ("label", "setid"))
     files = {"flowers-102/jpg": "", **{f"flowers-102/{name}": md5 for name, md5 in sums.items()}}
     parts = _fetch(tv.Flowers102, root, files, download, **SPLITS)
-    train, test = (_files(part._image_files, part._labels, root) for part in parts)
+    train, test = (_listed(part._image_files, part._labels, root) for part in parts)
     return train, test
 
 
@@ -110,7 +110,7 @@ def pets(root: Path, download: bool) -> tuple[Raw, Raw]:
     """The 37 breeds of Oxford-IIIT Pet: trainval for training, test."""
     files = {f"oxford-iiit-pet/{name}": "" for name in ("images", "annotations/trainval.txt", "annotations/test.txt")}
     parts = _fetch(tv.OxfordIIITPet, root, files, download, split=("trainval", "test"))
-    train, test = (_files(part._images, part._labels, root) for part in parts)
+    train, test = (_listed(part._images, part._labels, root) for part in parts)
     return train, test
 
 
@@ -120,7 +120,7 @@ def food101(root: Path, download: bool) -> tuple[Raw, Raw]:
     parts = _fetch(tv.Food101, root, files, download, **SPLITS)
     if parts[0].classes != parts[1].classes:  # or their labels would not mean the same
         raise UserError("food-101/meta/train.json and food-101/meta/test.json must name the same classes")
-    train, test = (_files(part._image_files, part._labels, root) for part in parts)
+    train, test = (_listed(part._image_files, part._labels, root) for part in parts)
     return train, test
 
 
@@ -173,8 +173,8 @@ def default_root() -> Path:
 
 
 def data_root(settings: Settings) -> Path:
-    """Where data sets lie: `dataset.root`, else the default."""
-    return Path(settings.root).expanduser() if settings.root else default_root()
+    """Where data sets lie: `dataset.root`, else the default; absolute."""
+    return (Path(settings.root).expanduser() if settings.root else default_root()).absolute()
 
 
 def load(settings: Settings) -> Images:
@@ -209,8 +209,8 @@ def load(settings: Settings) -> Images:
 def folder_state(settings: Settings) -> list[Any]:
     """What `dataset.root` decides where it is the data set: its path, and when its folders were changed."""
     root = data_root(settings).resolve()
-    folders = sorted(path for path in root.glob("*/*") if path.parent.name in ("train", "test", "val"))
-    return [str(root), *((str(path.relative_to(root)), path.stat().st_mtime_ns) for path in folders)]
+    folders = [path for part in ("train", "test", "val") for path in sorted((root / part).glob("*"))]
+    return [str(root), *((f"{path.parent.name}/{path.name}", path.stat().st_mtime_ns) for path in folders)]
 
 
 def _held_out(settings: Settings, count: int) -> int:
@@ -270,11 +270,16 @@ def _pixels(images: Any, labels: Any) -> Pixels:
 
 
 def _files(paths: Sequence[Any], labels: Sequence[int], folder: Path) -> Files:
-    """Files as torchvision lists them, below a folder."""
-    if missing := [path for path in paths if not os.path.exists(path)]:
-        raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more of {len(paths)} images that are listed")
-    names = np.array([os.fsencode(os.path.relpath(path, folder)) for path in paths])
+    """Files below a folder as torchvision lists them."""
+    names = np.array([os.fsencode(path)[len(os.fsencode(folder)) + 1 :] for path in paths])
     return Files(folder, names, torch.tensor(labels, dtype=torch.int64))
+
+
+def _listed(paths: Sequence[Path], labels: Sequence[int], root: Path) -> Files:
+    """Files that a list names, all of which must be there."""
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more of {len(paths)} images that are listed")
+    return _files(paths, labels, root)
 
 
 def _folders(root: Path, parts: tuple[str, str], classes: int | None = None) -> tuple[Raw, Raw]:

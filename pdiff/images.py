@@ -91,9 +91,10 @@ class Files:
 
     def identify(self, digest: Any) -> None:
         """Feed a hash with names, labels, sizes and times of modification: nobody reads 150 GB to name them."""
-        for k, label in enumerate(self.labels.tolist()):
-            stat = self.path(k).stat()
-            digest.update(repr((self.names[k], label, stat.st_size, stat.st_mtime_ns)).encode())
+        folder = os.fsencode(self.folder)
+        for name, label in zip(self.names.tolist(), self.labels.tolist(), strict=True):
+            stat = os.stat(os.path.join(folder, name))
+            digest.update(repr((name, label, stat.st_size, stat.st_mtime_ns)).encode())
 
 
 class Part:

@@ -625,6 +625,17 @@ def test_root_and_variable_are_honoured(monkeypatch, tmp_path):
     assert datasets.data_root(Dataset(name="digits", root="~/own")) == Path.home() / "own"
 
 
+@pytest.mark.parametrize("name", IN_FILES)
+def test_a_root_may_be_relative(monkeypatch, tmp_path, name):
+    write(name, tmp_path, monkeypatch)
+    expected = datasets.load(settings_of(name, tmp_path)).digest()
+    monkeypatch.chdir(tmp_path)
+    for root in (".", f"../{tmp_path.name}/"):
+        images = datasets.load(settings_of(name, root))
+        assert len(list(images.test.batches(1))) == TEST
+        assert images.digest() == expected
+
+
 # -- Debian's package
 
 

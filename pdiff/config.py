@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from pdiff import user_code
 from pdiff.architectures import ARCHITECTURES, known_architectures
-from pdiff.datasets import DATASETS
+from pdiff.datasets import DATASETS, folder_state
 from pdiff.errors import UserError
 from pdiff.settings import Collect, Experiment, without_neutral
 
@@ -93,7 +93,9 @@ def digest(experiment: Experiment, sections: Sequence[str]) -> str:
         folder = Path(experiment.prepare.source).expanduser()
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    if contents := [_content(path) for path in _files(experiment)]:
+    if experiment.dataset and experiment.dataset.name == "image_folder":
+        content["folder"] = folder_state(experiment.dataset)  # a root that is no mere place
+    if contents := [_content(path) for path in _files(experiment, sections)]:
         content["contents"] = contents
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -104,13 +106,15 @@ def pretraining_digest(experiment: Experiment) -> str:
     return digest(experiment.model_copy(update={"prepare": only}), ("dataset", "network", "prepare"))
 
 
-def _files(experiment: Experiment) -> list[Path]:
-    """The files that an experiment names: weights, and an architecture of somebody's own."""
-    network = experiment.network
-    if network is None:
-        return []
-    own = [user_code.source(network.architecture)] if user_code.is_own(network.architecture) else []
-    return own + ([Path(network.weights).expanduser()] if network.weights else [])
+def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
+    """The files that some sections name: weights, an architecture and a function of somebody's own."""
+    network, function = experiment.network, experiment.evaluate.function
+    found = [Path(network.weights).expanduser()] if network and network.weights else []
+    if network and user_code.is_own(network.architecture):
+        found.append(user_code.source(network.architecture))
+    if "evaluate" in sections and function:
+        found.append(user_code.source(function))
+    return found
 
 
 def _content(path: Path) -> str:

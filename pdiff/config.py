@@ -40,7 +40,7 @@ def load(tag: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     """
     tree, origins = _read(tag, ())
     for key, text in (overrides or {}).items():
-        _put(tree, origins, key, text)
+        put(tree, origins, key, text)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
     problems = _unknown_names(tree, origins)
     try:
@@ -136,8 +136,8 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _put(tree: Tree, origins: dict[str, str], key: str, text: str) -> None:
-    """Set a dotted key from the command line."""
+def put(tree: Tree, origins: dict[str, str], key: str, text: str) -> None:
+    """Set a dotted key from the command line in a tree, and tell `origins` where it is from."""
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

@@ -24,7 +24,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,14 +33,16 @@ from safetensors.torch import save as pack
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pdiff.adopt import Template
 from pdiff.errors import UserError
-from pdiff.weights import StateDict
+
+if TYPE_CHECKING:  # what these import takes a process of `run_function` seconds
+    from pdiff.adopt import Template
+    from pdiff.weights import StateDict
 
 CHECKPOINT = "{checkpoint}"
 PYTHONS = ("python", "python3")  # these words are the running interpreter
 GRACE = 3.0  # seconds that a command has to end when it is told to
-PROCESS_SECONDS = 8.0  # what starting processes costs: importing PyTorch, and the function's own preparations
+PROCESS_SECONDS = 5.0  # what starting processes costs: importing PyTorch, and the function's own preparations
 TRIED = 2  # networks that a function is timed on: the first one often reads the images, too
 
 
@@ -175,7 +177,7 @@ class _Runner:
         finally:
             with self.lock:
                 self.running.discard(process)
-        found = [match.group(1) for text in (output, errors) for match in [*self.pattern.finditer(text)][-1:]]
+        found = [match.group(1).strip() for text in (output, errors) for match in [*self.pattern.finditer(text)][-1:]]
         last = _last_line(errors if process.returncode else output) or _last_line(output + errors)
         where = f"evaluate.command: {shlex.join(words)}"
         if process.returncode:
@@ -418,7 +420,7 @@ def _result(function: Callable, spec: str, k: int, state: StateDict) -> tuple[Te
         returned = function(state)
     except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {_line(error)}") from None
-    if isinstance(returned, tuple) and len(returned) == 2:
+    if isinstance(returned, tuple | list) and len(returned) == 2:
         predicted, labels = (_classes(value, f"{where}: {what}") for value, what in zip(returned, WHAT, strict=True))
         if predicted.shape != labels.shape:
             raise UserError(f"{where}: {len(predicted)} predictions and {len(labels)} labels, expected as many")

@@ -88,7 +88,11 @@ def new(
     tree: dict[str, Any] = {
         "dataset": {"name": dataset} if dataset else {},
         "network": {"architecture": architecture} if architecture else {},
-        "prepare": {"source": _written(source), "parameters": chosen if len(chosen) > 1 else chosen[0], "exclude": [escape(n) for n in found.unusable]},
+        "prepare": {
+            "source": _written(source),
+            "parameters": chosen if len(chosen) > 1 else chosen[0],
+            "exclude": [escape(n) for n in found.unusable],
+        },
         "autoencoder": {"latent_size": "auto"},
         "diffusion": {"steps": DiffusionSettings().steps},
         "evaluate": _evaluation(command, function, home, known=bool(dataset)),
@@ -97,7 +101,7 @@ def new(
         config.put(tree, {}, key, text)
     tree = {section: _without_empty(values) for section, values in tree.items()}
     if bool(tree["dataset"]) != bool(tree["network"]):
-        raise UserError("--dataset and --architecture belong together: a data set that pdiff knows, and a network for it")
+        raise UserError("--dataset and --architecture belong together: one is given without the other")
     text = _yaml(tag, found, chosen, tree)
     _check(path, text)
     print(_report(found, chosen))

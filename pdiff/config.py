@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pdiff import user_code
+from pdiff.adopt import files_of
 from pdiff.architectures import ARCHITECTURES, known_architectures
 from pdiff.datasets import DATASETS, folder_state
 from pdiff.errors import UserError
@@ -45,7 +46,7 @@ def load(tag: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     known = tags()
     tree, origins = _read(tag, known)
     for key, text in (overrides or {}).items():
-        _put(tree, origins, key, text)
+        put(tree, origins, key, text)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
     problems = _unknown_names(tree, origins)
     try:
@@ -89,9 +90,9 @@ def digest(experiment: Experiment, sections: Sequence[str]) -> str:
     of `prepare.source` by their names, sizes and times, the others by their content."""
     values = without_neutral(experiment)
     content: Tree = {name: values[name] for name in ("seed", *sections)}
-    if experiment.prepare.source:
-        folder = Path(experiment.prepare.source).expanduser()
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if source := experiment.prepare.source:  # nothing is trained
+        content["prepare"] = {k: v for k, v in values["prepare"].items() if k not in ("pretrain", "collect")}
+        files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     if experiment.dataset and experiment.dataset.name == "image_folder":
         content["folder"] = folder_state(experiment.dataset)  # a root that is no mere place
@@ -205,8 +206,8 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _put(tree: Tree, origins: dict[str, str], key: str, text: str) -> None:
-    """Set a dotted key from the command line."""
+def put(tree: Tree, origins: dict[str, str], key: str, text: str) -> None:
+    """Set a dotted key from the command line in a tree, and tell `origins` where it is from."""
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

@@ -1,4 +1,4 @@
-"""How good networks are: by their predictions on images, or not known at all."""
+"""How good networks are: by their predictions on images, by somebody's function or command, or not known at all."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pdiff.adopt import Template
 from pdiff.datasets import Part
 from pdiff.evaluation import batch_predictions
 from pdiff.files import read_tensors, write_tensors
+from pdiff.foreign import run_command_on, run_function
 from pdiff.weights import Collection
 
 SAVE_SECONDS = 10.0
@@ -23,6 +25,11 @@ class Verdict(NamedTuple):
 
     accuracy: Tensor  # float64 (N,)
     wrong: Tensor | None = None  # which images each gets wrong, bool (N, images)
+
+    @classmethod
+    def of(cls, wrong: Tensor) -> Verdict:
+        """The verdict on networks of which it is known what they get wrong."""
+        return cls(1 - wrong.double().mean(dim=1), wrong)
 
 
 Verdicts = dict[str, Verdict]  # of every group
@@ -40,9 +47,7 @@ def on_images(
         for name, part in parts.items():
             options = {"batch_size": batch_size, "device": device, "label": f"evaluate {name}"}
             wrong = _wrong(network, list(groups.values()), part, folder / f"{name}_{batch_size}", options)
-            verdicts[name] = {
-                group: Verdict(1 - rows.double().mean(dim=1), rows) for group, rows in zip(groups, wrong, strict=True)
-            }
+            verdicts[name] = dict(zip(groups, map(Verdict.of, wrong), strict=True))
         return verdicts
 
     return judge
@@ -62,6 +67,31 @@ def _wrong(network: nn.Module, groups: list[Collection], part: Part, folder: Pat
             write_tensors(folder / f"{done:09d}.safetensors", {"wrong": blocks[-1]})
             pending, saved = [], time.monotonic()
     return list(torch.cat(blocks, dim=1).split([len(group) for group in groups]))
+
+
+def by_function(spec: str, template: Template, *, workers: int) -> Judge:
+    """Judges networks by what somebody's function predicts with them."""
+
+    def verdict(name: str, group: Collection, folder: Path) -> Verdict:
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            options = {"template": template, "workers": workers, "label": f"evaluate {name}"}
+            predicted, labels = run_function(spec, group, **options)
+            write_tensors(path, {"wrong": predicted != labels})
+        return Verdict.of(read_tensors(path)["wrong"])
+
+    return lambda groups, folder: {"test": {name: verdict(name, group, folder) for name, group in groups.items()}}
+
+
+def by_command(command: str, template: Template, *, folder: Path, pattern: str, workers: int) -> Judge:
+    """Judges networks by the accuracy that somebody's command prints for their files."""
+
+    def verdict(name: str, group: Collection, state: Path) -> Verdict:
+        options = {"folder": folder, "pattern": pattern, "workers": workers, "label": f"evaluate {name}"}
+        options |= {"template": template, "scratch": state / name, "path": state / f"{name}.jsonl"}
+        return Verdict(torch.tensor(run_command_on(command, group, **options), dtype=torch.float64))
+
+    return lambda groups, state: {"test": {name: verdict(name, group, state) for name, group in groups.items()}}
 
 
 def unknown(groups: Mapping[str, Collection], folder: Path) -> dict[str, Verdicts]:

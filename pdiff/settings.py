@@ -196,7 +196,7 @@ class Evaluate(Section):
     test: bool = True
     function: str = ""
     command: str = ""
-    pattern: str = r"(?i)acc\w*\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
+    pattern: str = r"(?i)acc(?!\w*[2-9])\w*(?:@1)?(?!@)\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
     folder: str = ""
     workers: Annotated[int, Field(ge=0)] = neutral(0)
     batch_size: Positive = neutral(500)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pdiff import baselines, config, datasets, figures, judges
-from pdiff.adopt import adopt, first_state
+from pdiff.adopt import Template, adopt, checkpoint_files, first_state
 from pdiff.architectures import build
 from pdiff.checkpoints import collect, generated_names, pretrain
 from pdiff.comparison import COLUMNS, evaluation_table, similarity_matrices, summary
@@ -102,10 +102,12 @@ def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
 def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log) -> Collection:
     """Read somebody's checkpoints; where their architecture is known, write the base network."""
     source = Path(experiment.prepare.source).expanduser()
-    collection = adopt(source, experiment.prepare.parameters)
+    collection = adopt(source, experiment.prepare.parameters, experiment.prepare.exclude)
     if images:
         network = _network(experiment, images, pretrained=experiment.network.pretrained)
-        _load_into(network, first_state(source), source, complete=not experiment.network.pretrained)
+        _load_into(
+            network, first_state(source, experiment.prepare.exclude), source, complete=not experiment.network.pretrained
+        )
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection
 
@@ -333,12 +335,27 @@ def _write_table(table: pd.DataFrame, path: Path) -> None:
 
 def _judge(experiment: Experiment, prepared: Path) -> Judge:
     """Who tells how good the networks of an experiment are."""
+    settings = experiment.evaluate
+    if settings.function or settings.command:
+        template = _template(experiment, prepared)
+        if settings.function:
+            return judges.by_function(settings.function, template, workers=settings.workers)
+        options = {"folder": Path(settings.folder).expanduser().absolute(), "pattern": settings.pattern}
+        return judges.by_command(settings.command, template, workers=settings.workers, **options)
     if not experiment.dataset:
         return judges.unknown
     images = datasets.load(experiment.dataset)
-    parts = {"validation": images.validation} | ({"test": images.test} if experiment.evaluate.test else {})
-    options = {"batch_size": experiment.evaluate.batch_size, "device": resolve_device(experiment.device)}
+    parts = {"validation": images.validation} | ({"test": images.test} if settings.test else {})
+    options = {"batch_size": settings.batch_size, "device": resolve_device(experiment.device)}
     return judges.on_images(_base_network(experiment, images, prepared), parts, **options)
+
+
+def _template(experiment: Experiment, prepared: Path) -> Template:
+    """How files of the networks are laid out: as somebody's own, or plainly with all tensors of the base network."""
+    if experiment.prepare.source:
+        folder = Path(experiment.prepare.source).expanduser()
+        return Template.read(checkpoint_files(folder, experiment.prepare.exclude)[0])
+    return Template.of(read_tensors(prepared / "network.safetensors"))
 
 
 def _groups(experiment: Experiment, prepared: Path, generated: Path) -> dict[str, Collection]:

@@ -180,7 +180,37 @@ def cifar100(root: Path, download: bool) -> tuple[Pixels, Pixels]:
     return train, test
 
 
-DATASETS: dict[str, Loader] = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar100": cifar100}
+@dataclass(frozen=True)
+class Source:
+    """Where images come from, and what is known before any is seen.
+
+    Attributes:
+        load: (root, download) -> training and test images.
+        classes: their number; None: known when the folder is.
+        channels: of the raw images.
+        image_size: side of the raw images; 0: it varies.
+    """
+
+    load: Loader | None
+    classes: int | None
+    channels: int
+    image_size: int
+
+
+DATASETS: dict[str, Source] = {
+    "digits": Source(digits, 10, 1, 8),
+    "fashion_mnist": Source(fashion_mnist, 10, 1, 28),
+    "mnist": Source(None, 10, 1, 28),
+    "svhn": Source(None, 10, 3, 32),
+    "cifar10": Source(None, 10, 3, 32),
+    "cifar100": Source(cifar100, 100, 3, 32),
+    "stl10": Source(None, 10, 3, 96),
+    "flowers102": Source(None, 102, 3, 0),
+    "pets": Source(None, 37, 3, 0),
+    "food101": Source(None, 101, 3, 0),
+    "imagenet": Source(None, 1000, 3, 0),
+    "image_folder": Source(None, None, 3, 0),
+}
 
 
 def data_root(settings: Settings) -> Path:
@@ -195,7 +225,7 @@ def load(settings: Settings) -> Images:
         UserError: it is not there and cannot be downloaded; it is too small to be split; or the settings ask for
             other colours than it has.
     """
-    train, test = DATASETS[settings.name](data_root(settings), settings.download)
+    train, test = DATASETS[settings.name].load(data_root(settings), settings.download)
     count = len(train.labels)
     held = round(count * settings.validation_fraction)
     if not 0 < held < count:
@@ -211,7 +241,7 @@ def load(settings: Settings) -> Images:
         train=Part(kept, settings, augment=settings.augment),
         validation=Part(validation, settings),
         test=Part(test, settings),
-        classes=int(train.labels.max()) + 1,
+        classes=DATASETS[settings.name].classes,
         channels=channels,
         image_size=size,
     )

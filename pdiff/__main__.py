@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     )
     show.add_argument("tag")
     show.set_defaults(run=_show)
+    text = "print the parameters and the peak memory of a tag's autoencoder and denoiser, without needing either"
+    memory = commands.add_parser("memory", help=text, description=text, epilog=more, allow_abbrev=False)
+    memory.add_argument("tag")
+    memory.add_argument("--json", action="store_true", help="the same in bytes, for programs")
+    memory.set_defaults(run=_memory)
     commands.add_parser("tags", help="list all tags").set_defaults(run=_tags)
     text = "print all finished runs of main side by side: test accuracy in percent, similarity, seconds"
     commands.add_parser("compare", help=text, description=text).set_defaults(run=_compare)
@@ -108,6 +114,21 @@ def _tags(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         if path.parent.name != "experiments":  # what stands there is for `extends` alone
             experiment = config.load(tag)
             print(f"{path.parent.name:10} {tag:28} {experiment.dataset.name:15} {experiment.network.architecture}")
+
+
+def _memory(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import config
+
+    experiment = config.load(arguments.tag, overrides(rest))
+    from pdiff import memory
+
+    sizes = memory.sizes(experiment)
+    needs = memory.needs(experiment, sizes)
+    if arguments.json:
+        found = {**sizes._asdict(), "needs": [need._asdict() | {"peak": need.peak} for need in needs]}
+        print(json.dumps(found, indent=1))
+    else:
+        print(memory.text(experiment, sizes, needs))
 
 
 def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -12,13 +12,14 @@ from types import FrameType
 
 from pdiff.errors import UserError
 
-ENTRY_POINTS = {
+STAGES = {
     "main": "all stages under one parent run",
     "prepare": "pretrain a network and collect checkpoints",
     "train": "fit the generator: autoencoder and latent diffusion",
     "generate": "draw networks",
     "evaluate": "compare the generated networks with the originals and the baselines",
 }
+ENTRY_POINTS = STAGES | {"leaderboard": "published results beside the latest ones of every tag, as a run of its own"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,11 +27,16 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="pdiff", description="Generate neural-network weights, tracked by MLflow.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     more = "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32"
-    for name, text in ENTRY_POINTS.items():
+    for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text, epilog=more, allow_abbrev=False)
         command.add_argument("--tag", required=True, help="an experiment (`pdiff tags`), or a path to a YAML file")
         command.add_argument("--fresh", nargs="?", const="true", default="false", help="repeat what is finished")
         command.set_defaults(run=_stage)
+    text = ENTRY_POINTS["leaderboard"]
+    board = commands.add_parser("leaderboard", help=text, description=text, allow_abbrev=False)
+    board.add_argument("words", nargs="*", metavar="WORD", help="show tags that hold one of these")
+    board.add_argument("--only", choices=["ours", "all"], default="all", help="leave out what was never run here")
+    board.set_defaults(run=_leaderboard)
     show = commands.add_parser(
         "show", help="print the complete configuration of a tag", epilog=more, allow_abbrev=False
     )
@@ -110,10 +116,9 @@ def _tags(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import config
 
     overrides(rest)
-    for tag, path in sorted(config.tags().items(), key=lambda item: (item[1].parent.name, item[0])):
-        if path.parent.name != "experiments":  # what stands there is for `extends` alone
-            experiment = config.load(tag)
-            print(f"{path.parent.name:10} {tag:28} {experiment.dataset.name:15} {experiment.network.architecture}")
+    for tag, path in sorted(config.runnable().items(), key=lambda item: (item[1].parent.name, item[0])):
+        experiment = config.load(tag)
+        print(f"{path.parent.name:10} {tag:28} {experiment.dataset.name:15} {experiment.network.architecture}")
 
 
 def _memory(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -129,6 +134,16 @@ def _memory(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         print(json.dumps(found, indent=1))
     else:
         print(memory.text(experiment, sizes, needs))
+
+
+def _leaderboard(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import leaderboard, tracking
+
+    overrides(rest)
+    with tracking.connected():
+        done, board = tracking.log_leaderboard(arguments.words, only_ours=arguments.only == "ours")
+    print("no tag to show" if board.empty else leaderboard.text(board))
+    print(f"\nrun          {done.run_id}\nleaderboard  {done.folder / 'leaderboard.html'}")
 
 
 def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -28,6 +28,11 @@ def tags() -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
+def runnable() -> dict[str, Path]:
+    """Tag -> file of what can be run; what lies in `experiments/` itself is for `extends` alone."""
+    return {tag: path for tag, path in tags().items() if path.parent.name != "experiments"}
+
+
 def load(tag: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     """The experiment of a tag.
 
@@ -61,6 +66,22 @@ def to_yaml(experiment: Experiment) -> str:
 def flat(experiment: Experiment) -> dict[str, Any]:
     """The complete configuration as dotted key -> value."""
     return dict(_leaves(experiment.model_dump(mode="json")))
+
+
+def changes(experiment: Experiment) -> dict[str, Any]:
+    """Dotted keys whose values are others than in the own file of its tag, and those values.
+
+    Keys that cannot change a result do not count; a tag without a file in `experiments/` has nothing to differ from.
+    """
+    return changed(load(experiment.tag), flat(experiment)) if experiment.tag in tags() else {}
+
+
+def changed(own: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of some values by dotted key, as they are or as text, is another than in an experiment."""
+    there = flat(own)
+    neutral = there.keys() - dict(_leaves(without_neutral(own))).keys()
+    kept = {key: value for key, value in values.items() if key not in neutral}
+    return {key: value for key, value in kept.items() if key not in there or str(value) != str(there[key])}
 
 
 def digest(experiment: Experiment, sections: Sequence[str]) -> str:

@@ -202,7 +202,7 @@ def report(
         "Similarity of networks": similarity_heatmap(similarity, groups),
         "Training": loss_curves(history),
     }
-    sections = [_section(heading, figure) for heading, figure in figures.items() if figure.data]
+    sections = [section(heading, READING[heading], figure) for heading, figure in figures.items() if figure.data]
     config = escape(summary.get("config", ""))
     return PAGE.format(
         title=escape(title),
@@ -313,7 +313,7 @@ READING = {
 }
 
 
-def _section(heading: str, figure: go.Figure) -> str:
+def section(heading: str, reading: str, figure: go.Figure) -> str:
     """A figure under its heading and a sentence on how to read it."""
     plot = figure.to_html(
         full_html=False,
@@ -321,7 +321,7 @@ def _section(heading: str, figure: go.Figure) -> str:
         div_id=heading.lower().replace(" ", "-"),
         config=PLOTLY_CONFIG,
     )
-    return f"<section><h2>{escape(heading)}</h2>\n<p>{escape(READING[heading])}</p>\n{plot}</section>"
+    return f"<section><h2>{escape(heading)}</h2>\n<p>{escape(reading)}</p>\n{plot}</section>"
 
 
 PAGE = """<!doctype html>

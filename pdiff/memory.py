@@ -34,6 +34,7 @@ from pdiff.training import Best, Trainer
 from pdiff.weights import is_generated
 
 ENCODED = 256  # vectors that the stage train encodes at a time
+FIT, FLOAT32, BFLOAT16 = "fit", "train, float32", "train, bfloat16"  # on the CPU; on the CPU; on a GPU
 STEPS = 2  # from the second on, a step also holds the gradients of the one before it and the state of the optimiser
 
 
@@ -256,8 +257,14 @@ def training(
         "copies": _bytes([*kept.state.values(), *(trainer.ema.state_dict().values() if trainer.ema else ())]),
         "data": _bytes([data]),
     }
-    does = f"train, {'bfloat16' if bfloat16 else 'float32'}"
-    return Need(part, does, rows, _numbers(trainer.module), **held, activations=alive.peak - sum(held.values()))
+    return Need(
+        part,
+        BFLOAT16 if bfloat16 else FLOAT32,
+        rows,
+        _numbers(trainer.module),
+        **held,
+        activations=alive.peak - sum(held.values()),
+    )
 
 
 def _inference(part: str, does: str, make: Callable[[], nn.Module], call: Callable, shape: tuple[int, int]) -> Need:
@@ -278,7 +285,7 @@ def _pca_fit(sizes: Sizes) -> Need:
     block = sizes.fitted * ((sizes.size - 1) % GRAM_BLOCK + 1)
     working = 8 * vectors + max(4 * vectors, 8 * components) + 8 * block + 2 * 8 * sizes.fitted**2
     weights = 4 * (components + sizes.size)
-    return Need("autoencoder", "fit", sizes.fitted, weights // 4, weights, data=4 * vectors, activations=working)
+    return Need("autoencoder", FIT, sizes.fitted, weights // 4, weights, data=4 * vectors, activations=working)
 
 
 def _numbers(module: nn.Module) -> int:
@@ -301,12 +308,10 @@ def table(found: Iterable[Need]) -> pd.DataFrame:
 
 
 def text(experiment: Experiment, sizes: Sizes, found: list[Need]) -> str:
-    """For people: the sizes, the table in MB, and what dominates."""
+    """For people: the sizes, the table in MB, and what dominates on either kind of device."""
     settings = experiment.autoencoder
     least = "at most " if settings.kind == "pca" and settings.latent_size == "auto" else ""
     known = f" (pca: as many as explain {settings.variance:.2%} of the variance, known after the fit)" if least else ""
-    need = max(found, key=lambda need: need.peak)
-    kind, most = max(need.kinds().items(), key=lambda item: item[1])
     return "\n".join(
         [
             f"{experiment.tag}: {sizes.size} numbers are generated, from {sizes.checkpoints} checkpoints, "
@@ -314,9 +319,18 @@ def text(experiment: Experiment, sizes: Sizes, found: list[Need]) -> str:
             "",
             table(found).to_string(index=False, formatters=_formatters()),
             "",
-            f"in MB; peak {need.peak / 2**30:.2f} GB ({need.part}, {need.does}), {most / need.peak:.0%} of it {kind}",
+            "in MB (2^20 bytes); training on a GPU is in bfloat16, all else in float32",
+            f"peak on a CPU  {_peak(need for need in found if need.does != BFLOAT16)}",
+            f"peak on a GPU  {_peak(need for need in found if need.does not in (FLOAT32, FIT))}",
         ]
     )
+
+
+def _peak(found: Iterable[Need]) -> str:
+    """What needs most, and what of it."""
+    need = max(found, key=lambda need: need.peak)
+    kind, most = max(need.kinds().items(), key=lambda item: item[1])
+    return f"{need.peak / 2**20:,.0f} MB: {need.part}, {need.does}; {most / need.peak:.0%} of it {kind}"
 
 
 def _formatters() -> dict[str, Callable[[Any], str]]:

@@ -123,9 +123,8 @@ def dumbbells(board: pd.DataFrame, first: str, second: str) -> go.Figure:
         rows = rows.dropna()
         if len(rows):
             _add_side(figure, rows, side, (first, second))
-    unit = "%" if scale == 100 else "IoU"
-    figure.update_xaxes(title=f"{first} and {second}, {unit}", row=1, col=1)
-    figure.update_xaxes(title="difference", zeroline=True, zerolinecolor="#808080", row=1, col=2)
+    figure.update_xaxes(title="%" if scale == 100 else "IoU", row=1, col=1)
+    figure.update_xaxes(title="difference", zeroline=True, zerolinecolor="#808080", rangemode="tozero", row=1, col=2)
     labels = board["tag"] + board["changed"].map(lambda changed: " *" if changed else "")
     figure.update_yaxes(tickvals=list(range(len(board))), ticktext=labels, range=[len(board) - 0.4, -0.6])
     figure.update_layout(template=figures.TEMPLATE, height=170 + 24 * len(board), showlegend=True, margin_t=150)

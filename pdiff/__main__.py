@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
     memory.add_argument("tag")
     memory.add_argument("--json", action="store_true", help="the same in bytes, for programs")
     memory.set_defaults(run=_memory)
-    commands.add_parser("tags", help="list all tags").set_defaults(run=_tags)
+    text = "list all tags, or those in whose row some words occur"
+    tags = commands.add_parser("tags", help=text, description=text)
+    tags.add_argument("words", nargs="*", metavar="WORD", help="such as main, cifar10, resnet18")
+    tags.set_defaults(run=_tags)
     text = "print all finished runs of main side by side: test accuracy in percent, similarity, seconds"
     commands.add_parser("compare", help=text, description=text).set_defaults(run=_compare)
     export = commands.add_parser("export", help="write networks of a run as ordinary state-dict files")
@@ -113,12 +117,11 @@ def _show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _tags(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pdiff import config
+    from pdiff import catalogue
 
     overrides(rest)
-    for tag, path in sorted(config.runnable().items(), key=lambda item: (item[1].parent.name, item[0])):
-        experiment = config.load(tag)
-        print(f"{path.parent.name:10} {tag:28} {experiment.dataset.name:15} {experiment.network.architecture}")
+    for line in catalogue.lines(arguments.words):
+        print(line)
 
 
 def _memory(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -184,12 +187,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 2 for a mistake of the user's, 1 for a failure, 130 when interrupted."""
+    """Run one command; the exit code: 0, 2 for a mistake of the user's, 1 for a failure, 130 when interrupted,
+    141 when nobody reads the output any more."""
     signal.signal(signal.SIGTERM, _interrupt)
     arguments, rest = parser().parse_known_args(words)
     run: Callable[[argparse.Namespace, Sequence[str]], None] = arguments.run
     try:
         run(arguments, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         print(f"pdiff: {error}", file=sys.stderr)
         return 2

@@ -45,6 +45,12 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if everything or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def generated_size(network: nn.Module, patterns: Sequence[str]) -> int:
+    """How many numbers of a network are generated."""
+    state = network.state_dict()
+    return sum(state[n].numel() for n in generated_names(network, patterns) if is_generated(n, state[n]))
+
+
 def snapshot(network: nn.Module, names: Sequence[str]) -> StateDict:
     """A copy of some tensors of a network, on the CPU."""
     state = network.state_dict()
@@ -112,13 +118,15 @@ def collect(
     Args:
         network: pretrained, on its device; left at its last step.
         images: training images.
-        settings: how many checkpoints, how often, optimiser.
+        settings: how many checkpoints, how often (`auto`: so that they take one epoch), optimiser.
         names: tensors of the state dict that are generated.
         seed: of order and augmentation.
         log: told the loss.
         path: where the state is saved, to resume.
     """
     device = next(network.parameters()).device
+    automatic = max(1, len(images.train) // settings.batch_size // settings.checkpoints)
+    every = automatic if settings.every_steps == "auto" else settings.every_steps
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in names)
     if not any(parameter.requires_grad for parameter in network.parameters()):
@@ -134,13 +142,13 @@ def collect(
         lambda batch: F.cross_entropy(_through(prefix, suffix, batch), batch[1]),
         lambda start: images.train.stream(settings.batch_size, seed=seed, start=start, device=device),
         settings,
-        steps=settings.checkpoints * settings.every_steps,
+        steps=settings.checkpoints * every,
         seed=seed,
         autocast=True,
     )
     taken = _Taken()
     for step in follow(trainer, "collect/loss", log, path=path, beside=(taken,)):
-        if step.number % settings.every_steps == 0:
+        if step.number % every == 0:
             taken.states.append(snapshot(network, names))
     return Collection.stack(taken.states)
 

@@ -236,12 +236,12 @@ def _batches(rows: Tensor, batch_size: int, seed: int) -> Batches:
 
 
 def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on.
+    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, where there are two.
 
     Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
     so that single held-out checkpoints would not tell a generator that memorises from one that generalises.
     """
-    held = min(round(count * fraction), count - 2)
+    held = min(round(count * fraction), max(count - 2, 0))
     blocks = min(HELDOUT_BLOCKS, max(held, 1))
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(count, dtype=torch.bool)
@@ -257,5 +257,5 @@ def latent_scale(latents: Tensor, *, standardize: bool) -> tuple[Tensor, Tensor]
     """Mean and standard deviation of every component of latents (N, L), (L,) each; 0 and 1 if not standardised."""
     if not standardize:
         return torch.zeros(latents.shape[1]), torch.ones(latents.shape[1])
-    std = latents.std(dim=0)
+    std = latents.std(dim=0, correction=min(1, len(latents) - 1))  # one checkpoint has none
     return latents.mean(dim=0).cpu(), torch.where(std > 1e-8, std, 1.0).cpu()

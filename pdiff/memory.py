@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pdiff import adopt, datasets, generator
 from pdiff.architectures import build
 from pdiff.autoencoders import GRAM_BLOCK, PCA
-from pdiff.checkpoints import generated_names, matching
+from pdiff.checkpoints import generated_size, matching
 from pdiff.errors import UserError
 from pdiff.settings import Experiment
 from pdiff.training import Best, Trainer
@@ -131,7 +131,7 @@ def sizes(experiment: Experiment) -> Sizes:
         UserError: a data set that tells its classes or its image size only when it is read; an unreadable source.
     """
     source = experiment.prepare.source and Path(experiment.prepare.source).expanduser()
-    size = sum(t.numel() for t in (_adopted(experiment, source) if source else _generated(experiment)))
+    size = _adopted(experiment, source) if source else _generated(experiment)
     checkpoints = len(adopt.checkpoint_files(source)) if source else experiment.prepare.collect.checkpoints
     fitted, held = generator.heldout_split(checkpoints, experiment.diffusion.heldout_fraction, seed=0)
     return latent_sizes(experiment, size, checkpoints, len(fitted), len(held))
@@ -146,15 +146,15 @@ def latent_sizes(experiment: Experiment, size: int, checkpoints: int, fitted: in
     return Sizes(size, latent_size, checkpoints, fitted, heldout)
 
 
-def _adopted(experiment: Experiment, folder: Path) -> list[Tensor]:
-    """What is generated of the first of somebody's files."""
+def _adopted(experiment: Experiment, folder: Path) -> int:
+    """D of the first of somebody's files."""
     state = adopt.first_state(folder)
     names = matching(state, experiment.prepare.parameters)
-    return [state[name] for name in names if is_generated(name, state[name])]
+    return sum(state[name].numel() for name in names if is_generated(name, state[name]))
 
 
-def _generated(experiment: Experiment) -> list[Tensor]:
-    """What is generated of a network that has shapes and no numbers."""
+def _generated(experiment: Experiment) -> int:
+    """D of a network that has shapes and no numbers."""
     settings, source = experiment.dataset, datasets.DATASETS[experiment.dataset.name]
     facts = {
         "classes": source.classes,
@@ -166,9 +166,7 @@ def _generated(experiment: Experiment) -> list[Tensor]:
             raise UserError(f"dataset {settings.name}: its {name} is not known before its images are read")
     with torch.device("meta"):
         network = build(experiment.network.architecture, pretrained=False, **facts)
-    state = network.state_dict()
-    names = generated_names(network, experiment.prepare.parameters)
-    return [state[name] for name in names if is_generated(name, state[name])]
+    return generated_size(network, experiment.prepare.parameters)
 
 
 def needs(experiment: Experiment, sizes: Sizes) -> list[Need]:

@@ -72,6 +72,12 @@ class Network(Section):
     pretrained: bool = False
     weights: str = ""
 
+    @model_validator(mode="after")
+    def _check(self) -> Network:
+        if self.weights and not self.pretrained:
+            raise ValueError("weights needs pretrained: true")
+        return self
+
 
 class Pretrain(Optimization):
     """Training before checkpoints are collected; the epoch with the best validation accuracy is kept."""

@@ -78,7 +78,8 @@ def _network(experiment: Experiment, images: Images, *, pretrained: bool = False
     """A freshly initialised network for the data set of an experiment."""
     torch.manual_seed(experiment.seed)
     sizes = {"classes": images.classes, "channels": images.channels, "image_size": images.image_size}
-    return build(experiment.network.architecture, pretrained=pretrained, **sizes)
+    network = experiment.network
+    return build(network.architecture, pretrained=pretrained, weights=network.weights, **sizes)
 
 
 def _base_network(experiment: Experiment, images: Images, prepared: Path) -> nn.Module:

@@ -57,14 +57,16 @@ class Stateful(Protocol):
 def shuffled(count: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
     """Endless shuffled batches of indices below `count`, from batch `start` on; partial batches are dropped.
 
-    Batch k depends on (seed, k) alone, so an interrupted loop meets the same batches again.
+    Where there are fewer indices than a batch holds, each batch consists of as many shuffles as fill it. Batch k
+    depends on (seed, k) alone, so an interrupted loop meets the same batches again.
     """
-    batch_size = min(batch_size, count)
-    epoch, skip = divmod(start, count // batch_size)
+    shuffles = max(1, -(-batch_size // count))
+    per_epoch = shuffles * count // batch_size
+    epoch, skip = divmod(start, per_epoch)
     while True:
         generator = torch.Generator().manual_seed(sample_seed(seed, epoch))
-        batches = torch.randperm(count, generator=generator).split(batch_size)[: count // batch_size]
-        yield from batches[skip:]
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(shuffles)])
+        yield from order.split(batch_size)[skip:per_epoch]
         epoch, skip = epoch + 1, 0
 
 

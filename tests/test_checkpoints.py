@@ -112,6 +112,13 @@ def test_every_second_step(digits):
     assert torch.equal(second.tensors["5.bias"], every.tensors["5.bias"][1::2])
 
 
+@pytest.mark.parametrize(("checkpoints", "every"), [(3, 2), (4, 1), (50, 1)])
+def test_automatic_steps_spread_checkpoints_over_one_epoch(digits, checkpoints, every):
+    assert len(digits.train) // 16 == 7  # batches of one epoch
+    found, expected = (collected(digits, checkpoints=checkpoints, every_steps=n) for n in ("auto", every))
+    assert torch.equal(found.tensors["5.bias"], expected.tensors["5.bias"])
+
+
 def test_statistics_move_where_they_are_generated_alone(digits):
     network = cnn()
     names = generated_names(network, ["5.*"])

@@ -38,7 +38,7 @@ def store(tmp_path_factory):
         patch.chdir(folder)
         for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK"):
             patch.delenv(name, raising=False)
-        patch.setattr(config, "published", published, raising=False)
+        patch.setattr(config, "published", published)
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         evaluated("digits_mlp", 1, "main", gain=0.01)
         evaluated("digits_mlp", 2, "evaluate", gain=0.02, device="cpu")  # the device changes no result

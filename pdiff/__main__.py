@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pdiff.errors import UserError
 
-ENTRY_POINTS = {
+if TYPE_CHECKING:
+    from pdiff.settings import Experiment
+
+STAGES = {
     "main": "all stages under one parent run",
     "prepare": "pretrain a network and collect checkpoints",
     "train": "fit the generator: autoencoder and latent diffusion",
     "generate": "draw networks",
     "evaluate": "compare the generated networks with the originals and the baselines",
 }
+ENTRY_POINTS = STAGES | {"leaderboard": "published results beside the latest ones of every tag, as a run of its own"}
 NEW_CHECKPOINTS = (
     "folder of .pth, .pt or .safetensors files, one state dict each; or a folder with them in checkpoint/ and a test.py"
 )
@@ -29,16 +35,26 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="pdiff", description="Generate neural-network weights, tracked by MLflow.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     more = "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32"
-    for name, text in ENTRY_POINTS.items():
+    for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text, epilog=more, allow_abbrev=False)
         command.add_argument("--tag", required=True, help="an experiment (`pdiff tags`), or a path to a YAML file")
         command.add_argument("--fresh", nargs="?", const="true", default="false", help="repeat what is finished")
         command.set_defaults(run=_stage)
+    text = ENTRY_POINTS["leaderboard"]
+    board = commands.add_parser("leaderboard", help=text, description=text, allow_abbrev=False)
+    board.add_argument("words", nargs="*", metavar="WORD", help="show tags that hold one of these")
+    board.add_argument("--only", choices=["ours", "all"], default="all", help="leave out what was never run here")
+    board.set_defaults(run=_leaderboard)
     show = commands.add_parser(
         "show", help="print the complete configuration of a tag", epilog=more, allow_abbrev=False
     )
     show.add_argument("tag")
     show.set_defaults(run=_show)
+    text = "print the parameters and the peak memory of a tag's autoencoder and denoiser, without needing either"
+    memory = commands.add_parser("memory", help=text, description=text, epilog=more, allow_abbrev=False)
+    memory.add_argument("tag")
+    memory.add_argument("--json", action="store_true", help="the same in bytes, for programs")
+    memory.set_defaults(run=_memory)
     text = "list all tags, or those in whose row some words occur"
     tags = commands.add_parser("tags", help=text, description=text)
     tags.add_argument("words", nargs="*", metavar="WORD", help="such as main, cifar10, resnet18")
@@ -112,17 +128,23 @@ def _stage(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         else:
             done = tracking.execute(arguments.command, experiment, fresh=fresh)
     if arguments.command in ("main", "evaluate"):
-        _print_evaluation(done.folder)
+        _print_evaluation(experiment, done.folder)
     print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
 
 
-def _print_evaluation(folder: Path) -> None:
-    """Print the table of an evaluation."""
+def _print_evaluation(experiment: Experiment, folder: Path) -> None:
+    """Print the table of an evaluation, and what was published of its tag beside it."""
     import pandas as pd
 
-    from pdiff import figures
+    from pdiff import config, figures
+    from pdiff.files import read_json
 
     print(f"\n{figures.table_text(figures.table(pd.read_csv(folder / 'evaluation.csv')))}")
+    if published := config.published(experiment.tag):
+        measured = {n: v for n, v in read_json(folder / "summary.json").items() if v is not None}
+        print(f"\n{figures.published_table(measured, published).to_string(index=False)}")
+        changes = ", ".join(f"{key}={value}" for key, value in config.changes(experiment).items())
+        print(f"changed    {changes or 'nothing: settings as published'}")
     print(f"\nreport     {folder / 'report.html'}")
 
 
@@ -148,6 +170,31 @@ def _tags(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     overrides(rest)
     for line in catalogue.lines(arguments.words):
         print(line)
+
+
+def _memory(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import config
+
+    experiment = config.load(arguments.tag, overrides(rest))
+    from pdiff import memory
+
+    sizes = memory.sizes(experiment)
+    needs = memory.needs(experiment, sizes)
+    if arguments.json:
+        found = {**sizes._asdict(), "needs": [need._asdict() | {"peak": need.peak} for need in needs]}
+        print(json.dumps(found, indent=1))
+    else:
+        print(memory.text(experiment, sizes, needs))
+
+
+def _leaderboard(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import leaderboard, tracking
+
+    overrides(rest)
+    with tracking.connected():
+        done, board = tracking.log_leaderboard(arguments.words, only_ours=arguments.only == "ours")
+    print("no tag to show" if board.empty else leaderboard.text(board))
+    print(f"\nrun          {done.run_id}\nleaderboard  {done.folder / 'leaderboard.html'}")
 
 
 def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

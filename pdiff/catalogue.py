@@ -25,11 +25,8 @@ NONE = "-"
 
 
 def lines(words: Sequence[str] = ()) -> Iterator[str]:
-    """The table of all tags, line by line; only rows in which every one of some words occurs.
-
-    What stands in `experiments/` itself is for `extends` alone, and no row.
-    """
-    paths = {tag: path for tag, path in config.tags().items() if path.parent.name != "experiments"}
+    """The table of all tags that can be run, line by line; only rows in which every one of some words occurs."""
+    paths = config.runnable()
     experiments = {tag: config.load(tag) for tag in sorted(paths, key=lambda tag: (paths[tag].parent.name, tag))}
     rows = [(paths[tag].parent.name, tag, *_names(experiment)) for tag, experiment in experiments.items()]
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=False)]

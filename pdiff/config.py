@@ -33,6 +33,11 @@ def tags() -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
+def runnable() -> dict[str, Path]:
+    """Tag -> file of what can be run; what lies in `experiments/` itself is for `extends` alone."""
+    return {tag: path for tag, path in tags().items() if path.parent.name != "experiments"}
+
+
 def load(tag: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     """The experiment of a tag.
 
@@ -85,12 +90,29 @@ def flat(experiment: Experiment) -> dict[str, Any]:
     return dict(_leaves(experiment.model_dump(mode="json")))
 
 
+def changes(experiment: Experiment) -> dict[str, Any]:
+    """Dotted keys whose values are others than in the own file of its tag, and those values.
+
+    Keys that cannot change a result do not count; a tag without a file in `experiments/` has nothing to differ from.
+    """
+    return changed(load(experiment.tag), flat(experiment)) if experiment.tag in tags() else {}
+
+
+def changed(own: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of some values by dotted key, as they are or as text, is another than in an experiment."""
+    there = flat(own)
+    neutral = there.keys() - dict(_leaves(without_neutral(own))).keys()
+    kept = {key: value for key, value in values.items() if key not in neutral}
+    return {key: value for key, value in kept.items() if key not in there or str(value) != str(there[key])}
+
+
 def digest(experiment: Experiment, sections: Sequence[str]) -> str:
     """A fingerprint of everything in some sections that can change a result, and of the files that they name: those
     of `prepare.source` by their names, sizes and times, the others by their content."""
     values = without_neutral(experiment)
     content: Tree = {name: values[name] for name in ("seed", *sections)}
-    if source := experiment.prepare.source:  # nothing is trained
+    source = experiment.prepare.source
+    if source and "prepare" in sections:  # nothing is trained
         content["prepare"] = {k: v for k, v in values["prepare"].items() if k not in ("pretrain", "collect")}
         files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -253,7 +253,7 @@ def report(
         "Accuracy on the way": _figure() if trajectory is None else accuracy_over_time(trajectory),
         "Training": loss_curves(history),
     }
-    sections = [_section(heading, figure) for heading, figure in figures.items() if figure.data]
+    sections = [section(heading, READING[heading], figure) for heading, figure in figures.items() if figure.data]
     config = escape(summary.get("config", ""))
     return PAGE.format(
         title=escape(title),
@@ -261,8 +261,7 @@ def report(
         plotly=get_plotlyjs(),
         verdict=escape(verdict(summary)),
         table=_cells(table(evaluation)).to_html(index=False, border=0),
-        published=_published_section(summary, published or {}, changes or {}),
-        sections="\n".join(sections),
+        sections="\n".join([_published_section(summary, published or {}, changes or {}), *sections]),
         config=config and f"<details><summary>Configuration</summary><pre>{config}</pre></details>",
     )
 
@@ -381,7 +380,7 @@ def _published_section(summary: Mapping[str, Any], published: Mapping[str, float
     return f'<section><h2>Published</h2><p>{escape(note)}</p><div class="scroll">{rows}</div></section>'
 
 
-def _section(heading: str, figure: go.Figure) -> str:
+def section(heading: str, reading: str, figure: go.Figure) -> str:
     """A figure under its heading and a sentence on how to read it."""
     plot = figure.to_html(
         full_html=False,
@@ -389,7 +388,7 @@ def _section(heading: str, figure: go.Figure) -> str:
         div_id=heading.lower().replace(" ", "-"),
         config=PLOTLY_CONFIG,
     )
-    return f"<section><h2>{escape(heading)}</h2>\n<p>{escape(READING[heading])}</p>\n{plot}</section>"
+    return f"<section><h2>{escape(heading)}</h2>\n<p>{escape(reading)}</p>\n{plot}</section>"
 
 
 PAGE = """<!doctype html>
@@ -406,7 +405,6 @@ PAGE = """<!doctype html>
 <h1>{title}</h1>
 <p class="verdict">{verdict}</p>
 <div class="scroll">{table}</div>
-{published}
 {sections}
 {config}
 </main>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pdiff.weights import Collection, Slot, Standardizer, not_finite
 
 FORMAT = 1
 HELDOUT_BLOCKS = 4
+Batches = Callable[[int], Iterable[Tensor]]  # step -> endless batches from that step on
 AUTOENCODERS: dict[str, type[nn.Module]] = {"conv": ConvAutoencoder, "pca": PCA}
 DENOISERS: dict[str, type[nn.Module]] = {"conv": ConvDenoiser, "mlp": MLPDenoiser}
 
@@ -177,18 +179,9 @@ def fit_autoencoder(
         log(Point("autoencoder/loss", residual))
         return pca.eval()
     torch.manual_seed(seed)
-    autoencoder = ConvAutoencoder(vectors.shape[1], int(settings.latent_size), variational=settings.kl_weight > 0)
-    autoencoder.to(device).train()
-    noise = {"parameter_noise": settings.parameter_noise, "latent_noise": settings.latent_noise}
-    trainer = Trainer(
-        autoencoder,
-        lambda x: autoencoder.loss(x, kl_weight=settings.kl_weight, **noise),
-        _batches(vectors.to(device), settings.batch_size, seed),
-        settings,
-        steps=settings.steps,
-        seed=seed,
-        autocast=True,
-    )
+    autoencoder = make_autoencoder(vectors.shape[1], settings).to(device).train()
+    batches = _batches(vectors.to(device), settings.batch_size, seed)
+    trainer = autoencoder_trainer(autoencoder, batches, settings, seed=seed)
     for _ in follow(trainer, "autoencoder/loss", log, path=path):
         pass
     return autoencoder.eval()
@@ -211,19 +204,10 @@ def fit_denoiser(
         The denoiser in evaluation mode: averaged, and the best one on the held-out latents where `patience` is set.
     """
     torch.manual_seed(seed)
-    sizes = {"width": settings.width, "blocks": settings.blocks} if settings.denoiser == "mlp" else {}
-    denoiser = DENOISERS[settings.denoiser](latents.shape[1], **sizes).to(device)
+    denoiser = make_denoiser(latents.shape[1], settings).to(device).train()
     latents, heldout = latents.to(device), heldout.to(device)
-    trainer = Trainer(
-        denoiser.train(),
-        lambda z: diffusion.loss(denoiser, z),
-        _batches(latents, settings.batch_size, seed),
-        settings,
-        steps=settings.steps,
-        seed=seed,
-        ema=settings.ema,
-        autocast=True,
-    )
+    batches = _batches(latents, settings.batch_size, seed)
+    trainer = denoiser_trainer(denoiser, diffusion, batches, settings, seed=seed)
     best = Best()
     for step in follow(trainer, "diffusion/loss", log, path=path, beside=(best,)):
         if len(heldout) and step.number % settings.evaluate_every == 0:
@@ -244,7 +228,34 @@ def make_diffusion(settings: DiffusionSettings) -> Diffusion:
     return Diffusion(**settings.model_dump(include={"prediction", "timesteps", "beta_start", "beta_end"}))
 
 
-def _batches(rows: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterable[Tensor]]:
+def make_autoencoder(size: int, settings: Autoencoder) -> ConvAutoencoder:
+    """The autoencoder that settings of kind conv describe, of vectors (B, size), untrained."""
+    return ConvAutoencoder(size, int(settings.latent_size), variational=settings.kl_weight > 0)
+
+
+def autoencoder_trainer(autoencoder: ConvAutoencoder, batches: Batches, settings: Autoencoder, *, seed: int) -> Trainer:
+    """Trains an autoencoder on batches of vectors (B, D)."""
+    options = settings.model_dump(include={"parameter_noise", "latent_noise", "kl_weight"})
+    loss = partial(autoencoder.loss, **options)
+    return Trainer(autoencoder, loss, batches, settings, steps=settings.steps, seed=seed, autocast=True)
+
+
+def make_denoiser(latent_size: int, settings: DiffusionSettings) -> nn.Module:
+    """The denoiser that settings describe, of latents (B, latent_size), untrained."""
+    sizes = {"width": settings.width, "blocks": settings.blocks} if settings.denoiser == "mlp" else {}
+    return DENOISERS[settings.denoiser](latent_size, **sizes)
+
+
+def denoiser_trainer(
+    denoiser: nn.Module, diffusion: Diffusion, batches: Batches, settings: DiffusionSettings, *, seed: int
+) -> Trainer:
+    """Trains a denoiser on batches of latents (B, L)."""
+    loss = partial(diffusion.loss, denoiser)
+    options = {"steps": settings.steps, "seed": seed, "ema": settings.ema, "autocast": True}
+    return Trainer(denoiser, loss, batches, settings, **options)
+
+
+def _batches(rows: Tensor, batch_size: int, seed: int) -> Batches:
     """Endless shuffled batches of rows."""
     return lambda start: (rows[i.to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))
 

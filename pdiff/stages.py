@@ -101,13 +101,12 @@ def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
 
 def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log) -> Collection:
     """Read somebody's checkpoints; where their architecture is known, write the base network."""
-    source = Path(experiment.prepare.source).expanduser()
-    collection = adopt(source, experiment.prepare.parameters, experiment.prepare.exclude)
+    source, exclude = Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude
+    collection = adopt(source, experiment.prepare.parameters, exclude)
     if images:
-        network = _network(experiment, images, pretrained=experiment.network.pretrained)
-        _load_into(
-            network, first_state(source, experiment.prepare.exclude), source, complete=not experiment.network.pretrained
-        )
+        pretrained = experiment.network.pretrained
+        network = _network(experiment, images, pretrained=pretrained)
+        _load_into(network, first_state(source, exclude), source, complete=not pretrained)
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection
 
@@ -398,6 +397,8 @@ def _report(
         groups=evaluation["group"][: len(matrix)].tolist(),
         history=pd.concat(histories, ignore_index=True),
         trajectory=pd.read_csv(trajectory) if trajectory.exists() else None,
+        published=config.published(experiment.tag),
+        changes=config.changes(experiment),
     )
     write_text(out / "report.html", html)
 

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -34,10 +34,11 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.git_utils import get_git_commit
 from tqdm.auto import tqdm
 
-from pdiff import config
+from pdiff import config, leaderboard
 from pdiff.errors import UserError
 from pdiff.files import read_json, whole
 from pdiff.generator import Generator
+from pdiff.leaderboard import Result
 from pdiff.log import Point
 from pdiff.settings import Experiment
 from pdiff.stages import STAGES, STATE
@@ -45,6 +46,7 @@ from pdiff.stages import STAGES, STATE
 EXPERIMENT = "pdiff"
 BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
+CONFIG = "config."  # before the names of the parameters that are keys of the configuration
 PARAMETER_LIMIT = 6000  # characters; MLflow cuts longer values silently
 SERVER_TIMEOUT = 5.0
 REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
@@ -114,6 +116,14 @@ def _runs(condition: str) -> list[Run]:
     return mlflow.search_runs(_experiments(), condition, output_format="list", order_by=["attributes.start_time DESC"])
 
 
+def _finished(*stages: str) -> list[Run]:
+    """All finished runs of some stages, the latest first."""
+    runs = [
+        run for stage in stages for run in _runs(f"attributes.status = 'FINISHED' and tags.`pdiff.stage` = '{stage}'")
+    ]
+    return sorted(runs, key=lambda run: run.info.start_time, reverse=True)
+
+
 def _process(pid: int) -> str:
     """A name of a process that no other one gets: host, number, time of its start."""
     return f"{socket.gethostname()}:{pid}:{psutil.Process(pid).create_time():.0f}"
@@ -158,26 +168,25 @@ class RunLog:
 
 
 @contextmanager
-def _run(stage: str, experiment: Experiment, digest: str) -> Iterator[Run]:
-    """A run with its tags and parameters; nested in the active one; closed as what it ended as."""
+def _run(stage: str, experiment: Experiment | None = None, digest: str = "") -> Iterator[Run]:
+    """A run with its tags and parameters, if it is one of an experiment; nested in the active one; closed as what it
+    ended as."""
     tags = {
         "pdiff.stage": stage,
-        "pdiff.tag": experiment.tag,
-        "pdiff.digest": digest,
+        **({"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}),
         "pdiff.process": _process(os.getpid()),
         "pdiff.commit": commit(),
         "pdiff.interpreter": sys.executable,
     }
     nested = mlflow.active_run() is not None
-    run = mlflow.start_run(run_name=f"{experiment.tag} {stage}", nested=nested, tags=tags)
+    name = f"{experiment.tag} {stage}" if experiment else stage
+    run = mlflow.start_run(run_name=name, nested=nested, tags=tags)
     status = RunStatus.FINISHED
     try:
-        parameters = [Param(f"config.{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
         if not nested:
-            _name_project_run(run, f"{experiment.tag} {stage}")
-        for start in range(0, len(parameters), BATCH):
-            mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
-        mlflow.log_text(config.to_yaml(experiment), "config.yaml")
+            _name_project_run(run, name)
+        if experiment:
+            _log_config(run, experiment)
         yield run
     except BaseException as error:
         status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
@@ -185,6 +194,14 @@ def _run(stage: str, experiment: Experiment, digest: str) -> Iterator[Run]:
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
+
+
+def _log_config(run: Run, experiment: Experiment) -> None:
+    """The complete configuration, as parameters `config.*` and as an artifact."""
+    parameters = [Param(f"{CONFIG}{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
+    for start in range(0, len(parameters), BATCH):
+        mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
+    mlflow.log_text(config.to_yaml(experiment), "config.yaml")
 
 
 def _name_project_run(run: Run, name: str) -> None:
@@ -438,7 +455,7 @@ COMPARED = {
 def compare() -> pd.DataFrame:
     """Every finished run of all stages, one row each, the oldest first: test accuracy in %, similarity, seconds."""
     rows = []
-    for run in reversed(_runs("attributes.status = 'FINISHED' and tags.`pdiff.stage` = 'main'")):
+    for run in reversed(_finished("main")):
         metrics, parameters = run.data.metrics, run.data.params
         row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
         for column, name in COMPARED.items():
@@ -447,6 +464,40 @@ def compare() -> pd.DataFrame:
         row["draw s"] = metrics.get("seconds/generate", math.nan)
         rows.append(row | {"run": run.info.run_id[:8]})
     return pd.DataFrame(rows)
+
+
+def log_leaderboard(names: Sequence[str] = (), *, only_ours: bool = False) -> tuple[Done, pd.DataFrame]:
+    """Published results and ours side by side, as a run of its own: `leaderboard.csv`, `leaderboard.html`.
+
+    Args:
+        names: a tag is shown that holds one of them; every tag when absent.
+        only_ours: leave out what was never run.
+
+    Returns:
+        The run, and the board as `leaderboard.table` makes it.
+    """
+    ours = _evaluations()
+    others = [] if only_ours else [Result(tag, config.published(tag)) for tag in config.runnable() if tag not in ours]
+    results = sorted([*ours.values(), *others], key=lambda result: (not result.ours, not result.published, result.tag))
+    shown = [result for result in results if not names or any(name in result.tag for name in names)]
+    board = leaderboard.table(shown)
+    with _run("leaderboard") as run:
+        mlflow.log_text(board.to_csv(index=False), "leaderboard.csv")
+        mlflow.log_text(leaderboard.page(board), "leaderboard.html")
+    return Done(run.info.run_id, _artifacts(run), {}), board
+
+
+def _evaluations() -> dict[str, Result]:
+    """The latest finished evaluation of every tag; one of the tag as it stands comes before any with changes."""
+    known, results = config.tags(), {}
+    own = cache(config.load)
+    for run in _finished("main", "evaluate"):
+        tag, parameters = run.data.tags["pdiff.tag"], run.data.params
+        values = {key.removeprefix(CONFIG): value for key, value in parameters.items() if key.startswith(CONFIG)}
+        changed = config.changed(own(tag), values) if tag in known else {}
+        if tag not in results or (results[tag].changed and not changed):
+            results[tag] = Result(tag, config.published(tag), run.data.metrics, changed, run.info.run_id)
+    return results
 
 
 def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdiff.__main__ import ENTRY_POINTS
+from pdiff.__main__ import ENTRY_POINTS, STAGES
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pdiff").glob("*.py"))
@@ -43,8 +43,9 @@ def test_entry_points_are_those_of_the_command_line():
     entry_points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
     assert list(entry_points) == list(ENTRY_POINTS)
     for name, entry in entry_points.items():
-        assert entry["command"] == f"python -m pdiff {name} --tag {{tag}}"
-        assert entry["parameters"] == {"tag": "string"}
+        tagged = name in STAGES
+        assert entry["command"] == f"python -m pdiff {name}" + (" --tag {tag}" if tagged else "")
+        assert entry.get("parameters", {}) == ({"tag": "string"} if tagged else {})
 
 
 def test_the_commands_of_the_readme_are_run_in_every_commit():

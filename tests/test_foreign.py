@@ -182,7 +182,7 @@ LABELS = torch.arange(40) % 10
 USER = """
 from dataclasses import dataclass
 import torch
-import beside
+import helper_beside
 labels = torch.arange(40) % 10
 
 @dataclass
@@ -247,7 +247,7 @@ no_function = 3
 
 @pytest.fixture
 def user(tmp_path) -> str:
-    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "helper_beside.py").write_text("")
     (tmp_path / "test.py").write_text(USER)
     return str(tmp_path / "test.py")
 
@@ -325,8 +325,8 @@ def test_errors_of_functions(user, name, message):
 
 
 def test_files_without_functions(tmp_path):
-    with pytest.raises(UserError, match="absent.py is not a file"):
+    with pytest.raises(UserError, match=r"absent\.py is not a file"):
         run_function(f"{tmp_path}/absent.py:predict", states(2))
     (tmp_path / "broken.py").write_text("import torch\n1 / 0\n")
-    with pytest.raises(UserError, match=r"broken\.py cannot be imported: ZeroDivisionError: division by zero"):
+    with pytest.raises(UserError, match=r"broken\.py cannot be run: ZeroDivisionError: division by zero"):
         run_function(f"{tmp_path}/broken.py:predict", states(2))

@@ -225,7 +225,7 @@ def _batches(rows: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterab
 
 
 def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, where there are two.
+    """Indices of checkpoints to fit on and of those held out, both ascending; to fit on at least two, if there are two.
 
     Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
     so that single held-out checkpoints would not tell a generator that memorises from one that generalises.

@@ -50,14 +50,14 @@ def test_rows(write, tmp_path):
 
 def test_sizes_are_kept_until_what_they_depend_on_changes(write, tmp_path, monkeypatch):
     write("some/t", "dataset: {name: digits}\nnetwork: {architecture: own.py:net}")
-    own = "from torch import nn\ndef net(classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), {}nn.Linear(5, 10))"
+    own = "from torch.nn import *\ndef net(): return Sequential(Flatten(), Linear(64, 5), {}Linear(5, 10))"
     Path("own.py").write_text(own.format(""))
     built = []
     monkeypatch.setattr(
         catalogue, "build", lambda build=catalogue.build, **options: built.append(1) or build(**options)
     )
     sizes = [rows()["t"][3], rows()["t"][3]]
-    Path("own.py").write_text(own.format("nn.Linear(5, 5), "))
+    Path("own.py").write_text(own.format("Linear(5, 5), "))
     sizes.append(rows()["t"][3])
     assert sizes == ["385  -", "385  -", "415  -"] and len(built) == 2
     path = tmp_path / "cache" / "pdiff" / "sizes.json"

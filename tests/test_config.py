@@ -142,8 +142,8 @@ def test_all_problems_in_one_message(write):
         (BASE + "extends:", "t.yaml: extends: expected a tag or a list of tags, but got None"),
         (BASE + "extends: [3]", "t.yaml: extends: expected a tag or a list of tags, but got [3]"),
         (BASE + "extends: tt", "unknown tag 'tt'; did you mean t?"),
-        ("dataset: {name: digits}\nnetwork: {architecture: a/b.py:net}", "t.yaml: network.architecture: a/b.py is not a file"),
-        ("dataset: {name: digits}\nnetwork: {architecture: mlp, weights: w.pt}", "t.yaml: network: weights needs pretrained"),
+        ("dataset: {name: digits}\nnetwork: {architecture: a.py:net}", "network.architecture: a.py is not a file"),
+        ("dataset: {name: digits}\nnetwork: {architecture: mlp, weights: w}", "network: weights needs pretrained"),
     ],
 )  # fmt: skip
 def test_mistakes_in_files(write, text, expected):

@@ -14,7 +14,7 @@ from pdiff import autoencoders, config, denoisers
 from pdiff.architectures import build
 from pdiff.checkpoints import generated_names, generated_size
 from pdiff.datasets import DATASETS
-from pdiff.settings import Experiment
+from pdiff.settings import Experiment, Optimization
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = [path for path in sorted(FOLDER.rglob("*.yaml")) if path.parent.name != "sweeps"]
@@ -91,7 +91,10 @@ def transforms_of(experiment: Experiment) -> dict[str, list[str]]:
     return {"train": train + normalised, "test": test + normalised}
 
 
-def check_optimisation(settings, facts: dict, *, batch_size: int | None = None) -> None:
+OPTIMISATION = {"optimizer", "learning_rate", "weight_decay", "momentum", "batch_size"}
+
+
+def check_optimisation(settings: Optimization, facts: dict) -> None:
     assert settings.optimizer == facts["optimizer"].lower()
     assert settings.learning_rate == facts["learning_rate"]
     assert settings.weight_decay == facts["weight_decay"]
@@ -106,8 +109,7 @@ def check_pretrain(experiment: Experiment, facts: dict) -> None:
     if settings.epochs:
         assert settings.schedule == expected["schedule"] and settings.final_learning_rate == 0
         check_optimisation(settings, expected)
-    known = {*"epochs from_imagenet_weights schedule optimizer learning_rate weight_decay batch_size momentum".split()}
-    assert set(expected) - UNMAPPED <= known
+    assert set(expected) - OPTIMISATION - UNMAPPED == {"epochs", "from_imagenet_weights", "schedule"}
 
 
 def check_collect(experiment: Experiment, facts: dict) -> None:
@@ -120,8 +122,7 @@ def check_collect(experiment: Experiment, facts: dict) -> None:
         assert settings.schedule == "constant"
     else:
         assert (settings.schedule, settings.final_learning_rate) == ("cosine", expected["eta_min"])
-    known = {*"checkpoints every_steps eta_min optimizer learning_rate weight_decay batch_size momentum".split()}
-    assert set(expected) - UNMAPPED <= known
+    assert set(expected) - OPTIMISATION - UNMAPPED == {"checkpoints", "every_steps", "eta_min"}
 
 
 def check_pdiff(experiment: Experiment, facts: dict) -> None:

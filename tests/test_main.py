@@ -21,7 +21,7 @@ def test_help(command, capsys) -> None:
 def test_tags_and_show(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["tags", "resnet18", "cifar100", "main"]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
+    _, *rows = capsys.readouterr().out.splitlines()
     assert [row.split() for row in rows] == [
         ["main", "cifar100_resnet18", "cifar100", "resnet18", "2", "048", "76.72", "->", "77.24"]
     ]

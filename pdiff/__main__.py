@@ -19,6 +19,9 @@ ENTRY_POINTS = {
     "generate": "draw networks",
     "evaluate": "compare the generated networks with the originals and the baselines",
 }
+NEW_CHECKPOINTS = (
+    "folder of .pth, .pt or .safetensors files, one state dict each; or a folder with them in checkpoint/ and a test.py"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     tags.set_defaults(run=_tags)
     text = "print all finished runs of main side by side: test accuracy in percent, similarity, seconds"
     commands.add_parser("compare", help=text, description=text).set_defaults(run=_compare)
+    _add_new(commands)
     export = commands.add_parser("export", help="write networks of a run as ordinary state-dict files")
     export.add_argument("--run", dest="run_id", required=True, help="a run of prepare, generate or main")
     export.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -49,6 +53,30 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--index", type=int, nargs="+", help="which networks; all when absent")
     export.set_defaults(run=_export)
     return top
+
+
+def _add_new(commands: argparse._SubParsersAction) -> None:
+    """The arguments of `pdiff new`."""
+    text = "make an experiment of your own checkpoint files: look at them, propose settings, write its YAML"
+    more = "any key of the configuration may follow (`pdiff show TAG`), e.g. --dataset.image_size 32"
+    new = commands.add_parser("new", help=text, description=text, epilog=more, allow_abbrev=False)
+    add = new.add_argument
+    add("tag", help="name of the new experiment")
+    add("--checkpoints", type=Path, required=True, metavar="DIR", help=NEW_CHECKPOINTS)
+    add("--out", type=Path, metavar="FOLDER", help="where TAG.yaml is written (default: experiments/own)")
+    add("--dataset", default="", metavar="NAME", help="what the networks were trained on, if it is one of pdiff's")
+    add("--architecture", default="", metavar="NAME", help="of the networks: pdiff's, timm's, or file.py:function")
+    add(
+        "--parameters",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="what to generate; default: what varies",
+    )
+    add("--command", dest="shell", default="", help='prints the accuracy of a file: "python test.py {checkpoint}"')
+    add("--function", default="", metavar="FILE.PY:NAME", help="takes a state dict, returns predictions and labels")
+    add("--force", action="store_true", help="write over an experiment of this name")
+    new.set_defaults(run=_new)
 
 
 def overrides(rest: Sequence[str]) -> dict[str, str]:
@@ -102,6 +130,16 @@ def _show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import config
 
     print(config.to_yaml(config.load(arguments.tag, overrides(rest))), end="")
+
+
+def _new(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import new
+
+    names = ("dataset", "architecture", "parameters", "function", "force")
+    options = {name: getattr(arguments, name) for name in names}
+    out = arguments.out or new.OWN
+    changed = overrides(rest)
+    new.new(arguments.tag, arguments.checkpoints, out=out, command=arguments.shell, overrides=changed, **options)
 
 
 def _tags(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

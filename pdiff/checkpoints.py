@@ -179,23 +179,27 @@ class _Taken:
         self.states = state["states"]
 
 
-def check_states(states: Sequence[StateDict], names: Sequence[str]) -> None:
-    """Check that checkpoints share one layout of finite floating or integer tensors.
+def check_state(state: StateDict, where: str, *, like: StateDict, named: str) -> None:
+    """Check that a checkpoint has the layout of another one, something to generate, and only finite numbers.
+
+    Args:
+        state: tensors of the checkpoint.
+        where: what it is called.
+        like: the checkpoint whose names, shapes and types are expected.
+        named: what that one is called.
 
     Raises:
-        UserError: the first checkpoint and tensor that differ from the first checkpoint's.
+        UserError: the first tensor that is wrong.
     """
-    layout = {n: (t.shape, t.dtype) for n, t in states[0].items()}
-    if not any(is_generated(name, tensor) for name, tensor in states[0].items()):
-        raise UserError(f"{names[0]}: no floating tensor of more than one element, so nothing can be generated")
-    for state, where in zip(states, names, strict=True):
-        if missing := sorted(layout.keys() ^ state.keys()):
-            raise UserError(f"{where}: tensors differ from those of {names[0]}: {', '.join(missing[:4])}")
-        for name, tensor in state.items():
-            shape, dtype = layout[name]
-            if tensor.shape != shape:
-                raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)} as in {names[0]}")
-            if tensor.dtype != dtype:
-                raise UserError(f"{where}: {name} is {tensor.dtype}, expected {dtype} as in {names[0]}")
-        if name := not_finite(state):
-            raise UserError(f"{where}: {name} holds NaN or infinity, expected finite numbers")
+    if different := sorted(like.keys() ^ state.keys()):
+        raise UserError(f"{where}: tensors differ from those of {named}: {', '.join(different[:4])}")
+    for name, tensor in state.items():
+        expected = like[name]
+        if tensor.shape != expected.shape:
+            raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(expected.shape)} as in {named}")
+        if tensor.dtype != expected.dtype:
+            raise UserError(f"{where}: {name} is {tensor.dtype}, expected {expected.dtype} as in {named}")
+    if not any(is_generated(name, tensor) for name, tensor in state.items()):
+        raise UserError(f"{where}: no floating tensor of more than one element, so nothing can be generated")
+    if name := not_finite(state):
+        raise UserError(f"{where}: {name} holds NaN or infinity, expected finite numbers")

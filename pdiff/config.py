@@ -15,14 +15,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pdiff import user_code
+from pdiff.adopt import files_of
 from pdiff.architectures import ARCHITECTURES, known_architectures
-from pdiff.datasets import DATASETS
+from pdiff.datasets import DATASETS, folder_state
 from pdiff.errors import UserError
-from pdiff.settings import Experiment, without_neutral
+from pdiff.settings import Collect, Experiment, without_neutral
 
 FOLDERS = (Path("experiments"), Path(__file__).resolve().parent.parent / "experiments")
 COMMAND_LINE = "command line"
-YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
 SIMILARITIES = ("original_original", "generated_generated", "original_generated", "original_generated_max")
 Tree = dict[str, Any]
 
@@ -46,7 +46,7 @@ def load(tag: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     known = tags()
     tree, origins = _read(tag, known)
     for key, text in (overrides or {}).items():
-        _put(tree, origins, key, text)
+        put(tree, origins, key, text)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
     problems = _unknown_names(tree, origins)
     try:
@@ -90,22 +90,32 @@ def digest(experiment: Experiment, sections: Sequence[str]) -> str:
     of `prepare.source` by their names, sizes and times, the others by their content."""
     values = without_neutral(experiment)
     content: Tree = {name: values[name] for name in ("seed", *sections)}
-    if experiment.prepare.source:
-        folder = Path(experiment.prepare.source).expanduser()
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if source := experiment.prepare.source:  # nothing is trained
+        content["prepare"] = {k: v for k, v in values["prepare"].items() if k not in ("pretrain", "collect")}
+        files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    if contents := [_content(path) for path in _files(experiment)]:
+    if experiment.dataset and experiment.dataset.name == "image_folder":
+        content["folder"] = folder_state(experiment.dataset)  # a root that is no mere place
+    if contents := [_content(path) for path in _files(experiment, sections)]:
         content["contents"] = contents
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _files(experiment: Experiment) -> list[Path]:
-    """The files that an experiment names: weights, and an architecture of somebody's own."""
-    network = experiment.network
-    if network is None:
-        return []
-    own = [user_code.source(network.architecture)] if user_code.is_own(network.architecture) else []
-    return own + ([Path(network.weights).expanduser()] if network.weights else [])
+def pretraining_digest(experiment: Experiment) -> str:
+    """A fingerprint of what pretraining depends on: less than the whole of `prepare`."""
+    only = experiment.prepare.model_copy(update={"parameters": ("all",), "collect": Collect()})
+    return digest(experiment.model_copy(update={"prepare": only}), ("dataset", "network", "prepare"))
+
+
+def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
+    """The files that some sections name: weights, an architecture and a function of somebody's own."""
+    network, function = experiment.network, experiment.evaluate.function
+    found = [Path(network.weights).expanduser()] if network and network.weights else []
+    if network and user_code.is_own(network.architecture):
+        found.append(user_code.source(network.architecture))
+    if "evaluate" in sections and function:
+        found.append(user_code.source(function))
+    return found
 
 
 def _content(path: Path) -> str:
@@ -148,16 +158,28 @@ def _read(tag: str, known: Mapping[str, Path], below: tuple[str, ...] = ()) -> t
     if not all(isinstance(parent, str) for parent in parents):
         raise UserError(f"{path}: extends: expected a tag or a list of tags, but got {extends!r}")
     for parent in parents:
-        inherited, files = _read(parent, known, (*below, tag))
+        beside = str(path.parent / Path(parent).expanduser()) if _is_path(parent) else parent
+        inherited, files = _read(beside, known, (*below, tag))
         tree = _merged(tree, inherited)
         origins |= files
     origins |= {key: str(path) for key, _ in _leaves(own)}
     return _merged(tree, own), origins
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C is ten times as fast
+    """YAML whose mappings hold every key once; PyYAML itself takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _parse(path: Path) -> Tree:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), YAML)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -184,8 +206,8 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _put(tree: Tree, origins: dict[str, str], key: str, text: str) -> None:
-    """Set a dotted key from the command line."""
+def put(tree: Tree, origins: dict[str, str], key: str, text: str) -> None:
+    """Set a dotted key from the command line in a tree, and tell `origins` where it is from."""
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})

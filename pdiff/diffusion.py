@@ -24,6 +24,11 @@ def sample_seed(seed: int, k: int) -> int:
     return int(np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)[0] >> 1)
 
 
+def gaussian(latent_size: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Numbers of N(0, 1), a row for each generator, (len(generators), latent_size)."""
+    return torch.stack([torch.randn(latent_size, generator=generator) for generator in generators])
+
+
 class Diffusion:
     """A path from latents z_0 to noise, and the quantity that a denoiser predicts along it.
 
@@ -94,6 +99,7 @@ class Diffusion:
         steps: int,
         device: torch.device | str = "cpu",
         progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        visit: Callable[[float, Tensor], object] = lambda t, z: None,
     ) -> Tensor:
         """Draw one latent for each seed, (len(seeds), L), float32.
 
@@ -105,9 +111,8 @@ class Diffusion:
             steps: denoiser calls, at most.
             device: where to compute; the random numbers are drawn on the CPU, the same for every device.
             progress: wraps the timesteps, e.g. in a progress bar.
+            visit: told every noisy latent z_t, and its timestep t, before the denoiser meets it.
         """
-        from diffusers.utils.torch_utils import randn_tensor
-
         scheduler = self.scheduler(sampler)
         if self.prediction == "flow":
             scheduler.set_timesteps((steps + 1) // 2 if sampler == "heun" else steps, device=device)
@@ -117,8 +122,9 @@ class Diffusion:
             spaced = [round(self.timesteps * k / steps) - 1 for k in range(steps, 0, -1)]
             scheduler.set_timesteps(timesteps=spaced, device=device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        z = randn_tensor((len(seeds), latent_size), generator=generators, device=torch.device(device))
+        z = gaussian(latent_size, generators).to(device)
         for t in progress(scheduler.timesteps):
+            visit(float(t), z)
             z = scheduler.step(denoiser(z, t.expand(len(z))), t, z, generator=generators).prev_sample
         return z
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pdiff.autoencoders import PCA, ConvAutoencoder
 from pdiff.denoisers import ConvDenoiser, MLPDenoiser
-from pdiff.diffusion import Diffusion
+from pdiff.diffusion import Diffusion, gaussian
 from pdiff.errors import UserError
 from pdiff.files import read_json, read_tensors, write_json, write_tensors
 from pdiff.log import Log, Point
@@ -35,7 +35,7 @@ class Generator:
         autoencoder: vectors (N, D) <-> latents (N, L).
         latent_mean: subtracted from latents before diffusion, (L,).
         latent_std: latents are divided by it, (L,).
-        denoiser: predicts in latent space.
+        denoiser: predicts in latent space; without one, latents are drawn from N(0, 1).
         diffusion: what it predicts.
     """
 
@@ -43,7 +43,7 @@ class Generator:
     autoencoder: nn.Module
     latent_mean: Tensor
     latent_std: Tensor
-    denoiser: nn.Module
+    denoiser: nn.Module | None
     diffusion: Diffusion
 
     @torch.inference_mode()
@@ -55,20 +55,44 @@ class Generator:
         steps: int,
         device: torch.device | str = "cpu",
         progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        visit: Callable[[float, Tensor], object] = lambda t, z: None,
     ) -> Collection:
-        """Draw one network for each seed."""
-        denoiser, autoencoder = self.denoiser.to(device).eval(), self.autoencoder.to(device).eval()
-        latents = self.diffusion.sample(
-            denoiser, len(self.latent_mean), seeds, sampler=sampler, steps=steps, device=device, progress=progress
+        """Draw one network for each seed; the options are those of `Diffusion.sample`."""
+        if self.denoiser is None:
+            latents = gaussian(len(self.latent_mean), [torch.Generator().manual_seed(seed) for seed in seeds])
+        else:
+            options = {"sampler": sampler, "steps": steps, "device": device, "progress": progress, "visit": visit}
+            denoiser = self.denoiser.to(device).eval()
+            latents = self.diffusion.sample(denoiser, len(self.latent_mean), seeds, **options)
+        return self.decode(latents.to(device))
+
+    @torch.inference_mode()
+    def trajectory(self, seeds: Sequence[int], *, every: int, **options: Any) -> list[tuple[float, Collection]]:
+        """The draws of `sample` on their way: their timestep, and the networks that noisy latents decode to.
+
+        Args:
+            seeds: one for each network.
+            every: denoiser calls between two looks; the draws themselves, at timestep 0, come last.
+            options: those of `sample`.
+        """
+        passed: list[tuple[float, Tensor]] = []
+        drawn = self.sample(seeds, visit=lambda t, z: passed.append((t, z.clone())), **options)
+        return [*((t, self.decode(z)) for t, z in passed[::every]), (0.0, drawn)]
+
+    def decode(self, latents: Tensor) -> Collection:
+        """The networks of latents as the denoiser has them, (N, L)."""
+        device = latents.device
+        autoencoder = self.autoencoder.to(device).eval()
+        return self.standardizer.decode(
+            autoencoder.decode(latents * self.latent_std.to(device) + self.latent_mean.to(device)).cpu()
         )
-        vectors = autoencoder.decode(latents * self.latent_std.to(device) + self.latent_mean.to(device))
-        return self.standardizer.decode(vectors.cpu())
 
     def save(self, folder: Path) -> None:
         """Write `generator.safetensors` and `generator.json`: all that sampling needs."""
         tensors = {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
         for part in ("autoencoder", "denoiser"):
-            tensors |= {f"{part}.{name}": t for name, t in getattr(self, part).state_dict().items()}
+            state = getattr(self, part).state_dict() if getattr(self, part) else {}
+            tensors |= {f"{part}.{name}": t for name, t in state.items()}
         tensors |= {f"constant.{name}": t for name, t in self.standardizer.constants.items()}
         write_tensors(folder / "generator.safetensors", tensors)
         description = {
@@ -76,7 +100,7 @@ class Generator:
             "order": self.standardizer.order,
             "slots": [asdict(slot) for slot in self.standardizer.slots],
             "autoencoder": _describe(AUTOENCODERS, self.autoencoder),
-            "denoiser": _describe(DENOISERS, self.denoiser),
+            "denoiser": self.denoiser and _describe(DENOISERS, self.denoiser),
             "diffusion": self.diffusion.options,
         }
         write_json(folder / "generator.json", description)
@@ -97,7 +121,8 @@ class Generator:
         try:
             slots = [Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in description["slots"]]
             autoencoder = _make(AUTOENCODERS, description["autoencoder"], _under("autoencoder.", tensors))
-            denoiser = _make(DENOISERS, description["denoiser"], _under("denoiser.", tensors))
+            described = description["denoiser"]
+            denoiser = described and _make(DENOISERS, described, _under("denoiser.", tensors))
             standardizer = Standardizer(slots, _under("constant.", tensors), description["order"])
             if sorted(standardizer.order) != sorted([*standardizer.constants, *(slot.name for slot in slots)]):
                 raise ValueError("its order names other tensors than its slots and the constants")
@@ -225,7 +250,7 @@ def _batches(rows: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterab
 
 
 def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of checkpoints to fit on and of those held out, both ascending; to fit on at least two, if there are two.
+    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, if there are.
 
     Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
     so that single held-out checkpoints would not tell a generator that memorises from one that generalises.
@@ -246,5 +271,5 @@ def latent_scale(latents: Tensor, *, standardize: bool) -> tuple[Tensor, Tensor]
     """Mean and standard deviation of every component of latents (N, L), (L,) each; 0 and 1 if not standardised."""
     if not standardize:
         return torch.zeros(latents.shape[1]), torch.ones(latents.shape[1])
-    std = latents.std(dim=0, correction=min(1, len(latents) - 1))  # one checkpoint has none
+    std = latents.std(dim=0, correction=int(len(latents) > 1))
     return latents.mean(dim=0).cpu(), torch.where(std > 1e-8, std, 1.0).cpu()

@@ -135,8 +135,11 @@ class Autoencoder(Optimization):
 
 
 class DiffusionSettings(Optimization):
-    """Latent diffusion; with `steps` 0 there is none, and latents are drawn from a Gaussian. `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops
-    after as many evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best."""
+    """Latent diffusion; with `steps` 0 there is none, and latents are drawn from a Gaussian.
+
+    `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops after as many
+    evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best.
+    """
 
     denoiser: Literal["mlp", "conv"] = "mlp"
     width: Positive = 256
@@ -193,7 +196,7 @@ class Evaluate(Section):
     test: bool = True
     function: str = ""
     command: str = ""
-    pattern: str = r"(?i)acc\w*\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
+    pattern: str = r"(?i)acc(?!\w*[2-9])\w*(?:@1)?(?!@)\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
     folder: str = ""
     workers: Annotated[int, Field(ge=0)] = neutral(0)
     batch_size: Positive = neutral(500)

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from pdiff import config
 from pdiff.errors import UserError
-from pdiff.files import read_json
+from pdiff.files import read_json, whole
 from pdiff.generator import Generator
 from pdiff.log import Point
 from pdiff.settings import Experiment
@@ -200,12 +200,22 @@ def commit() -> str:
 
 
 def finished(stage: str, digest: str) -> Run | None:
-    """The latest finished run of a stage with this digest."""
+    """The latest finished run of a stage with this digest whose artifacts are still there."""
     condition = (
         f"attributes.status = 'FINISHED' and tags.`pdiff.digest` = '{digest}' and tags.`pdiff.stage` = '{stage}'"
     )
-    found = [run for run in _runs(condition) if "pdiff.reused" not in run.data.tags]
-    return found[0] if found else None
+    return _latest(condition)
+
+
+def _latest(condition: str) -> Run | None:
+    """The latest run that did something itself and whose artifacts are there."""
+    return next((run for run in _runs(condition) if "pdiff.reused" not in run.data.tags and _is_whole(run)), None)
+
+
+def _is_whole(run: Run) -> bool:
+    """Whether the artifacts of a run lie where they should, as far as that can be told without a server."""
+    uri = run.info.artifact_uri
+    return urlparse(uri).scheme not in ("", "file") or (Path(local_file_uri_to_path(uri)) / "config.yaml").exists()
 
 
 def execute(stage: str, experiment: Experiment, *, fresh: bool = False, known: dict[str, Done] | None = None) -> Done:
@@ -225,7 +235,10 @@ def execute(stage: str, experiment: Experiment, *, fresh: bool = False, known: d
         found = None if fresh else finished(stage, digest)
         if fresh:
             shutil.rmtree(work_folder() / digest, ignore_errors=True)
-        known[stage] = _reuse(found, stage, experiment) if found else _perform(stage, experiment, digest, known)
+        if found:
+            known[stage] = _reuse(found, stage, experiment)
+        else:
+            known[stage] = _perform(stage, experiment, digest, known, fresh=fresh)
         if stage == "train" and experiment.register:
             _register(known[stage].run_id, f"pdiff-{experiment.tag}")
     return known[stage]
@@ -265,7 +278,7 @@ def _reuse(run: Run, stage: str, experiment: Experiment) -> Done:
     return Done(run.info.run_id, _artifacts(run), run.data.metrics)
 
 
-def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, Done]) -> Done:
+def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, Done], *, fresh: bool) -> Done:
     """Run a stage in its work folder, then upload what it wrote."""
     work = work_folder() / digest
     with _run(stage, experiment, digest) as run:
@@ -273,6 +286,8 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
         upstream = {name: known.get(name) or execute(name, experiment, known=known) for name in reads}
         mlflow.set_tags({f"pdiff.{name}_run": done.run_id for name, done in upstream.items()})
         tqdm.write(f"{stage}: run {run.info.run_id}" + (", resuming" if work.exists() else ""))
+        if stage == "prepare" and not fresh:
+            _share_pretraining(experiment, work)
         log = RunLog(run.info.run_id)
         try:
             metrics = STAGES[stage].run(experiment, work, log, **{name: done.folder for name, done in upstream.items()})
@@ -293,9 +308,24 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
     return Done(run.info.run_id, _artifacts(ended), ended.data.metrics)
 
 
+def _share_pretraining(experiment: Experiment, work: Path) -> None:
+    """Tag a run of prepare with what its pretraining depends on, and take the base network of a finished run that
+    has the same tag: what is collected may differ, the pretrained network does not."""
+    if experiment.prepare.source or not experiment.prepare.pretrain.epochs:
+        return
+    pretrained = config.pretraining_digest(experiment)
+    mlflow.set_tag("pdiff.pretraining", pretrained)
+    target = work / "network.safetensors"
+    found = _latest(f"attributes.status = 'FINISHED' and tags.`pdiff.pretraining` = '{pretrained}'")
+    if found and not target.exists():
+        tqdm.write(f"prepare: the pretrained network of run {found.info.run_id}")
+        with whole(target) as temporary:
+            shutil.copyfile(_artifacts(found) / target.name, temporary)
+
+
 def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:
     """What MLflow has a place of its own for: data sets and models."""
-    if stage == "prepare":
+    if stage == "prepare" and experiment.dataset:
         described = read_json(work / "dataset.json")
         source = CodeDatasetSource({"mlflow.source.name": f"pdiff.datasets:{described['name']}"})
         mlflow.log_input(MetaDataset(source, name=described["name"], digest=described["digest"]), context="training")
@@ -306,11 +336,12 @@ def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:
 
 def _log_models(generator: Generator) -> None:
     """Log the autoencoder and the denoiser as PyTorch models (exported programs, not pickles)."""
-    modules = {"autoencoder": generator.autoencoder, "diffusion": Denoising(generator.denoiser)}
-    sizes = {"autoencoder": generator.standardizer.size, "diffusion": len(generator.latent_mean) + 1}
+    modules = {"autoencoder": (generator.autoencoder, generator.standardizer.size)}
+    if generator.denoiser:
+        modules["diffusion"] = (Denoising(generator.denoiser), len(generator.latent_mean) + 1)
     with _quiet():
-        for name, module in modules.items():
-            example = np.zeros((2, sizes[name]), dtype=np.float32)
+        for name, (module, size) in modules.items():
+            example = np.zeros((2, size), dtype=np.float32)
             mlflow.pytorch.log_model(module, name=name, input_example=example, pip_requirements=REQUIREMENTS)
 
 

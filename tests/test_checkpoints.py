@@ -11,7 +11,7 @@ from torch import nn
 
 from pdiff import datasets, training
 from pdiff.architectures import ARCHITECTURES
-from pdiff.checkpoints import check_states, collect, generated_names, pretrain
+from pdiff.checkpoints import check_state, collect, generated_names, pretrain
 from pdiff.errors import UserError
 from pdiff.settings import Collect, Dataset, Pretrain
 
@@ -213,13 +213,14 @@ GOOD = {"w": torch.ones(2, 3), "n": torch.tensor(7)}
         (GOOD | {"w": torch.full((2, 3), -math.inf)}, "b.pth: w holds NaN or infinity, expected finite numbers"),
     ],
 )
-def test_check_states(bad, message):
-    check_states([GOOD, GOOD], ["a.pth", "c.pth"])
+def test_check_state(bad, message):
+    check_state(GOOD, "c.pth", like=GOOD, named="a.pth")
     with pytest.raises(UserError) as caught:
-        check_states([GOOD, bad], ["a.pth", "b.pth"])
+        check_state(bad, "b.pth", like=GOOD, named="a.pth")
     assert str(caught.value) == message
 
 
 def test_nothing_to_generate():
+    state = {"n": torch.tensor(7), "one": torch.ones(1)}
     with pytest.raises(UserError, match=r"a\.pth: no floating tensor of more than one element"):
-        check_states([{"n": torch.tensor(7), "one": torch.ones(1)}] * 2, ["a.pth", "b.pth"])
+        check_state(state, "a.pth", like=state, named="a.pth")

@@ -85,6 +85,9 @@ def test_a_path_is_a_tag(write, tmp_path):
     assert (found.tag, found.seed, found.generate.count) == ("mine", 4, 3)
     assert "mine" not in config.tags()
     assert "absent.yaml: cannot be read" in message("absent.yaml")
+    beside = outside.with_name("beside.yaml")
+    beside.write_text("extends: mine.yaml\nseed: 5")  # a path is relative to the file that it stands in
+    assert (config.load(str(beside)).seed, config.load(str(beside)).generate.count) == (5, 3)
 
 
 def test_tags_are_files_and_sweeps_are_none(write, tmp_path):
@@ -138,6 +141,8 @@ def test_all_problems_in_one_message(write):
         (BASE + "generate: {sampler: ddpm}", "generate.sampler 'ddpm' cannot follow diffusion.prediction 'flow'"),
         (BASE + "generate: {sampling_steps: 9}\ndiffusion: {timesteps: 8}", "must hold, but got (9, 8)"),
         (BASE + "device: tpu", "t.yaml: device: string should match pattern"),
+        (BASE + "dataset: {name: mnist}", "t.yaml: not YAML: 'dataset' stands twice"),
+        (BASE + "generate: {count: 1, count: 2}", "t.yaml: not YAML: 'count' stands twice"),
         (BASE + "extends: t", "extends: t -> t is a circle"),
         (BASE + "extends:", "t.yaml: extends: expected a tag or a list of tags, but got None"),
         (BASE + "extends: [3]", "t.yaml: extends: expected a tag or a list of tags, but got [3]"),

@@ -147,6 +147,8 @@ def test_all_problems_in_one_message(write):
         (BASE + "extends:", "t.yaml: extends: expected a tag or a list of tags, but got None"),
         (BASE + "extends: [3]", "t.yaml: extends: expected a tag or a list of tags, but got [3]"),
         (BASE + "extends: tt", "unknown tag 'tt'; did you mean t?"),
+        ("dataset: {name: digits}\nnetwork: {architecture: a.py:net}", "network.architecture: a.py is not a file"),
+        ("dataset: {name: digits}\nnetwork: {architecture: mlp, weights: w}", "network: weights needs pretrained"),
     ],
 )  # fmt: skip
 def test_mistakes_in_files(write, text, expected):
@@ -161,6 +163,7 @@ def test_mistakes_in_files(write, text, expected):
         ("seed.deep", "1", "command line: seed.deep: seed is a value, not a section"),
         ("seed", "@", "command line: seed: input should be a valid integer, unable to parse string as an integer"),
         ("network.architecture", "resnet81", "command line: network.architecture: unknown 'resnet81'; did you mean"),
+        ("network.architecture", "resnet18.a9_in1k", "unknown 'resnet18.a9_in1k'; did you mean resnet18.a3_in1k"),
         ("extends", "t", "command line: extends: unknown key"),
     ],
 )
@@ -264,6 +267,28 @@ def test_digest_sees_the_files_of_the_source(write, tmp_path):
     file.rename(source / "1.pth")
     seen.append(digest(prepare__source=str(source)))
     assert len(set(seen)) == 5
+
+
+def test_digest_sees_the_content_of_weights_and_of_own_architectures(write, tmp_path):
+    write("t", BASE)
+    own, weights = tmp_path / "nets.py", tmp_path / "w.pth"
+    own.write_text("def net(): ...")
+    weights.write_bytes(b"one")
+    options = {"network": f"{{architecture: '{own}:net', pretrained: true, weights: '{weights}'}}"}
+    seen = [digest(**options)]
+    os.utime(own, ns=(0, 12345))
+    assert digest(**options) == seen[0]
+    for path, content in ((own, "def net(): pass"), (weights, "two")):
+        path.write_text(content)
+        seen.append(digest(**options))
+    weights.unlink()
+    seen.append(digest(**options))
+    assert len(set(seen)) == 4
+
+
+def test_names_of_timm_with_a_tag(write):
+    write("t", BASE)
+    assert config.load("t", {"network.architecture": "resnet18.a1_in1k"}).network.architecture == "resnet18.a1_in1k"
 
 
 def test_experiments_are_frozen(write):

@@ -14,6 +14,7 @@ from torchvision.datasets.utils import calculate_md5
 from pdiff.errors import UserError
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+LOCK = ".download.lock"
 
 
 def fetch(kind: Callable, root: Path, files: Mapping[str, str], download: bool, **parts: tuple) -> list:
@@ -34,7 +35,7 @@ def fetch(kind: Callable, root: Path, files: Mapping[str, str], download: bool, 
         return [name for name in files if not (root / name).exists()]
 
     reason = "dataset.download is false"
-    if download and absent():
+    if download and (absent() or (root / LOCK).exists()):  # then a file may be half-written by another process
         reason = _download(root, lambda: absent() and read(True))
     if missing := absent():
         raise UserError(f"not there, and {reason}; put {', '.join(missing)} into that folder")
@@ -51,7 +52,7 @@ def _download(root: Path, download: Callable[[], Any]) -> str:
     """Download, one process at a time; what went wrong if files are still absent."""
     root.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(root / ".download.lock"), _timeout():
+        with FileLock(root / LOCK), _timeout():
             download()
     except Exception as error:
         return f"the download failed ({line(error)})"

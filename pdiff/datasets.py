@@ -5,10 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-import socket
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.datasets as tv
-from filelock import FileLock
-from torchvision.datasets.utils import calculate_md5
 
 from pdiff.errors import UserError
+from pdiff.fetch import fetch, line
 from pdiff.files import whole
 from pdiff.images import Batch, Files, Images, Part, Pixels
 from pdiff.settings import Dataset as Settings
@@ -28,7 +25,6 @@ from pdiff.settings import Dataset as Settings
 __all__ = ["DATASETS", "Batch", "Files", "Images", "Part", "Pixels", "Source", "data_root", "load"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 TRAIN_TEST = {"train": (True, False)}  # parts as some classes of torchvision name them, and as others do
 SPLITS = {"split": ("train", "test")}
 
@@ -52,7 +48,7 @@ def mnist(root: Path, download: bool, kind: type[tv.MNIST] = tv.MNIST) -> tuple[
     """MNIST, or what has its format, in gunzipped idx files."""
     files = {f"{kind.__name__}/raw/{Path(name).stem}": "" for name, _ in kind.resources}
     kind = type(kind.__name__, (kind,), {"_check_legacy_exist": lambda self: False})  # old torchvision's pickles
-    parts = _fetch(kind, root, files, download, **TRAIN_TEST)
+    parts = fetch(kind, root, files, download, **TRAIN_TEST)
     train, test = (_pixels(part.data[:, None], part.targets) for part in parts)
     return train, test
 
@@ -66,7 +62,7 @@ def fashion_mnist(root: Path, download: bool) -> tuple[Raw, Raw]:
                 with whole(raw / source.stem) as target, gzip.open(source) as packed, target.open("wb") as plain:
                     shutil.copyfileobj(packed, plain)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{source}: damaged: {_line(error)}; install dataset-fashion-mnist again") from None
+                raise UserError(f"{source}: damaged: {line(error)}; install dataset-fashion-mnist again") from None
     return mnist(root, download, tv.FashionMNIST)
 
 
@@ -74,7 +70,7 @@ def cifar(root: Path, download: bool, kind: type[tv.CIFAR10]) -> tuple[Raw, Raw]
     """CIFAR-10 or CIFAR-100 in their Python files: pickles, which are read only with the published MD5 sums."""
     sums = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
     files = {f"{kind.base_folder}/{name}": md5 for name, md5 in sums}
-    parts = _fetch(kind, root, files, download, **TRAIN_TEST)
+    parts = fetch(kind, root, files, download, **TRAIN_TEST)
     train, test = (_pixels(part.data.transpose(0, 3, 1, 2), part.targets) for part in parts)
     return train, test
 
@@ -82,7 +78,7 @@ def cifar(root: Path, download: bool, kind: type[tv.CIFAR10]) -> tuple[Raw, Raw]
 def svhn(root: Path, download: bool) -> tuple[Raw, Raw]:
     """The cropped digits of SVHN, without the extra ones."""
     files = {name: md5 for _, name, md5 in (tv.SVHN.split_list[split] for split in ("train", "test"))}
-    parts = _fetch(tv.SVHN, root, files, download, **SPLITS)
+    parts = fetch(tv.SVHN, root, files, download, **SPLITS)
     train, test = (_pixels(part.data, part.labels) for part in parts)
     return train, test
 
@@ -92,7 +88,7 @@ def stl10(root: Path, download: bool) -> tuple[Raw, Raw]:
     labelled = tv.STL10.train_list[:2]  # the unlabelled ones are neither needed nor worth a checksum of 2.6 GB
     kind = type("STL10", (tv.STL10,), {"train_list": labelled})
     files = {f"{kind.base_folder}/{name}": md5 for name, md5 in [*labelled, *kind.test_list]}
-    parts = _fetch(kind, root, files, download, **SPLITS)
+    parts = fetch(kind, root, files, download, **SPLITS)
     train, test = (_pixels(part.data, part.labels) for part in parts)
     return train, test
 
@@ -101,7 +97,7 @@ def flowers102(root: Path, download: bool) -> tuple[Raw, Raw]:
     """Oxford 102 Flower: the 1 020 images for training, those for testing."""
     sums = dict(tv.Flowers102._file_dict[key] for key in ("label", "setid"))
     files = {"flowers-102/jpg": "", **{f"flowers-102/{name}": md5 for name, md5 in sums.items()}}
-    parts = _fetch(tv.Flowers102, root, files, download, **SPLITS)
+    parts = fetch(tv.Flowers102, root, files, download, **SPLITS)
     train, test = (_listed(part._image_files, part._labels, root) for part in parts)
     return train, test
 
@@ -109,7 +105,7 @@ def flowers102(root: Path, download: bool) -> tuple[Raw, Raw]:
 def pets(root: Path, download: bool) -> tuple[Raw, Raw]:
     """The 37 breeds of Oxford-IIIT Pet: trainval for training, test."""
     files = {f"oxford-iiit-pet/{name}": "" for name in ("images", "annotations/trainval.txt", "annotations/test.txt")}
-    parts = _fetch(tv.OxfordIIITPet, root, files, download, split=("trainval", "test"))
+    parts = fetch(tv.OxfordIIITPet, root, files, download, split=("trainval", "test"))
     train, test = (_listed(part._images, part._labels, root) for part in parts)
     return train, test
 
@@ -117,7 +113,7 @@ def pets(root: Path, download: bool) -> tuple[Raw, Raw]:
 def food101(root: Path, download: bool) -> tuple[Raw, Raw]:
     """Food-101: train, test."""
     files = {f"food-101/{name}": "" for name in ("images", "meta/train.json", "meta/test.json")}
-    parts = _fetch(tv.Food101, root, files, download, **SPLITS)
+    parts = fetch(tv.Food101, root, files, download, **SPLITS)
     if parts[0].classes != parts[1].classes:  # or their labels would not mean the same
         raise UserError("food-101/meta/train.json and food-101/meta/test.json must name the same classes")
     train, test = (_listed(part._image_files, part._labels, root) for part in parts)
@@ -288,7 +284,7 @@ def _folders(root: Path, parts: tuple[str, str], classes: int | None = None) -> 
         train, test = (tv.ImageFolder(str(root / part)) for part in parts)
     except OSError as error:
         where = " and ".join(str(root / part / "CLASS") for part in parts)
-        raise UserError(f"not there: {_line(error)}; put images into folders {where}") from None
+        raise UserError(f"not there: {line(error)}; put images into folders {where}") from None
     if odd := set(train.classes) ^ set(test.classes):
         both = " and ".join(str(root / part) for part in parts)
         raise UserError(f"{both} must hold the same classes, but {min(odd)} (one of {len(odd)}) is in one alone")
@@ -296,61 +292,3 @@ def _folders(root: Path, parts: tuple[str, str], classes: int | None = None) -> 
         raise UserError(f"{root / parts[0]} holds {len(train.classes)} classes, expected {classes}")
     train, test = (_files([path for path, _ in part.samples], part.targets, root) for part in (train, test))
     return train, test
-
-
-def _fetch(kind: Callable, root: Path, files: Mapping[str, str], download: bool, **parts: tuple) -> list:
-    """Read a torchvision data set; download it where it is absent, allowed and reachable.
-
-    Args:
-        kind: its class.
-        root: the folder that holds it.
-        files: name below `root` -> MD5 sum, or "" where none is published; files of another sum are not read.
-        download: whether that is allowed.
-        parts: the argument of the class that tells training from test, and its values.
-    """
-
-    def read(download: bool) -> list:
-        return [kind(root, **{key: value}, download=download) for key, values in parts.items() for value in values]
-
-    def absent() -> list[str]:
-        return [name for name in files if not (root / name).exists()]
-
-    reason = "dataset.download is false"
-    if download and absent():
-        reason = _download(root, lambda: absent() and read(True))
-    if missing := absent():
-        raise UserError(f"not there, and {reason}; put {', '.join(missing)} into that folder")
-    try:
-        return read(False)
-    except Exception as error:  # whatever a damaged file leads to
-        changed = [name for name, md5 in files.items() if md5 and calculate_md5(root / name) != md5]
-        if changed:
-            raise UserError(f"{changed[0]} is damaged, or another file: its MD5 sum is not the published one") from None
-        raise UserError(f"one of {', '.join(files)} is damaged: {_line(error)}") from None
-
-
-def _download(root: Path, download: Callable[[], Any]) -> str:
-    """Download, one process at a time; what went wrong if files are still absent."""
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(root / ".download.lock"), _timeout():
-            download()
-    except Exception as error:
-        return f"the download failed ({_line(error)})"
-    return "the download lacks it"
-
-
-def _line(error: Exception) -> str:
-    """An error on one line; torchvision's name what was tried on several."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _timeout() -> Iterator[None]:
-    """A time limit on sockets that say nothing."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

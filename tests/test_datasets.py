@@ -7,9 +7,11 @@ import os
 import pickle
 import socket
 import struct
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +22,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision.datasets as tv
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -339,6 +342,19 @@ def test_a_download_is_used_and_made_once(monkeypatch, tmp_path):
     expected = datasets.load(settings_of("svhn", archive)).digest()
     assert [datasets.load(settings).digest() for _ in range(2)] == [expected] * 2
     assert asked == ["train_32x32.mat", "test_32x32.mat"]
+
+
+def test_a_download_of_another_process_is_waited_for(monkeypatch, tmp_path):
+    write("svhn", tmp_path, monkeypatch)
+    path = tmp_path / "test_32x32.mat"
+    content = path.read_bytes()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(tmp_path / ".download.lock"):
+            path.write_bytes(content[:99])
+            loaded = pool.submit(datasets.load, settings_of("svhn", tmp_path, download=True))
+            time.sleep(0.2)
+            path.write_bytes(content)
+        assert len(loaded.result().test) == TEST
 
 
 # -- damaged files

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -250,6 +251,14 @@ def test_images_are_decoded_once(tmp_path, decoded):
     assert (tmp_path / "store" / name).stat().st_size == 10 * 3 * 16 * 16
 
 
+def test_what_is_augmented_is_not_kept(tmp_path, decoded):
+    part = Part(photographs(tmp_path / "files"), PLAIN, augment=True, store=tmp_path / "store")
+    gathered(part)
+    next(part.stream(4, seed=0))
+    assert len(decoded) == 14
+    assert not files_below(tmp_path / "store")
+
+
 def test_what_is_preprocessed_is_never_written_to(tmp_path):
     part = Part(photographs(tmp_path / "files"), PLAIN, store=tmp_path / "store")
     first = gathered(part)
@@ -275,6 +284,7 @@ def test_whatever_changes_images_leads_to_another_store(tmp_path, decoded, chang
     decoded.clear()
     found = gathered(Part(files, settings, store=tmp_path / "store"))
     assert len(decoded) == 10
+    assert len(files_below(tmp_path / "store")) == 2
     assert torch.equal(found, gathered(Part(files, settings)))
 
 
@@ -286,8 +296,10 @@ def test_normalisation_leads_to_no_other_store(tmp_path, decoded):
     assert len(decoded) == 10
 
 
-def test_two_at_once_decode_once(tmp_path, decoded):
+def test_two_at_once_decode_once(tmp_path, decoded, monkeypatch):
     files, barrier, found = photographs(tmp_path / "files"), threading.Barrier(2), []
+    load = images.pil_loader
+    monkeypatch.setattr(images, "pil_loader", lambda path: (time.sleep(0.01), load(path))[1])  # long enough to meet
 
     def use() -> None:
         part = Part(files, PLAIN, store=tmp_path / "store")

@@ -12,10 +12,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pdiff.adopt import files_of
 from pdiff.architectures import ARCHITECTURES, known_architectures
 from pdiff.datasets import DATASETS
 from pdiff.errors import UserError
-from pdiff.settings import Experiment, without_neutral
+from pdiff.settings import Evaluate, Experiment, without_neutral
 
 FOLDERS = (Path("experiments"), Path(__file__).resolve().parent.parent / "experiments")
 COMMAND_LINE = "command line"
@@ -64,14 +65,27 @@ def flat(experiment: Experiment) -> dict[str, Any]:
 
 
 def digest(experiment: Experiment, sections: Sequence[str]) -> str:
-    """A fingerprint of everything in some sections that can change a result, files of `prepare.source` included."""
+    """A fingerprint of everything in some sections that can change a result: also of the checkpoint files of
+    `prepare.source` that are not excluded, and of the scripts that `evaluate` runs."""
     values = without_neutral(experiment)
     content: Tree = {name: values[name] for name in ("seed", *sections)}
     if experiment.prepare.source:
-        folder = Path(experiment.prepare.source).expanduser()
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        content["files"] = _stamps(files_of(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude))
+    if "evaluate" in sections:
+        content["scripts"] = _stamps(_scripts(experiment.evaluate))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _stamps(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """What changes when a file does."""
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def _scripts(settings: Evaluate) -> list[Path]:
+    """The files that `evaluate.function` or `evaluate.command` names."""
+    folder = Path(settings.folder).expanduser()
+    words = [folder / word for word in settings.command.split()] + [Path(settings.function.rpartition(":")[0])]
+    return [path.expanduser() for path in words if path.expanduser().is_file()]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -112,7 +112,7 @@ def test_excluded_files_are_not_read(tmp_path):
     assert adopt(tmp_path, exclude=exclude).tensors["num_batches_tracked"].tolist() == [2, 3, 5]
     with pytest.raises(UserError, match=r"prepare\.exclude: '7\.pth' matches none of the 7 files in"):
         checkpoint_files(tmp_path, ["4.pth", "7.pth"])
-    with pytest.raises(UserError, match="holds 0 files .* beside 7 excluded ones, expected at least 2"):
+    with pytest.raises(UserError, match=r"holds 0 files .* beside 7 excluded ones, expected at least 2"):
         checkpoint_files(tmp_path, ["*"])
 
 

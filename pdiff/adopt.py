@@ -194,7 +194,7 @@ def _unpacked(content: Any) -> tuple[tuple[tuple[str, dict], ...], Any]:
         keys = [key for key in NESTED_UNDER if isinstance(content, dict) and isinstance(content.get(key), dict)]
         if not keys:
             break
-        nested.append((keys[0], {key: value for key, value in content.items() if _plain(value)}))
+        nested.append((keys[0], {k: v for k, v in content.items() if _plain(v) or k == keys[0]} | {keys[0]: None}))
         content = content[keys[0]]
     return tuple(nested), content
 

@@ -130,13 +130,14 @@ def pretraining_digest(experiment: Experiment) -> str:
 
 
 def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
-    """The files that some sections name: weights, an architecture and a function of somebody's own."""
-    network, function = experiment.network, experiment.evaluate.function
+    """The files that some sections name: weights, an architecture, a function and the script of a command."""
+    network, settings = experiment.network, experiment.evaluate
     found = [Path(network.weights).expanduser()] if network and network.weights else []
     if network and user_code.is_own(network.architecture):
         found.append(user_code.source(network.architecture))
-    if "evaluate" in sections and function:
-        found.append(user_code.source(function))
+    if "evaluate" in sections:
+        words = [Path(settings.folder).expanduser() / word for word in settings.command.split()]
+        found += [user_code.source(settings.function)] if settings.function else [w for w in words if w.is_file()]
     return found
 
 

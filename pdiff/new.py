@@ -189,7 +189,7 @@ def patterns_of(roles: Mapping[str, str]) -> list[str]:
         parts = [escape(part) for part in name.split(".")]
         starts = [".".join([*parts[:k], "*"]) for k in range(1, len(parts))]
         ends = [".".join(["*", *parts[k:]]) for k in range(1, len(parts))]
-        candidates |= dict.fromkeys([*starts, *ends, *_numbered(parts), ".".join(parts)])
+        candidates |= dict.fromkeys([*starts, *_numbered(parts), *ends, ".".join(parts)])
     matched = defaultdict(set)
     for pattern in candidates:
         if not any(fnmatchcase(name, pattern) for name in constant):
@@ -203,9 +203,12 @@ def patterns_of(roles: Mapping[str, str]) -> list[str]:
 
 
 def _numbered(parts: Sequence[str]) -> list[str]:
-    """A name with the numbers of one of its parts left open: layer4.1.bn*.weight of layer4.1.bn2.weight."""
+    """A name with the number of one of its parts left open: layer4.1.bn*.weight of layer4.1.bn2.weight, and all that
+    begins so: layer4.1.bn*.*"""
     opened = [part.rstrip("0123456789") + "*" if part[-1:].isdigit() else part for part in parts]
-    return [".".join([*parts[:k], opened[k], *parts[k + 1 :]]) for k in range(len(parts)) if opened[k] != parts[k]]
+    numbered = [k for k in range(len(parts)) if opened[k] != parts[k]]
+    whole = [".".join([*parts[:k], opened[k], "*"]) for k in numbered if k < len(parts) - 1]
+    return whole + [".".join([*parts[:k], opened[k], *parts[k + 1 :]]) for k in numbered]
 
 
 def _numbers(found: Survey, chosen: Sequence[str]) -> int:
@@ -312,7 +315,7 @@ def _comment(text: str) -> str:
 
 def _named(title: str, files: Mapping[str, str]) -> list[str]:
     """A title and the files below it."""
-    lines = [f"  {name}: {why}" for name, why in list(files.items())[:LISTED]]
+    lines = ["  " + " ".join(f"{name}: {why}".split()) for name, why in list(files.items())[:LISTED]]
     more = [f"  and {len(files) - LISTED} more"] if len(files) > LISTED else []
     return [title, *lines, *more] if files else []
 

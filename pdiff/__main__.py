@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from pdiff.errors import UserError
+from pdiff.errors import ProcessError, UserError
 
 ENTRY_POINTS = {
     "main": "all stages under one parent run",
@@ -160,6 +160,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:  # no permission, no space
         print(f"pdiff: {error}", file=sys.stderr)
         return 2
+    except ProcessError as error:
+        print(f"pdiff: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pdiff: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -77,14 +77,22 @@ class Part:
         images = ((images.float() / 255 - mean) / std).expand(-1, channels, -1, -1)
         return images.contiguous(memory_format=torch.channels_last)  # pooling and convolutions are 2.5 x faster so
 
-    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """All images in order, (B, channels, size, size) and labels (B,)."""
+    def batches(self, size: int, device: torch.device | str = "cpu", *, rows: slice = slice(None)) -> Iterator[Batch]:
+        """All images in order, (B, channels, size, size) and labels (B,); some rows of each batch."""
         for images, labels in zip(self.pixels.images.split(size), self.labels.split(size), strict=True):
-            yield self.preprocess(images.to(device)), labels.to(device)
+            yield self.preprocess(images[rows].to(device)), labels[rows].to(device)
 
-    def stream(self, size: int, *, seed: int, start: int = 0, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """Endless shuffled training batches from batch `start` on; batch k depends on (seed, k) alone."""
-        indices = shuffled(len(self), size, seed=seed, start=start)
+    def stream(
+        self,
+        size: int,
+        *,
+        seed: int,
+        start: int = 0,
+        device: torch.device | str = "cpu",
+        rows: slice = slice(None),
+    ) -> Iterator[Batch]:
+        """Endless shuffled training batches from batch `start` on, some rows of each; k depends on (seed, k) alone."""
+        indices = (index[rows] for index in shuffled(len(self), size, seed=seed, start=start))
         if self.crop is None:
             for index in indices:
                 yield self.preprocess(self.pixels.images[index].to(device)), self.labels[index].to(device)

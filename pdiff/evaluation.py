@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm.auto import tqdm
 
+from pdiff import distributed
 from pdiff.datasets import Part
 from pdiff.prefix import shrink, split
 from pdiff.weights import Collection, StateDict
@@ -36,6 +37,9 @@ def predictions(
         device: where to compute.
         label: of the progress bar.
     """
+    count, shared = len(collection), len(collection) >= distributed.world()
+    if shared:  # among the processes; of fewer networks than these, each predicts all
+        collection = collection.select(distributed.rows())
     network = network.to(device).eval()
     prefix, suffix = split(network, collection.tensors.keys())
     read, own = suffix.state_dict().keys(), network.state_dict()  # a network need not read all that it has
@@ -48,7 +52,8 @@ def predictions(
             if not rows:
                 suffix = shrink(suffix, activations, states.keys())
             rows.append(torch.cat(list(run(suffix, states, activations, len(collection), bar.update))).cpu())
-    return torch.cat(rows, dim=1)
+    predicted = torch.cat(rows, dim=1)
+    return distributed.gathered(predicted, count) if shared else predicted
 
 
 def _cheap_together(collection: Collection) -> bool:
@@ -90,7 +95,8 @@ def network_accuracy(network: nn.Module, images: Part, *, batch_size: int, devic
     network.eval()
     right = 0
     with torch.inference_mode():
-        for batch, labels in images.batches(batch_size, device):
-            right += int((network(batch).argmax(dim=-1) == labels).sum())
+        for batch, labels in images.batches(batch_size, device, rows=distributed.rows()):
+            if len(labels):
+                right += int((network(batch).argmax(dim=-1) == labels).sum())
     network.train(mode)
-    return right / len(images)
+    return distributed.summed(right) / len(images)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdiff import distributed
 from pdiff.autoencoders import PCA, ConvAutoencoder
 from pdiff.denoisers import ConvDenoiser, MLPDenoiser
 from pdiff.diffusion import Diffusion
@@ -154,14 +155,16 @@ def fit_autoencoder(
     torch.manual_seed(seed)
     autoencoder = ConvAutoencoder(vectors.shape[1], int(settings.latent_size), variational=settings.kl_weight > 0)
     autoencoder.to(device).train()
+    count = min(settings.batch_size, len(vectors))
     noise = {"parameter_noise": settings.parameter_noise, "latent_noise": settings.latent_noise}
     trainer = Trainer(
         autoencoder,
-        lambda x: autoencoder.loss(x, kl_weight=settings.kl_weight, **noise),
+        lambda x: autoencoder.loss(x, kl_weight=settings.kl_weight, count=count, **noise),
         _batches(vectors.to(device), settings.batch_size, seed),
         settings,
         steps=settings.steps,
         seed=seed,
+        batch_size=count,
         autocast=True,
     )
     for _ in follow(trainer, "autoencoder/loss", log, path=path):
@@ -189,20 +192,22 @@ def fit_denoiser(
     sizes = {"width": settings.width, "blocks": settings.blocks} if settings.denoiser == "mlp" else {}
     denoiser = DENOISERS[settings.denoiser](latents.shape[1], **sizes).to(device)
     latents, heldout = latents.to(device), heldout.to(device)
+    count = min(settings.batch_size, len(latents))
     trainer = Trainer(
         denoiser.train(),
-        lambda z: diffusion.loss(denoiser, z),
+        lambda z: diffusion.loss(denoiser, z, count=count),
         _batches(latents, settings.batch_size, seed),
         settings,
         steps=settings.steps,
         seed=seed,
+        batch_size=count,
         ema=settings.ema,
         autocast=True,
     )
     best = Best()
     for step in follow(trainer, "diffusion/loss", log, path=path, beside=(best,)):
         if len(heldout) and step.number % settings.evaluate_every == 0:
-            loss = diffusion.heldout_loss(trainer.averaged.eval(), heldout)
+            loss = distributed.mean(diffusion.heldout_loss(trainer.averaged.eval(), heldout))  # all stop alike
             log(Point("diffusion/heldout_loss", loss, step.number))
             denoiser.train()
             best.update(-loss, trainer.averaged)
@@ -220,8 +225,9 @@ def make_diffusion(settings: DiffusionSettings) -> Diffusion:
 
 
 def _batches(rows: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterable[Tensor]]:
-    """Endless shuffled batches of rows."""
-    return lambda start: (rows[i.to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))
+    """Endless shuffled batches of rows; of each, those of this process."""
+    own = distributed.rows()
+    return lambda start: (rows[i[own].to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))
 
 
 def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,10 @@ from pdiff.architectures import build
 from pdiff.checkpoints import collect, generated_names, pretrain
 from pdiff.datasets import Images, Part
 from pdiff.diffusion import sample_seed
+from pdiff.distributed import rank_zero_first
 from pdiff.errors import UserError
 from pdiff.evaluation import accuracy, network_accuracy, predictions
-from pdiff.files import read_tensors, whole, write_json, write_state, write_tensors, write_text
+from pdiff.files import append_line, read_tensors, whole, write_json, write_state, write_tensors, write_text
 from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale, make_diffusion
 from pdiff.log import Log, Point, measured
 from pdiff.settings import Experiment
@@ -53,7 +54,7 @@ class History:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 if line.endswith("]"):  # a killed run may have torn the last one
                     self._keep(Point(*json.loads(line)))
-        self.path.write_text("".join(json.dumps(point) + "\n" for point in self.points.values()), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(point) + "\n" for point in self.points.values()))
 
     def _keep(self, point: Point) -> None:
         self.points[point.name, point.step] = point
@@ -63,15 +64,13 @@ class History:
         before = self.points.get((point.name, point.step))
         if before and point.name.startswith("seconds/"):  # of an interrupted run
             point = point._replace(value=point.value + before.value)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(point) + "\n")
+        append_line(self.path, json.dumps(point))
         self._keep(point)
 
     def save(self, path: Path) -> None:
         """Write all points as CSV: name, step, value."""
         frame = pd.DataFrame(self.points.values(), columns=["name", "value", "step"])
-        with whole(path) as temporary:
-            frame[["name", "step", "value"]].to_csv(temporary, index=False)
+        write_text(path, frame[["name", "step", "value"]].to_csv(index=False))
 
 
 def _network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
@@ -94,8 +93,9 @@ def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
     Writes `checkpoints.safetensors` and `.json`, `network.safetensors`, `dataset.json`, `history.csv`.
     """
     history, device = History(out, log), resolve_device(experiment.device)
-    images = datasets.load(experiment.dataset)
-    network = _network(experiment, images, pretrained=experiment.network.pretrained).to(device)
+    with rank_zero_first():  # it may download
+        images = datasets.load(experiment.dataset)
+        network = _network(experiment, images, pretrained=experiment.network.pretrained).to(device)
     validate = partial(network_accuracy, images=images.validation, batch_size=500, device=device)
     if experiment.prepare.source:
         source = Path(experiment.prepare.source).expanduser()
@@ -409,3 +409,9 @@ STAGES = {
     "generate": Stage(generate, ("train",), GENERATED),
     "evaluate": Stage(evaluate, ("prepare", "train", "generate"), (*GENERATED, "evaluate")),
 }
+
+
+def processes(stage: str, experiment: Experiment) -> int:
+    """How many processes share a stage: those of the experiment, where it trains or evaluates."""
+    alone = stage == "generate" or (stage == "prepare" and experiment.prepare.source)
+    return 1 if alone else experiment.processes

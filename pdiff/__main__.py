@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
     """The arguments; keys of the configuration are not among them, see `overrides`."""
     top = argparse.ArgumentParser(prog="pdiff", description="Generate neural-network weights, tracked by MLflow.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    more = "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32"
+    more = (
+        "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32 or --processes 4"
+    )
     for name, text in ENTRY_POINTS.items():
         command = commands.add_parser(name, help=text, description=text, epilog=more, allow_abbrev=False)
         command.add_argument("--tag", required=True, help="an experiment (`pdiff tags`), or a path to a YAML file")

@@ -135,7 +135,7 @@ def shared(module: nn.Module, loss: Callable[[Any], Tensor], count: int) -> Call
 
 
 class _Objective(nn.Module):
-    """A loss as a module, as DistributedDataParallel wants it, of what is trained alone: the rest is the same anyway."""
+    """A loss as a module, as DistributedDataParallel wants it; of what is trained, for the rest is the same anyway."""
 
     def __init__(self, module: nn.Module, loss: Callable[[Any], Tensor]) -> None:
         super().__init__()
@@ -175,8 +175,9 @@ def global_batch_norm(
         return SyncBatchNorm.apply(x, weight, bias, running_mean, running_var, eps, momentum, group, world())
     axes = [0, *range(2, x.ndim)]
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    count = summed(x.numel() / x.shape[1])
-    average = _Sum.apply(x.sum(axes)) / count
+    totals = _Sum.apply(torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])]))
+    count = totals[-1].detach()
+    average = totals[:-1] / count
     centered = x - average.view(shape)
     variance = _Sum.apply(centered.square().sum(axes)) / count
     with torch.no_grad():
@@ -354,7 +355,8 @@ def _work(writers: Sequence[Connection], kind: str, function: Callable[..., Resu
     except Exception:
         trace = traceback.format_exc()[-TRACE:]
         writers[number].send(ProcessError(f"process {number} of {processes} failed:\n{trace}"))
-    sys.exit(1)
+    sys.stdout.flush()
+    os._exit(1)  # clearing up could wait for the others
 
 
 def _silence() -> None:

@@ -331,7 +331,7 @@ def _signals_restored() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _work(writers: Sequence[Connection], kind: str, function: Callable[..., Result]) -> Result:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pdiff.errors import UserError
+from pdiff.errors import ProcessError, UserError
 
 if TYPE_CHECKING:
     from pdiff.settings import Experiment
@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     """The arguments; keys of the configuration are not among them, see `overrides`."""
     top = argparse.ArgumentParser(prog="pdiff", description="Generate neural-network weights, tracked by MLflow.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    more = "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32"
+    more = (
+        "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32 or --processes 4"
+    )
     for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text, epilog=more, allow_abbrev=False)
         command.add_argument("--tag", required=True, help="an experiment (`pdiff tags`), or a path to a YAML file")
@@ -252,6 +254,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except OSError as error:  # no permission, no space
         print(f"pdiff: {error}", file=sys.stderr)
         return 2
+    except ProcessError as error:
+        print(f"pdiff: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pdiff: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdiff.datasets import Batch, Images
+from pdiff import distributed
+from pdiff.datasets import Batch, Images, Part
 from pdiff.errors import UserError
 from pdiff.log import Log, Point
 from pdiff.prefix import split
@@ -85,7 +86,7 @@ def pretrain(
     trainer = Trainer(
         network.train(),
         lambda batch: F.cross_entropy(network(batch[0]), batch[1]),
-        lambda start: images.train.stream(settings.batch_size, seed=seed, start=start, device=device),
+        _batches(images.train, settings.batch_size, seed, device),
         settings,
         steps=per_epoch * settings.epochs,
         seed=seed,
@@ -140,7 +141,7 @@ def collect(
     trainer = Trainer(
         network,
         lambda batch: F.cross_entropy(_through(prefix, suffix, batch), batch[1]),
-        lambda start: images.train.stream(settings.batch_size, seed=seed, start=start, device=device),
+        _batches(images.train, settings.batch_size, seed, device),
         settings,
         steps=settings.checkpoints * every,
         seed=seed,
@@ -151,6 +152,12 @@ def collect(
         if step.number % every == 0:
             taken.states.append(snapshot(network, names))
     return Collection.stack(taken.states)
+
+
+def _batches(images: Part, size: int, seed: int, device: torch.device) -> Callable[[int], Iterator[Batch]]:
+    """Endless shuffled batches of images; of each, the rows of this process."""
+    own = distributed.rows()
+    return lambda start: images.stream(size, seed=seed, start=start, device=device, rows=own)
 
 
 def _through(prefix: Callable, suffix: nn.Module, batch: Batch) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdiff.distributed import own
+
 SAMPLERS_OF = {
     "flow": ("heun", "euler", "dpmsolver++"),
     "epsilon": ("ddpm", "ddim", "dpmsolver++"),
@@ -73,9 +75,15 @@ class Diffusion:
         targets = {"epsilon": noise, "sample": z, "v_prediction": signal * noise - spread * z}
         return signal * z + spread * noise, t, targets[self.prediction]
 
-    def loss(self, denoiser: nn.Module, z: Tensor) -> Tensor:
-        """Denoising error of latents (B, L) at random positions, a scalar."""
-        z_t, t, target = self.corrupt(z, torch.randn_like(z), torch.rand(len(z), device=z.device))
+    def loss(self, denoiser: nn.Module, z: Tensor, *, count: int | None = None) -> Tensor:
+        """Denoising error of latents (B, L) at random positions, a scalar.
+
+        Args:
+            denoiser: in training mode.
+            z: this process's rows of a batch.
+            count: rows of the batch over all processes; absent where there is one.
+        """
+        z_t, t, target = self.corrupt(z, own(torch.randn, z, count), own(torch.rand, z[:, 0], count))
         return F.mse_loss(denoiser(z_t, t), target)
 
     @torch.no_grad()

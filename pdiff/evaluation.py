@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm.auto import tqdm
 
+from pdiff import distributed
 from pdiff.datasets import Part
 from pdiff.prefix import shrink, split
 from pdiff.weights import Collection, StateDict
@@ -51,9 +52,10 @@ def batch_predictions(
     network = network.to(device).eval()
     prefix, suffix = split(network, collections[0].tensors.keys())
     read, own = suffix.state_dict().keys(), network.state_dict()  # a network need not read all that it has
-    groups = [{n: t.to(device, own[n].dtype) for n, t in c.tensors.items() if n in read} for c in collections]
+    shares = [_Share(c) for c in collections]
+    groups = [{n: t.to(device, own[n].dtype) for n, t in s.own.tensors.items() if n in read} for s in shares]
     run = _together if _cheap_together(collections[0]) else _in_turn
-    networks = sum(map(len, collections))
+    networks = sum(len(share.own) for share in shares)
     total, done = networks * len(images), networks * start
     shrunk = None
     with tqdm(total=total, initial=done, desc=label, unit="prediction", unit_scale=True, disable=None) as bar:
@@ -61,9 +63,21 @@ def batch_predictions(
             activations = prefix(batch)
             shrunk = shrunk or shrink(suffix, activations, groups[0].keys())
             yield [
-                torch.cat(list(run(shrunk, states, activations, len(c), bar.update))).cpu()
-                for states, c in zip(groups, collections, strict=True)
+                share.gathered(torch.cat(list(run(shrunk, states, activations, len(share.own), bar.update))).cpu())
+                for states, share in zip(groups, shares, strict=True)
             ]
+
+
+class _Share:
+    """This process's part of a collection; all of it where there are fewer networks than processes."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.count, self.split = len(collection), len(collection) >= distributed.world()
+        self.own = collection.select(distributed.rows()) if self.split else collection
+
+    def gathered(self, predicted: Tensor) -> Tensor:
+        """The predictions of all networks, of which every process has its own."""
+        return distributed.gathered(predicted, self.count) if self.split else predicted
 
 
 def _cheap_together(collection: Collection) -> bool:
@@ -105,7 +119,8 @@ def network_accuracy(network: nn.Module, images: Part, *, batch_size: int, devic
     network.eval()
     right = 0
     with torch.inference_mode():
-        for batch, labels in images.batches(batch_size, device):
-            right += int((network(batch).argmax(dim=-1) == labels).sum())
+        for batch, labels in images.batches(batch_size, device, rows=distributed.rows()):
+            if len(labels):
+                right += int((network(batch).argmax(dim=-1) == labels).sum())
     network.train(mode)
-    return right / len(images)
+    return distributed.summed(right) / len(images)

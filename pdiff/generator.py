@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdiff import distributed
 from pdiff.autoencoders import PCA, ConvAutoencoder
 from pdiff.denoisers import ConvDenoiser, MLPDenoiser
 from pdiff.diffusion import Diffusion, gaussian
@@ -211,7 +212,7 @@ def fit_denoiser(
     best = Best()
     for step in follow(trainer, "diffusion/loss", log, path=path, beside=(best,)):
         if len(heldout) and step.number % settings.evaluate_every == 0:
-            loss = diffusion.heldout_loss(trainer.averaged.eval(), heldout)
+            loss = distributed.mean(diffusion.heldout_loss(trainer.averaged.eval(), heldout))  # all stop alike
             log(Point("diffusion/heldout_loss", loss, step.number))
             denoiser.train()
             best.update(-loss, trainer.averaged)
@@ -236,7 +237,7 @@ def make_autoencoder(size: int, settings: Autoencoder) -> ConvAutoencoder:
 def autoencoder_trainer(autoencoder: ConvAutoencoder, batches: Batches, settings: Autoencoder, *, seed: int) -> Trainer:
     """Trains an autoencoder on batches of vectors (B, D)."""
     options = settings.model_dump(include={"parameter_noise", "latent_noise", "kl_weight"})
-    loss = partial(autoencoder.loss, **options)
+    loss = partial(autoencoder.loss, count=settings.batch_size, **options)
     return Trainer(autoencoder, loss, batches, settings, steps=settings.steps, seed=seed, autocast=True)
 
 
@@ -250,14 +251,15 @@ def denoiser_trainer(
     denoiser: nn.Module, diffusion: Diffusion, batches: Batches, settings: DiffusionSettings, *, seed: int
 ) -> Trainer:
     """Trains a denoiser on batches of latents (B, L)."""
-    loss = partial(diffusion.loss, denoiser)
+    loss = partial(diffusion.loss, denoiser, count=settings.batch_size)
     options = {"steps": settings.steps, "seed": seed, "ema": settings.ema, "autocast": True}
     return Trainer(denoiser, loss, batches, settings, **options)
 
 
 def _batches(rows: Tensor, batch_size: int, seed: int) -> Batches:
-    """Endless shuffled batches of rows."""
-    return lambda start: (rows[i.to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))
+    """Endless shuffled batches of rows; of each, those of this process."""
+    own = distributed.rows()
+    return lambda start: (rows[i[own].to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))
 
 
 def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:

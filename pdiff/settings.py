@@ -219,7 +219,11 @@ class Evaluate(Section):
 
 
 class Experiment(Section):
-    """Everything that one tag stands for; without `dataset` and `network`, networks that only their owner knows."""
+    """Everything that one tag stands for; without `dataset` and `network`, networks that only their owner knows.
+
+    `processes` share the training and the evaluation on this machine, each with a GPU of its own where there are GPUs;
+    the result is that of one.
+    """
 
     tag: str = neutral("")
     seed: Seed = 0
@@ -239,6 +243,12 @@ class Experiment(Section):
         missing = [name for name in ("dataset", "network") if getattr(self, name) is None]
         if missing and not (self.prepare.source and len(missing) == 2):
             raise ValueError(f"{' and '.join(missing)}: is missing; only prepare.source can do without both")
+        sections = (("prepare.pretrain", self.prepare.pretrain), ("prepare.collect", self.prepare.collect))
+        for name, section in (*sections, ("autoencoder", self.autoencoder), ("diffusion", self.diffusion)):
+            if section.batch_size < self.processes:
+                raise ValueError(
+                    f"processes <= {name}.batch_size must hold, but got ({self.processes}, {section.batch_size})"
+                )
         prediction, generate = self.diffusion.prediction, self.generate
         allowed = SAMPLERS_OF[prediction]
         if generate.sampler not in ("auto", *allowed):

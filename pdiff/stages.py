@@ -21,9 +21,10 @@ from pdiff.checkpoints import collect, generated_names, pretrain
 from pdiff.comparison import COLUMNS, evaluation_table, similarity_matrices, summary
 from pdiff.datasets import Images
 from pdiff.diffusion import sample_seed
+from pdiff.distributed import rank_zero_first
 from pdiff.errors import UserError
 from pdiff.evaluation import accuracy, network_accuracy, predictions
-from pdiff.files import read_tensors, whole, write_json, write_state, write_tensors, write_text
+from pdiff.files import append_line, read_tensors, write_json, write_state, write_tensors, write_text
 from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale, make_diffusion
 from pdiff.judges import Judge, Verdicts
 from pdiff.log import Log, Point, measured
@@ -46,7 +47,7 @@ class History:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 if line.endswith("]"):  # a killed run may have torn the last one
                     self._keep(Point(*json.loads(line)))
-        self.path.write_text("".join(json.dumps(point) + "\n" for point in self.points.values()), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(point) + "\n" for point in self.points.values()))
 
     def _keep(self, point: Point) -> None:
         self.points[point.name, point.step] = point
@@ -56,15 +57,13 @@ class History:
         before = self.points.get((point.name, point.step))
         if before and point.name.startswith("seconds/"):  # of an interrupted run
             point = point._replace(value=point.value + before.value)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(point) + "\n")
+        append_line(self.path, json.dumps(point))
         self._keep(point)
 
     def save(self, path: Path) -> None:
         """Write all points as CSV: name, step, value."""
         frame = pd.DataFrame(self.points.values(), columns=["name", "value", "step"])
-        with whole(path) as temporary:
-            frame[["name", "step", "value"]].to_csv(temporary, index=False)
+        write_text(path, frame[["name", "step", "value"]].to_csv(index=False))
 
 
 def _network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
@@ -89,7 +88,8 @@ def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
     `network.safetensors`, `dataset.json`.
     """
     history = History(out, log)
-    images = datasets.load(experiment.dataset) if experiment.dataset else None
+    with rank_zero_first():  # it may download
+        images = datasets.load(experiment.dataset) if experiment.dataset else None
     make = _adopted if experiment.prepare.source else _collected
     collection = make(experiment, images, out, history)
     if images:
@@ -114,7 +114,8 @@ def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log)
 def _collected(experiment: Experiment, images: Images, out: Path, log: Log) -> Collection:
     """Pretrain (unless an earlier run has done so), write the base network, collect."""
     settings, state, device = experiment.prepare, out / STATE, resolve_device(experiment.device)
-    network = _network(experiment, images, pretrained=experiment.network.pretrained).to(device)
+    with rank_zero_first():  # it may download, too
+        network = _network(experiment, images, pretrained=experiment.network.pretrained).to(device)
     names = generated_names(network, settings.parameters)
     validate = partial(network_accuracy, images=images.validation, batch_size=500, device=device)
     seeds = [sample_seed(experiment.seed, k) for k in range(2)]
@@ -315,21 +316,15 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     with measured(history, "similarity"):
         evaluation, matrices = evaluation_table(groups, verdicts), similarity_matrices(verdicts)
         metrics = summary(evaluation, matrices)
-    _write_table(evaluation, out / "evaluation.csv")
+    write_text(out / "evaluation.csv", evaluation.to_csv(index=False))
     if on_the_way.exists():
-        _write_table(_trajectory_table(judged["trajectory"], verdicts), out / "trajectory.csv")
+        write_text(out / "trajectory.csv", _trajectory_table(judged["trajectory"], verdicts).to_csv(index=False))
     if matrices:
         write_tensors(out / "similarity.safetensors", matrices)
     history.save(out / "history.csv")
     write_json(out / "summary.json", {n: v if math.isfinite(v) else None for n, v in metrics.items()})
     _report(experiment, out, evaluation, matrices, metrics, [prepare, train, generate])
     return metrics
-
-
-def _write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, whole or not at all."""
-    with whole(path) as temporary:
-        table.to_csv(temporary, index=False)
 
 
 def _judge(experiment: Experiment, prepared: Path) -> Judge:
@@ -445,3 +440,9 @@ STAGES = {
     "generate": Stage(generate, ("train",), GENERATED),
     "evaluate": Stage(evaluate, ("prepare", "train", "generate"), (*GENERATED, "evaluate")),
 }
+
+
+def processes(stage: str, experiment: Experiment) -> int:
+    """How many processes share a stage: those of the experiment, where it trains or evaluates."""
+    alone = stage == "generate" or (stage == "prepare" and experiment.prepare.source)
+    return 1 if alone else experiment.processes

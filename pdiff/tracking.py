@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +35,15 @@ from mlflow.utils.git_utils import get_git_commit
 from tqdm.auto import tqdm
 
 from pdiff import config, leaderboard
+from pdiff.distributed import launch
 from pdiff.errors import UserError
 from pdiff.files import read_json, whole
 from pdiff.generator import Generator
 from pdiff.leaderboard import Result
 from pdiff.log import Point
 from pdiff.settings import Experiment
-from pdiff.stages import STAGES, STATE
+from pdiff.stages import STAGES, STATE, processes
+from pdiff.training import resolve_device
 
 EXPERIMENT = "pdiff"
 BATCH = 100  # metrics or parameters sent at a time
@@ -305,9 +307,11 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
         tqdm.write(f"{stage}: run {run.info.run_id}" + (", resuming" if work.exists() else ""))
         if stage == "prepare" and not fresh:
             _share_pretraining(experiment, work)
-        log = RunLog(run.info.run_id)
+        log, compute = RunLog(run.info.run_id), STAGES[stage].run
+        if (count := processes(stage, experiment)) > 1:
+            compute = partial(launch, compute, processes=count, device=resolve_device(experiment.device))
         try:
-            metrics = STAGES[stage].run(experiment, work, log, **{name: done.folder for name, done in upstream.items()})
+            metrics = compute(experiment, work, log=log, **{name: done.folder for name, done in upstream.items()})
             for name, value in metrics.items():
                 log(Point(name, value))
         except UserError:
@@ -317,7 +321,7 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
         finally:
             log.flush()
         for path in sorted(work.iterdir()):
-            if path.name != STATE:
+            if not path.name.startswith("."):  # neither the state, nor what a killed process left half-written
                 mlflow.log_artifact(str(path))  # a folder with what is in it
         _log_beside(stage, experiment, work)
     shutil.rmtree(work)

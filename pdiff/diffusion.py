@@ -21,6 +21,9 @@ SAMPLERS_OF = {
 """Prediction -> samplers that can follow it; the first is the default."""
 
 
+HELDOUT_BATCH = 256  # noisy latents that the denoiser takes at a time
+
+
 def sample_seed(seed: int, k: int) -> int:
     """The seed of network k of a draw: independent streams for every (seed, k), whatever the batch or the count."""
     return int(np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)[0] >> 1)
@@ -94,7 +97,8 @@ class Diffusion:
         noise = torch.randn(z.shape, generator=generator).to(z.device)
         u = ((torch.randperm(len(z), generator=generator) + 0.5) / len(z)).to(z.device)
         z_t, t, target = self.corrupt(z, noise, u)
-        return F.mse_loss(denoiser(z_t, t), target).item()
+        batches = zip(z_t.split(HELDOUT_BATCH), t.split(HELDOUT_BATCH), strict=True)
+        return F.mse_loss(torch.cat([denoiser(*batch) for batch in batches]), target).item()
 
     @torch.inference_mode()
     def sample(

@@ -181,7 +181,7 @@ def fit_autoencoder(
         return pca.eval()
     torch.manual_seed(seed)
     autoencoder = make_autoencoder(vectors.shape[1], settings).to(device).train()
-    batches = _batches(vectors.to(device), settings.batch_size, seed)
+    batches = shuffled_rows(vectors.to(device), settings.batch_size, seed)
     trainer = autoencoder_trainer(autoencoder, batches, settings, seed=seed)
     for _ in follow(trainer, "autoencoder/loss", log, path=path):
         pass
@@ -207,7 +207,7 @@ def fit_denoiser(
     torch.manual_seed(seed)
     denoiser = make_denoiser(latents.shape[1], settings).to(device).train()
     latents, heldout = latents.to(device), heldout.to(device)
-    batches = _batches(latents, settings.batch_size, seed)
+    batches = shuffled_rows(latents, settings.batch_size, seed)
     trainer = denoiser_trainer(denoiser, diffusion, batches, settings, seed=seed)
     best = Best()
     for step in follow(trainer, "diffusion/loss", log, path=path, beside=(best,)):
@@ -256,7 +256,7 @@ def denoiser_trainer(
     return Trainer(denoiser, loss, batches, settings, **options)
 
 
-def _batches(rows: Tensor, batch_size: int, seed: int) -> Batches:
+def shuffled_rows(rows: Tensor, batch_size: int, seed: int) -> Batches:
     """Endless shuffled batches of rows; of each, those of this process."""
     own = distributed.rows()
     return lambda start: (rows[i[own].to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))

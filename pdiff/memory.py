@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,14 +234,14 @@ def training(
         make: makes it.
         train: makes its trainer, of it and `batches`.
         shape: of the data, (N, numbers).
-        batch_size: rows of a batch, at most N.
+        batch_size: rows of a batch.
         best: whether the best weights so far are kept, too.
         bfloat16: compute the loss under autocast, as on CUDA; the CPU's does the same to these modules.
     """
-    rows = min(batch_size, shape[0])
     with _fake(), Alive() as alive:
         data, kept = torch.zeros(shape), Best()
-        trainer = train(make().train(), batches=lambda start: (data[torch.arange(rows)] for _ in count(start)))
+        trainer = train(make().train(), batches=generator.shuffled_rows(data, batch_size, 0))
+        rows = len(next(trainer.batches(0)))
         trainer.loss = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)(trainer.loss)
         for step in trainer:
             if best:

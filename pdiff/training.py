@@ -142,9 +142,9 @@ class Trainer:
         objective = distributed.shared(self.module, lambda batch: self.loss(batch), self.batch_size)
         while self.step < self.steps:
             torch.manual_seed(sample_seed(self.seed, self.step))
+            self.optimizer.zero_grad()  # before the activations need memory
             with torch.autocast(kind, torch.bfloat16, enabled=autocast):
                 loss = objective(next(batches))
-            self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             self.schedule.step()

@@ -60,7 +60,7 @@ class Need(NamedTuple):
         optimizer: the optimiser's state.
         copies: the averaged weights, and the best ones so far.
         data: what stays in memory of the collection.
-        activations: saved for the backward pass, or passing: all the rest.
+        activations: saved for the backward pass, or passing: all the rest, less what gradients take that are to come.
     """
 
     part: str

@@ -102,7 +102,9 @@ def test_activations_are_those_saved_for_the_backward_pass(part):
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         trainer.loss(next(trainer.batches(0)))
     bytes_saved = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in weights)
-    assert bytes_saved <= counted(part).activations <= 1.35 * bytes_saved
+    need = counted(part)  # gradients come while activations go: at the peak there are not yet all of them
+    assert bytes_saved <= need.activations + need.gradients
+    assert need.activations <= 1.35 * bytes_saved
 
 
 def test_bfloat16_halves_the_activations_of_convolutions():

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
 
 from pdiff.errors import ProcessError, UserError
 
@@ -340,6 +341,7 @@ def _work(writers: Sequence[Connection], kind: str, function: Callable[..., Resu
     number, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for ended in (signal.SIGINT, signal.SIGTERM):  # at once, though others are waited for; SIGINT: the parent is dead
         signal.signal(ended, signal.SIG_DFL)
+    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and is missed where one is killed
     if number > 0:
         _silence()
     if "OMP_NUM_THREADS" not in os.environ:

@@ -1,7 +1,7 @@
 """Batches against torchvision's transforms, PIL's own resizing, and numbered images; images in memory and in files."""
 
+import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -296,23 +296,25 @@ def test_normalisation_leads_to_no_other_store(tmp_path, decoded):
     assert len(decoded) == 10
 
 
-def test_two_at_once_decode_once(tmp_path, decoded, monkeypatch):
-    files, barrier, found = photographs(tmp_path / "files"), threading.Barrier(2), []
-    load = images.pil_loader
-    monkeypatch.setattr(images, "pil_loader", lambda path: (time.sleep(0.01), load(path))[1])  # long enough to meet
+def test_two_processes_at_once_decode_once(tmp_path, monkeypatch):
+    files, log, load = photographs(tmp_path / "files"), tmp_path / "log", images.pil_loader
 
-    def use() -> None:
-        part = Part(files, PLAIN, store=tmp_path / "store")
-        barrier.wait()
-        found.append(gathered(part))
+    def slow(path: Path) -> Image.Image:
+        time.sleep(0.02)  # long enough to meet
+        with log.open("a") as file:
+            file.write(f"{path.name}\n")
+        return load(path)
 
-    threads = [threading.Thread(target=use) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.equal(*found)
-    assert len(decoded) == 10
+    monkeypatch.setattr(images, "pil_loader", slow)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    parts = [Part(files, PLAIN, store=tmp_path / "store") for _ in range(2)]
+    processes = [multiprocessing.get_context("fork").Process(target=gathered, args=(part,)) for part in parts]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(log.read_text().split()) == sorted(os.fsdecode(name) for name in files.names)
 
 
 def test_a_store_that_was_interrupted_is_written_anew(tmp_path, monkeypatch):

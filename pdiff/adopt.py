@@ -27,7 +27,7 @@ NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "st
 DEPTH = 3  # dictionaries in one another, at most
 PREFIXES = ("module.", "_orig_mod.")  # of networks saved under DataParallel, and under torch.compile
 ZIP = b"PK\x03\x04"  # how files of torch.save begin since PyTorch 1.6; only those can be memory-mapped
-# Threads that read. Measured with torch.load on two cores, files in the page cache: 2 000 files of 12 kB take one thread
+# Threads that read. Measured with torch.load on two cores, cached files: 2 000 files of 12 kB take one thread
 # 0.9 - 1.5 s, four 2.3 s, two processes 2.1 - 2.7 s; 50 files of 45 MB take one thread 0.9 - 1.3 s, four 1.0 s, two
 # processes 2.5 s, and 10 s if they hand the tensors over. What threads lose on small files there they win where a disk
 # or a network answers late; processes win nowhere.

@@ -27,9 +27,10 @@ NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "st
 DEPTH = 3  # dictionaries in one another, at most
 PREFIXES = ("module.", "_orig_mod.")  # of networks saved under DataParallel, and under torch.compile
 ZIP = b"PK\x03\x04"  # how files of torch.save begin since PyTorch 1.6; only those can be memory-mapped
-# Threads that read. Measured on two cores: 2 000 files of 12 kB in 1.2 - 2.0 s, 50 files of 45 MB in 0.7 s. One thread
-# is faster by a third on small files in the page cache, several hide the latency of a disk or of a network.
-# Processes take two seconds to start, and 5 times as long to hand tensors over.
+# Threads that read. Measured with torch.load on two cores, cached files: 2 000 files of 12 kB take one thread
+# 0.9 - 1.5 s, four 2.3 s, two processes 2.1 - 2.7 s; 50 files of 45 MB take one thread 0.9 - 1.3 s, four 1.0 s, two
+# processes 2.5 s, and 10 s if they hand the tensors over. What threads lose on small files there they win where a disk
+# or a network answers late; processes win nowhere.
 THREADS = min(8, 2 * (os.cpu_count() or 1))
 
 T = TypeVar("T")

@@ -21,6 +21,7 @@ from pdiff.errors import UserError
 from pdiff.weights import StateDict, is_generated, not_finite
 
 SKETCH = 64  # numbers that a tensor is sketched by; distances are then right to about a tenth
+BLOCK = 1 << 16  # numbers that are sketched at a time: what stays in a cache, and leaves no holes in the memory
 OUTLYING = 3.5  # modified z-score from which a value counts as an outlier (Iglewicz and Hoaglin, 1993)
 FAR = 3.0  # ... and how many times as far as usual it must be, see `_outliers`
 
@@ -126,10 +127,13 @@ def _sketch(state: StateDict) -> dict[str, tuple[Tensor, float]]:
     sketches = {}
     for name, tensor in state.items():
         if is_generated(name, tensor):
-            flat = tensor.flatten().float()
+            flat = tensor.flatten()
             buckets = min(len(flat), SKETCH)
-            signed = torch.nn.functional.pad(flat * _signs(len(flat)), (0, -len(flat) % buckets))
-            sketches[name] = signed.view(-1, buckets).sum(dim=0, dtype=torch.float64), flat.std().item()
+            total = torch.zeros(buckets, dtype=torch.float64)
+            for part, signs in zip(flat.split(BLOCK), _signs(len(flat)).split(BLOCK), strict=True):
+                signed = torch.nn.functional.pad(part.float() * signs, (0, -len(part) % buckets))
+                total += signed.view(-1, buckets).sum(dim=0, dtype=torch.float64)
+            sketches[name] = total, flat.float().std().item()
     return sketches
 
 

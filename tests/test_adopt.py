@@ -172,6 +172,8 @@ def test_a_written_network_can_be_loaded_by_its_owner(tmp_path):
     Template.read(tmp_path / "0.pth").write(tmp_path / "1.pth", drawn[2])
     written = torch.load(tmp_path / "1.pth", weights_only=True)
     assert written["config"] == {"hidden": 3}
+    stored = written["model"]["0.weight"]
+    assert stored.untyped_storage().nbytes() == stored.nbytes  # of a view all that it is a view of would be saved
     assert written["model"]._metadata == network.state_dict()._metadata
     other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     other.load_state_dict(written["model"])

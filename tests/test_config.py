@@ -295,3 +295,26 @@ def test_experiments_are_frozen(write):
     write("t", BASE)
     with pytest.raises(ValueError, match="frozen"):
         config.load("t").generate.count = 3
+
+
+def test_digest_sees_what_is_used_alone(write, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("0.pth", "1.pth", "bad.pth", "notes.txt"):
+        (source / name).write_text(name)
+    (tmp_path / "test.py").write_text("print(1)")
+
+    def digest(sections: tuple[str, ...], **evaluate: str) -> str:
+        tree = {"prepare": {"source": str(source), "exclude": ["b*.pth"]}, "evaluate": evaluate}
+        return config.digest(config.load(str(write("own", yaml.safe_dump(tree)))), sections)
+
+    options = {"command": "python test.py {checkpoint}", "folder": str(tmp_path)}
+    function = {"function": f"{tmp_path}/test.py:predict"}
+    sections = (("prepare",), ("prepare", "evaluate"))
+    before = [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
+    for name in ("bad.pth", "notes.txt", "more.txt", "b.pth"):
+        (source / name).write_text("changed")
+    assert before == [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
+    (tmp_path / "test.py").write_text("print(12)")
+    after = [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]

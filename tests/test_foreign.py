@@ -40,8 +40,8 @@ def test_results_come_in_order_whatever_takes_longest(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import sys, time\nk = int(open(sys.argv[1]).read())\ntime.sleep(0.3 if k == 0 else 0)\nprint('acc', k / 10)\n"
     )
-    found = run(tmp_path, [str(k) for k in range(6)], "python slow.py {checkpoint}", workers=3)
-    assert found == pytest.approx([k / 10 for k in range(6)])
+    found = run(tmp_path, [str(k) for k in range(11)], "python slow.py {checkpoint}", workers=2)
+    assert found == pytest.approx([k / 10 for k in range(11)])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from pdiff.__main__ import ENTRY_POINTS, main, overrides
 from pdiff.errors import UserError
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in [*ENTRY_POINTS, "show", "tags", "compare", "export"])])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in [*ENTRY_POINTS, "show", "tags", "compare", "new", "export"])]
+)
 def test_help(command, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

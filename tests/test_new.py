@@ -187,6 +187,7 @@ def test_outliers(here, size):
         "cloud": base + 0.1 * noise,
         "straight": base + steps * direction,
         "walk": base + noise.cumsum(0),
+        "some twice as far": base + 0.1 * noise * torch.where(torch.arange(60) % 20 == 3, 2, 1)[:, None],
         "approach": base + 0.01 * noise + torch.exp(-steps) * direction,
     }
     for name, rows in paths.items():
@@ -215,6 +216,8 @@ def test_sketches_keep_distances():
     a, b = torch.randn(2, 300, 70, generator=g)
     sketched = (_sketch({"w": a})["w"][0] - _sketch({"w": b})["w"][0]).norm()
     assert sketched.item() == pytest.approx((a - b).norm().item(), rel=0.3)
+    shifted = (_sketch({"w": a + 0.5})["w"][0] - _sketch({"w": a})["w"][0]).norm()
+    assert shifted.item() == pytest.approx(0.5 * math.sqrt(21000), rel=0.3)
     few = torch.randn(2, 50, generator=g)
     exact = (_sketch({"w": few[0]})["w"][0] - _sketch({"w": few[1]})["w"][0]).norm()
     assert exact.item() == pytest.approx((few[0] - few[1]).norm().item())

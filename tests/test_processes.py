@@ -6,12 +6,10 @@ import signal
 
 import psutil
 import torch
-from test_pipeline import artifacts, runs, start, statuses, wait_for, workspace  # noqa: F401
+from tracked import artifacts, runs, start, statuses, wait_for
 
 from pdiff.__main__ import main as pdiff
 from pdiff.files import read_tensors
-
-# ruff: noqa: F811
 
 
 def test_a_mistake_is_one_line(workspace, capfd) -> None:

@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint ui clean
+.PHONY: demo test lint ui dashboard clean
 
 demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how good they are
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
@@ -18,6 +18,9 @@ lint: $(INSTALLED)  ## style, and the direction of imports
 
 ui: $(INSTALLED)  ## MLflow's user interface
 	$(BIN)/mlflow ui
+
+dashboard: $(INSTALLED)  ## Optuna's user interface, of the studies in PDIFF_STORAGE or optuna.db
+	$(BIN)/optuna-dashboard $${PDIFF_STORAGE:-sqlite:///optuna.db}
 
 clean:
 	rm -rf .venv

@@ -3,44 +3,72 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from pdiff.errors import UserError
+from pdiff.errors import ProcessError, UserError
 
-ENTRY_POINTS = {
+if TYPE_CHECKING:
+    from pdiff.settings import Experiment
+
+STAGES = {
     "main": "all stages under one parent run",
     "prepare": "pretrain a network and collect checkpoints",
     "train": "fit the generator: autoencoder and latent diffusion",
     "generate": "draw networks",
     "evaluate": "compare the generated networks with the originals and the baselines",
-    "sweep": "search for the best settings with Optuna",
 }
 LAUNCHERS = ("processes", "local", "slurm")
+ENTRY_POINTS = STAGES | {
+    "sweep": "search for the best settings with Optuna",
+    "leaderboard": "published results beside the latest ones of every tag, as a run of its own",
+}
+NEW_CHECKPOINTS = (
+    "folder of .pth, .pt or .safetensors files, one state dict each; or a folder with them in checkpoint/ and a test.py"
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments; keys of the configuration are not among them, see `overrides`."""
     top = argparse.ArgumentParser(prog="pdiff", description="Generate neural-network weights, tracked by MLflow.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    more = "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32"
-    for name, text in list(ENTRY_POINTS.items())[:-1]:
+    more = (
+        "any key of the configuration (`pdiff show TAG`) may follow, e.g. --autoencoder.latent_size 32 or --processes 4"
+    )
+    for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text, epilog=more, allow_abbrev=False)
         command.add_argument("--tag", required=True, help="an experiment (`pdiff tags`), or a path to a YAML file")
         command.add_argument("--fresh", nargs="?", const="true", default="false", help="repeat what is finished")
         command.set_defaults(run=_stage)
     _add_sweeps(commands)
+    text = ENTRY_POINTS["leaderboard"]
+    board = commands.add_parser("leaderboard", help=text, description=text, allow_abbrev=False)
+    board.add_argument("words", nargs="*", metavar="WORD", help="show tags that hold one of these")
+    board.add_argument("--only", choices=["ours", "all"], default="all", help="leave out what was never run here")
+    board.set_defaults(run=_leaderboard)
     show = commands.add_parser(
         "show", help="print the complete configuration of a tag", epilog=more, allow_abbrev=False
     )
     show.add_argument("tag")
     show.set_defaults(run=_show)
-    commands.add_parser("tags", help="list all tags").set_defaults(run=_tags)
+    text = "print the parameters and the peak memory of a tag's autoencoder and denoiser, without needing either"
+    memory = commands.add_parser("memory", help=text, description=text, epilog=more, allow_abbrev=False)
+    memory.add_argument("tag")
+    memory.add_argument("--json", action="store_true", help="the same in bytes, for programs")
+    memory.set_defaults(run=_memory)
+    text = "list all tags, or those in whose row some words occur"
+    tags = commands.add_parser("tags", help=text, description=text)
+    tags.add_argument("words", nargs="*", metavar="WORD", help="such as main, cifar10, resnet18")
+    tags.set_defaults(run=_tags)
     text = "print all finished runs of main side by side: test accuracy in percent, similarity, seconds"
     commands.add_parser("compare", help=text, description=text).set_defaults(run=_compare)
+    _add_new(commands)
     export = commands.add_parser("export", help="write networks of a run as ordinary state-dict files")
     export.add_argument("--run", dest="run_id", required=True, help="a run of prepare, generate or main")
     export.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -73,6 +101,30 @@ def _add_sweeps(commands: argparse._SubParsersAction) -> None:
     studies = commands.add_parser("studies", help="list the studies of a storage")
     studies.add_argument("--storage", default="", help=url)
     studies.set_defaults(run=_studies)
+
+
+def _add_new(commands: argparse._SubParsersAction) -> None:
+    """The arguments of `pdiff new`."""
+    text = "make an experiment of your own checkpoint files: look at them, propose settings, write its YAML"
+    more = "any key of the configuration may follow (`pdiff show TAG`), e.g. --dataset.image_size 32"
+    new = commands.add_parser("new", help=text, description=text, epilog=more, allow_abbrev=False)
+    add = new.add_argument
+    add("tag", help="name of the new experiment")
+    add("--checkpoints", type=Path, required=True, metavar="DIR", help=NEW_CHECKPOINTS)
+    add("--out", type=Path, metavar="FOLDER", help="where TAG.yaml is written (default: experiments/own)")
+    add("--dataset", default="", metavar="NAME", help="what the networks were trained on, if it is one of pdiff's")
+    add("--architecture", default="", metavar="NAME", help="of the networks: pdiff's, timm's, or file.py:function")
+    add(
+        "--parameters",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="what to generate; default: what varies",
+    )
+    add("--command", dest="shell", default="", help='prints the accuracy of a file: "python test.py {checkpoint}"')
+    add("--function", default="", metavar="FILE.PY:NAME", help="takes a state dict, returns predictions and labels")
+    add("--force", action="store_true", help="write over an experiment of this name")
+    new.set_defaults(run=_new)
 
 
 def overrides(rest: Sequence[str]) -> dict[str, str]:
@@ -108,7 +160,7 @@ def _stage(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         else:
             done = tracking.execute(arguments.command, experiment, fresh=fresh)
     if arguments.command in ("main", "evaluate"):
-        _print_evaluation(done.folder)
+        _print_evaluation(experiment, done.folder)
     print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
 
 
@@ -160,13 +212,19 @@ def _studies(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     print("no study" if table.empty else table.to_string(index=False))
 
 
-def _print_evaluation(folder: Path) -> None:
-    """Print the table of an evaluation."""
+def _print_evaluation(experiment: Experiment, folder: Path) -> None:
+    """Print the table of an evaluation, and what was published of its tag beside it."""
     import pandas as pd
 
-    from pdiff import figures
+    from pdiff import config, figures
+    from pdiff.files import read_json
 
     print(f"\n{figures.table_text(figures.table(pd.read_csv(folder / 'evaluation.csv')))}")
+    if published := config.published(experiment.tag):
+        measured = {n: v for n, v in read_json(folder / "summary.json").items() if v is not None}
+        print(f"\n{figures.published_table(measured, published).to_string(index=False)}")
+        changes = ", ".join(f"{key}={value}" for key, value in config.changes(experiment).items())
+        print(f"changed    {changes or 'nothing: settings as published'}")
     print(f"\nreport     {folder / 'report.html'}")
 
 
@@ -176,14 +234,47 @@ def _show(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     print(config.to_yaml(config.load(arguments.tag, overrides(rest))), end="")
 
 
+def _new(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import new
+
+    names = ("dataset", "architecture", "parameters", "function", "force")
+    options = {name: getattr(arguments, name) for name in names}
+    out = arguments.out or new.OWN
+    changed = overrides(rest)
+    new.new(arguments.tag, arguments.checkpoints, out=out, command=arguments.shell, overrides=changed, **options)
+
+
 def _tags(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pdiff import config
+    from pdiff import catalogue
 
     overrides(rest)
-    for tag, path in sorted(config.tags().items(), key=lambda item: (item[1].parent.name, item[0])):
-        if path.parent.name != "experiments":  # what stands there is for `extends` alone
-            experiment = config.load(tag)
-            print(f"{path.parent.name:10} {tag:28} {experiment.dataset.name:15} {experiment.network.architecture}")
+    for line in catalogue.lines(arguments.words):
+        print(line)
+
+
+def _memory(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import config
+
+    experiment = config.load(arguments.tag, overrides(rest))
+    from pdiff import memory
+
+    sizes = memory.sizes(experiment)
+    needs = memory.needs(experiment, sizes)
+    if arguments.json:
+        found = {**sizes._asdict(), "needs": [need._asdict() | {"peak": need.peak} for need in needs]}
+        print(json.dumps(found, indent=1))
+    else:
+        print(memory.text(experiment, sizes, needs))
+
+
+def _leaderboard(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import leaderboard, tracking
+
+    overrides(rest)
+    with tracking.connected():
+        done, board = tracking.log_leaderboard(arguments.words, only_ours=arguments.only == "ours")
+    print("no tag to show" if board.empty else leaderboard.text(board))
+    print(f"\nrun          {done.run_id}\nleaderboard  {done.folder / 'leaderboard.html'}")
 
 
 def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -224,18 +315,26 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 2 for a mistake of the user's, 1 for a failure, 130 when interrupted."""
+    """Run one command; the exit code: 0, 2 for a mistake of the user's, 1 for a failure, 130 when interrupted,
+    141 when nobody reads the output any more."""
     signal.signal(signal.SIGTERM, _interrupt)
     arguments, rest = parser().parse_known_args(words)
     run: Callable[[argparse.Namespace, Sequence[str]], None] = arguments.run
     try:
         run(arguments, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         print(f"pdiff: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # no permission, no space
         print(f"pdiff: {error}", file=sys.stderr)
         return 2
+    except ProcessError as error:
+        print(f"pdiff: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pdiff: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

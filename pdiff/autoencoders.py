@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdiff.distributed import own
+
 ENCODER_CHANNELS = (1, 64, 128, 256, 256, 32)  # method, section 3
 DECODER_CHANNELS = (32, 256, 256, 128, 64, 64)
 KERNEL_SIZE = 7
@@ -60,19 +62,28 @@ class ConvAutoencoder(nn.Module):
         """Reconstruct vectors (B, D)."""
         return self.decode(self.encode(x))
 
-    def loss(self, x: Tensor, *, parameter_noise: float, latent_noise: float, kl_weight: float = 0.0) -> Tensor:
+    def loss(
+        self,
+        x: Tensor,
+        *,
+        parameter_noise: float,
+        latent_noise: float,
+        kl_weight: float = 0.0,
+        count: int | None = None,
+    ) -> Tensor:
         """Reconstruction error of noisy vectors through noisy latents (method, section 3), a scalar.
 
         x' = x + parameter_noise eps; z = mean(x') + latent_noise eps; MSE(decode(z), x'). The variational variant
         draws z from the learned Gaussian instead and adds `kl_weight` times its mean divergence from N(0, I).
+        Where several processes share a batch of `count` rows, x are those of this one.
         """
-        x = x + parameter_noise * torch.randn_like(x)
+        x = x + parameter_noise * own(torch.randn, x, count)
         hidden = self.hidden(x)
         mean = self.mean(hidden)
         if self.log_variance is None:
-            return F.mse_loss(self.decode(mean + latent_noise * torch.randn_like(mean)), x)
+            return F.mse_loss(self.decode(mean + latent_noise * own(torch.randn, mean, count)), x)
         log_variance = self.log_variance(hidden)
-        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        z = mean + (0.5 * log_variance).exp() * own(torch.randn, mean, count)
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         return F.mse_loss(self.decode(z), x) + kl_weight * divergence
 

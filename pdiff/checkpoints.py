@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdiff.datasets import Batch, Images
+from pdiff import distributed
+from pdiff.datasets import Batch, Images, Part
 from pdiff.errors import UserError
 from pdiff.log import Log, Point
 from pdiff.prefix import split
@@ -43,6 +44,12 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The names, in their order, that are one of the patterns or match it; every name for "all" alone."""
     everything = tuple(patterns) == EVERYTHING
     return [name for name in names if everything or any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def generated_size(network: nn.Module, patterns: Sequence[str]) -> int:
+    """How many numbers of a network are generated."""
+    state = network.state_dict()
+    return sum(state[n].numel() for n in generated_names(network, patterns) if is_generated(n, state[n]))
 
 
 def snapshot(network: nn.Module, names: Sequence[str]) -> StateDict:
@@ -79,7 +86,7 @@ def pretrain(
     trainer = Trainer(
         network.train(),
         lambda batch: F.cross_entropy(network(batch[0]), batch[1]),
-        lambda start: images.train.stream(settings.batch_size, seed=seed, start=start, device=device),
+        _batches(images.train, settings.batch_size, seed, device),
         settings,
         steps=per_epoch * settings.epochs,
         seed=seed,
@@ -112,13 +119,15 @@ def collect(
     Args:
         network: pretrained, on its device; left at its last step.
         images: training images.
-        settings: how many checkpoints, how often, optimiser.
+        settings: how many checkpoints, how often (`auto`: so that they take one epoch), optimiser.
         names: tensors of the state dict that are generated.
         seed: of order and augmentation.
         log: told the loss.
         path: where the state is saved, to resume.
     """
     device = next(network.parameters()).device
+    automatic = max(1, len(images.train) // settings.batch_size // settings.checkpoints)
+    every = automatic if settings.every_steps == "auto" else settings.every_steps
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in names)
     if not any(parameter.requires_grad for parameter in network.parameters()):
@@ -132,17 +141,23 @@ def collect(
     trainer = Trainer(
         network,
         lambda batch: F.cross_entropy(_through(prefix, suffix, batch), batch[1]),
-        lambda start: images.train.stream(settings.batch_size, seed=seed, start=start, device=device),
+        _batches(images.train, settings.batch_size, seed, device),
         settings,
-        steps=settings.checkpoints * settings.every_steps,
+        steps=settings.checkpoints * every,
         seed=seed,
         autocast=True,
     )
     taken = _Taken()
     for step in follow(trainer, "collect/loss", log, path=path, beside=(taken,)):
-        if step.number % settings.every_steps == 0:
+        if step.number % every == 0:
             taken.states.append(snapshot(network, names))
     return Collection.stack(taken.states)
+
+
+def _batches(images: Part, size: int, seed: int, device: torch.device) -> Callable[[int], Iterator[Batch]]:
+    """Endless shuffled batches of images; of each, the rows of this process."""
+    own = distributed.rows()
+    return lambda start: images.stream(size, seed=seed, start=start, device=device, rows=own)
 
 
 def _through(prefix: Callable, suffix: nn.Module, batch: Batch) -> Tensor:
@@ -171,23 +186,27 @@ class _Taken:
         self.states = state["states"]
 
 
-def check_states(states: Sequence[StateDict], names: Sequence[str]) -> None:
-    """Check that checkpoints share one layout of finite floating or integer tensors.
+def check_state(state: StateDict, where: str, *, like: StateDict, named: str) -> None:
+    """Check that a checkpoint has the layout of another one, something to generate, and only finite numbers.
+
+    Args:
+        state: tensors of the checkpoint.
+        where: what it is called.
+        like: the checkpoint whose names, shapes and types are expected.
+        named: what that one is called.
 
     Raises:
-        UserError: the first checkpoint and tensor that differ from the first checkpoint's.
+        UserError: the first tensor that is wrong.
     """
-    layout = {n: (t.shape, t.dtype) for n, t in states[0].items()}
-    if not any(is_generated(name, tensor) for name, tensor in states[0].items()):
-        raise UserError(f"{names[0]}: no floating tensor of more than one element, so nothing can be generated")
-    for state, where in zip(states, names, strict=True):
-        if missing := sorted(layout.keys() ^ state.keys()):
-            raise UserError(f"{where}: tensors differ from those of {names[0]}: {', '.join(missing[:4])}")
-        for name, tensor in state.items():
-            shape, dtype = layout[name]
-            if tensor.shape != shape:
-                raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(shape)} as in {names[0]}")
-            if tensor.dtype != dtype:
-                raise UserError(f"{where}: {name} is {tensor.dtype}, expected {dtype} as in {names[0]}")
-        if name := not_finite(state):
-            raise UserError(f"{where}: {name} holds NaN or infinity, expected finite numbers")
+    if different := sorted(like.keys() ^ state.keys()):
+        raise UserError(f"{where}: tensors differ from those of {named}: {', '.join(different[:4])}")
+    for name, tensor in state.items():
+        expected = like[name]
+        if tensor.shape != expected.shape:
+            raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(expected.shape)} as in {named}")
+        if tensor.dtype != expected.dtype:
+            raise UserError(f"{where}: {name} is {tensor.dtype}, expected {expected.dtype} as in {named}")
+    if not any(is_generated(name, tensor) for name, tensor in state.items()):
+        raise UserError(f"{where}: no floating tensor of more than one element, so nothing can be generated")
+    if name := not_finite(state):
+        raise UserError(f"{where}: {name} holds NaN or infinity, expected finite numbers")

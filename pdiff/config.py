@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pdiff import user_code
+from pdiff.adopt import files_of
 from pdiff.architectures import ARCHITECTURES, known_architectures
-from pdiff.datasets import DATASETS
+from pdiff.datasets import DATASETS, folder_state
 from pdiff.errors import UserError
-from pdiff.settings import Experiment, without_neutral
+from pdiff.settings import Collect, Experiment, without_neutral
 
 FOLDERS = (Path("experiments"), Path(__file__).resolve().parent.parent / "experiments")
 COMMAND_LINE = "command line"
+SIMILARITIES = ("original_original", "generated_generated", "original_generated", "original_generated_max")
 Tree = dict[str, Any]
 
 
@@ -26,6 +31,11 @@ def tags() -> dict[str, Path]:
     """Tag -> file, of every experiment in `experiments/`, here or beside the package; sweeps are none."""
     paths = (p for folder in reversed(FOLDERS) for p in sorted(folder.glob("**/*.yaml")) if p.parent.name != "sweeps")
     return {path.stem: path for path in paths}
+
+
+def runnable() -> dict[str, Path]:
+    """Tag -> file of what can be run; what lies in `experiments/` itself is for `extends` alone."""
+    return {tag: path for tag, path in tags().items() if path.parent.name != "experiments"}
 
 
 def load(tag: str, overrides: Mapping[str, str] | None = None, *, origin: str = COMMAND_LINE) -> Experiment:
@@ -39,19 +49,36 @@ def load(tag: str, overrides: Mapping[str, str] | None = None, *, origin: str = 
     Raises:
         UserError: all problems in one message, each with file, key, value and rule.
     """
-    tree, origins = _read(tag, ())
+    known = tags()
+    tree, origins = _read(tag, known)
     for key, text in (overrides or {}).items():
-        _put(tree, origins, key, text, origin)
+        put(tree, origins, key, text, origin)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
     problems = _unknown_names(tree, origins)
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
-        path = str(tags().get(tag, tag))
+        path = str(known.get(tag, tag))
         problems = [*(_problem(item, origins, path) for item in error.errors()), *problems]
     if problems:
         raise UserError("; ".join(problems))
     return experiment
+
+
+def published(tag: str) -> dict[str, float]:
+    """What the paper's repository logged of a tag, by the names of our metrics; empty where it logged nothing.
+
+    `experiments/published.csv` also has its numbers of checkpoints and of generated networks.
+    """
+    found = {}
+    for path in (folder / "published.csv" for folder in reversed(FOLDERS)):
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else []
+        found |= next((row for row in rows if row["tag"] == tag), {})
+    return {
+        f"{'similarity' if name in SIMILARITIES else 'test_accuracy'}/{name}": float(value)
+        for name, value in found.items()
+        if value and name not in ("tag", "checkpoints", "generated")
+    }
 
 
 def to_yaml(experiment: Experiment) -> str:
@@ -64,15 +91,70 @@ def flat(experiment: Experiment) -> dict[str, Any]:
     return dict(_leaves(experiment.model_dump(mode="json")))
 
 
+def changes(experiment: Experiment) -> dict[str, Any]:
+    """Dotted keys whose values are others than in the own file of its tag, and those values.
+
+    Keys that cannot change a result do not count; a tag without a file in `experiments/` has nothing to differ from.
+    """
+    return changed(load(experiment.tag), flat(experiment)) if experiment.tag in tags() else {}
+
+
+def changed(own: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of some values by dotted key, as they are or as text, is another than in an experiment."""
+    there = flat(own)
+    neutral = there.keys() - dict(_leaves(without_neutral(own))).keys()
+    kept = {key: value for key, value in values.items() if key not in neutral}
+    return {key: value for key, value in kept.items() if key not in there or str(value) != str(there[key])}
+
+
 def digest(experiment: Experiment, sections: Sequence[str]) -> str:
-    """A fingerprint of everything in some sections that can change a result, files of `prepare.source` included."""
+    """A fingerprint of everything in some sections that can change a result, and of the files that they name: those
+    of `prepare.source` by their names, sizes and times, the others by their content."""
     values = without_neutral(experiment)
     content: Tree = {name: values[name] for name in ("seed", *sections)}
-    if experiment.prepare.source:
-        folder = Path(experiment.prepare.source).expanduser()
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
+    source = experiment.prepare.source
+    if source and "prepare" in sections:  # nothing is trained
+        content["prepare"] = {k: v for k, v in values["prepare"].items() if k not in ("pretrain", "collect")}
+        files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if experiment.dataset and experiment.dataset.name == "image_folder":
+        content["folder"] = folder_state(experiment.dataset)  # a root that is no mere place
+    if contents := [_content(path) for path in _files(experiment, sections)]:
+        content["contents"] = contents
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def pretraining_digest(experiment: Experiment) -> str:
+    """A fingerprint of what pretraining depends on: less than the whole of `prepare`."""
+    only = experiment.prepare.model_copy(update={"parameters": ("all",), "collect": Collect()})
+    return digest(experiment.model_copy(update={"prepare": only}), ("dataset", "network", "prepare"))
+
+
+def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
+    """The files that some sections name: weights, an architecture, a function and the script of a command."""
+    network, settings = experiment.network, experiment.evaluate
+    found = [Path(network.weights).expanduser()] if network and network.weights else []
+    if network and user_code.is_own(network.architecture):
+        found.append(user_code.source(network.architecture))
+    if "evaluate" in sections:
+        words = [Path(settings.folder).expanduser() / word for word in settings.command.split()]
+        found += [user_code.source(settings.function)] if settings.function else [w for w in words if w.is_file()]
+    return found
+
+
+def _content(path: Path) -> str:
+    """A fingerprint of a file; empty where there is none."""
+    return _hashed(path, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ""
+
+
+@lru_cache
+def _hashed(path: Path, size: int, time: int) -> str:
+    """A fingerprint of a file, kept for as long as its size and time of change are the same."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -85,11 +167,10 @@ def _is_path(tag: str) -> bool:
     return tag.endswith((".yaml", ".yml"))
 
 
-def _read(tag: str, below: tuple[str, ...]) -> tuple[Tree, dict[str, str]]:
+def _read(tag: str, known: Mapping[str, Path], below: tuple[str, ...] = ()) -> tuple[Tree, dict[str, str]]:
     """The merged tree of a tag and everything it extends, and the file of each of its keys."""
     if tag in below:
         raise UserError(f"extends: {' -> '.join((*below, tag))} is a circle")
-    known = tags()
     path = Path(tag).expanduser() if _is_path(tag) else known.get(tag)
     if path is None:
         raise UserError(f"unknown tag {tag!r}; {nearest(tag, list(known))} (`pdiff tags` lists all)")
@@ -101,11 +182,23 @@ def _read(tag: str, below: tuple[str, ...]) -> tuple[Tree, dict[str, str]]:
     if not all(isinstance(parent, str) for parent in parents):
         raise UserError(f"{path}: extends: expected a tag or a list of tags, but got {extends!r}")
     for parent in parents:
-        inherited, files = _read(parent, (*below, tag))
+        beside = str(path.parent / Path(parent).expanduser()) if _is_path(parent) else parent
+        inherited, files = _read(beside, known, (*below, tag))
         tree = _merged(tree, inherited)
         origins |= files
     origins |= {key: str(path) for key, _ in _leaves(own)}
     return _merged(tree, own), origins
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C is ten times as fast
+    """YAML whose mappings hold every key once; PyYAML itself takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse(path: Path) -> Tree:
@@ -115,7 +208,7 @@ def parse(path: Path) -> Tree:
         UserError: it cannot be read, is not YAML, or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -142,8 +235,8 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _put(tree: Tree, origins: dict[str, str], key: str, text: str, origin: str) -> None:
-    """Set a dotted key to a value as text, in YAML."""
+def put(tree: Tree, origins: dict[str, str], key: str, text: str, origin: str = COMMAND_LINE) -> None:
+    """Set a dotted key to a value as text, in YAML, and tell `origins` where it is from."""
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -195,8 +288,12 @@ def _unknown_names(tree: Tree, origins: dict[str, str]) -> list[str]:
         name = values.get(key) if isinstance(values, dict) else None
         if not isinstance(name, str) or name in registry:
             continue
+        where = f"{origins.get(f'{section}.{key}', COMMAND_LINE)}: {section}.{key}"
+        if section == "network" and user_code.is_own(name):
+            if not user_code.source(name).is_file():
+                problems.append(f"{where}: {user_code.source(name)} is not a file")
+            continue
         known = list(registry) if section == "dataset" else known_architectures()
         if name not in known:
-            where = f"{origins.get(f'{section}.{key}', COMMAND_LINE)}: {section}.{key}"
             problems.append(f"{where}: unknown {name!r}; {nearest(name, known)}")
     return problems

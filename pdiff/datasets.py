@@ -3,142 +3,36 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import shutil
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
+import torchvision.datasets as tv
 
-from pdiff.diffusion import sample_seed
 from pdiff.errors import UserError
+from pdiff.fetch import fetch, line
 from pdiff.files import whole
+from pdiff.images import Batch, Files, Images, Part, Pixels
 from pdiff.settings import Dataset as Settings
-from pdiff.training import shuffled
+
+__all__ = ["DATASETS", "Batch", "Files", "Images", "Part", "Pixels", "Source", "data_root", "load"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+TRAIN_TEST = {"train": (True, False)}  # parts as some classes of torchvision name them, and as others do
+SPLITS = {"split": ("train", "test")}
 
-Batch = tuple[Tensor, Tensor]
-
-
-class Pixels(NamedTuple):
-    """Raw images, uint8 (n, channels, height, width), and labels, int64 (n,)."""
-
-    images: Tensor
-    labels: Tensor
+Raw = Pixels | Files
+Loader = Callable[[Path, bool], tuple[Raw, Raw]]
 
 
-class Part:
-    """One part of a data set, preprocessed batch by batch on the device that asks.
-
-    Args:
-        pixels: raw images and labels.
-        settings: size, channels and normalisation.
-        augment: draw random resized crops and flips (training only).
-    """
-
-    def __init__(self, pixels: Pixels, settings: Settings, *, augment: bool = False) -> None:
-        self.pixels, self.settings = pixels, settings
-        self.size = settings.image_size or pixels.images.shape[-1]
-        self.crop = v2.Compose([v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip()]) if augment else None
-
-    def __len__(self) -> int:
-        return len(self.pixels.labels)
-
-    @property
-    def labels(self) -> Tensor:
-        """All labels, (n,)."""
-        return self.pixels.labels
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Images ready for a network, float32 (B, channels, size, size), of raw ones (B, ...)."""
-        resize = self.settings.resize or self.size
-        if images.shape[-2:] != (resize, resize):
-            images = v2.functional.resize(images, [resize], antialias=True)
-        if images.shape[-2:] != (self.size, self.size):
-            images = v2.functional.center_crop(images, [self.size])
-        return self.normalise(images)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, c, h, w) -> float32 (B, channels, h, w), grey repeated where colour is asked for."""
-        channels = self.settings.channels or images.shape[1]
-        mean, std = (
-            torch.tensor(v, device=images.device)[:, None, None] for v in (self.settings.mean, self.settings.std)
-        )
-        images = ((images.float() / 255 - mean) / std).expand(-1, channels, -1, -1)
-        return images.contiguous(memory_format=torch.channels_last)  # pooling and convolutions are 2.5 x faster so
-
-    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """All images in order, (B, channels, size, size) and labels (B,)."""
-        for images, labels in zip(self.pixels.images.split(size), self.labels.split(size), strict=True):
-            yield self.preprocess(images.to(device)), labels.to(device)
-
-    def stream(self, size: int, *, seed: int, start: int = 0, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """Endless shuffled training batches from batch `start` on; batch k depends on (seed, k) alone."""
-        indices = shuffled(len(self), size, seed=seed, start=start)
-        if self.crop is None:
-            for index in indices:
-                yield self.preprocess(self.pixels.images[index].to(device)), self.labels[index].to(device)
-            return
-        keys = ([(i, sample_seed(seed, start + k) ^ i) for i in index.tolist()] for k, index in enumerate(indices))
-        workers = min(8, (os.cpu_count() or 1) - 2) if (os.cpu_count() or 1) > 2 else 0
-        loader = DataLoader(
-            _Augmented(self),
-            batch_sampler=keys,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or it would draw a number from the global one, at the start and at a resume
-        )
-        for images, labels in loader:
-            yield self.normalise(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
-
-
-class _Augmented(torch.utils.data.Dataset):
-    """Augmented images; a key is (index, seed of the crop and the flip)."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = key
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.part.crop(self.part.pixels.images[index]), int(self.part.labels[index])
-
-
-@dataclass(frozen=True)
-class Images:
-    """A data set: training images, a validation part split off them, test images."""
-
-    train: Part
-    validation: Part
-    test: Part
-    classes: int
-    channels: int
-    image_size: int
-
-    def digest(self) -> str:
-        """A fingerprint of the images and labels of all parts."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.validation, self.test):
-            digest.update(part.pixels.images.numpy().tobytes())
-            digest.update(part.labels.numpy().tobytes())
-        return digest.hexdigest()[:32]
-
-
-Loader = Callable[[Path, bool], tuple[Pixels, Pixels]]
-
-
-def digits(root: Path, download: bool) -> tuple[Pixels, Pixels]:
+def digits(root: Path, download: bool) -> tuple[Raw, Raw]:
     """The 1 797 digits (8 x 8) of scikit-learn; every third one, shuffled with a fixed seed, is for testing."""
     from sklearn.datasets import load_digits
 
@@ -150,71 +44,208 @@ def digits(root: Path, download: bool) -> tuple[Pixels, Pixels]:
     return Pixels(images[train], labels[train]), Pixels(images[test], labels[test])
 
 
-def fashion_mnist(root: Path, download: bool) -> tuple[Pixels, Pixels]:
-    """Fashion-MNIST: the files of torchvision, or those of the Debian package dataset-fashion-mnist."""
-    from torchvision.datasets import FashionMNIST
+def mnist(root: Path, download: bool, kind: type[tv.MNIST] = tv.MNIST) -> tuple[Raw, Raw]:
+    """MNIST, or what has its format, in gunzipped idx files."""
+    files = {f"{kind.__name__}/raw/{Path(name).stem}": "" for name, _ in kind.resources}
+    kind = type(kind.__name__, (kind,), {"_check_legacy_exist": lambda self: False})  # old torchvision's pickles
+    parts = fetch(kind, root, files, download, **TRAIN_TEST)
+    train, test = (_pixels(part.data[:, None], part.targets) for part in parts)
+    return train, test
 
+
+def fashion_mnist(root: Path, download: bool) -> tuple[Raw, Raw]:
+    """Fashion-MNIST: the files of torchvision, or those of the Debian package dataset-fashion-mnist."""
     raw = root / "FashionMNIST" / "raw"
     for source in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
         if not (raw / source.stem).exists():
-            with whole(raw / source.stem) as target, gzip.open(source) as packed, target.open("wb") as plain:
-                shutil.copyfileobj(packed, plain)
-    where = f"train-images-idx3-ubyte and its three companions (gunzipped) into {raw}"
-    parts = _fetch(
-        "fashion_mnist", where, lambda d: [FashionMNIST(root, train=t, download=d) for t in (True, False)], download
-    )
-    train, test = (Pixels(part.data[:, None], part.targets.long()) for part in parts)
+            try:
+                with whole(raw / source.stem) as target, gzip.open(source) as packed, target.open("wb") as plain:
+                    shutil.copyfileobj(packed, plain)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise UserError(f"{source}: damaged: {line(error)}; install dataset-fashion-mnist again") from None
+    return mnist(root, download, tv.FashionMNIST)
+
+
+def cifar(root: Path, download: bool, kind: type[tv.CIFAR10]) -> tuple[Raw, Raw]:
+    """CIFAR-10 or CIFAR-100 in their Python files: pickles, which are read only with the published MD5 sums."""
+    sums = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    files = {f"{kind.base_folder}/{name}": md5 for name, md5 in sums}
+    parts = fetch(kind, root, files, download, **TRAIN_TEST)
+    train, test = (_pixels(part.data.transpose(0, 3, 1, 2), part.targets) for part in parts)
     return train, test
 
 
-def cifar100(root: Path, download: bool) -> tuple[Pixels, Pixels]:
-    """CIFAR-100 in the files of torchvision."""
-    from torchvision.datasets import CIFAR100
-
-    where = f"the folder cifar-100-python (with its files train, test and meta) into {root}"
-    parts = _fetch("cifar100", where, lambda d: [CIFAR100(root, train=t, download=d) for t in (True, False)], download)
-    train, test = (
-        Pixels(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in parts
-    )
+def svhn(root: Path, download: bool) -> tuple[Raw, Raw]:
+    """The cropped digits of SVHN, without the extra ones."""
+    files = {name: md5 for _, name, md5 in (tv.SVHN.split_list[split] for split in ("train", "test"))}
+    parts = fetch(tv.SVHN, root, files, download, **SPLITS)
+    train, test = (_pixels(part.data, part.labels) for part in parts)
     return train, test
 
 
-DATASETS: dict[str, Loader] = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar100": cifar100}
+def stl10(root: Path, download: bool) -> tuple[Raw, Raw]:
+    """The labelled images of STL-10, in its binary files."""
+    labelled = tv.STL10.train_list[:2]  # the unlabelled ones are neither needed nor worth a checksum of 2.6 GB
+    kind = type("STL10", (tv.STL10,), {"train_list": labelled})
+    files = {f"{kind.base_folder}/{name}": md5 for name, md5 in [*labelled, *kind.test_list]}
+    parts = fetch(kind, root, files, download, **SPLITS)
+    train, test = (_pixels(part.data, part.labels) for part in parts)
+    return train, test
+
+
+def flowers102(root: Path, download: bool) -> tuple[Raw, Raw]:
+    """Oxford 102 Flower: the 1 020 images for training, those for testing."""
+    sums = dict(tv.Flowers102._file_dict[key] for key in ("label", "setid"))
+    files = {"flowers-102/jpg": "", **{f"flowers-102/{name}": md5 for name, md5 in sums.items()}}
+    parts = fetch(tv.Flowers102, root, files, download, **SPLITS)
+    train, test = (_listed(part._image_files, part._labels, root) for part in parts)
+    return train, test
+
+
+def pets(root: Path, download: bool) -> tuple[Raw, Raw]:
+    """The 37 breeds of Oxford-IIIT Pet: trainval for training, test."""
+    files = {f"oxford-iiit-pet/{name}": "" for name in ("images", "annotations/trainval.txt", "annotations/test.txt")}
+    parts = fetch(tv.OxfordIIITPet, root, files, download, split=("trainval", "test"))
+    train, test = (_listed(part._images, part._labels, root) for part in parts)
+    return train, test
+
+
+def food101(root: Path, download: bool) -> tuple[Raw, Raw]:
+    """Food-101: train, test."""
+    files = {f"food-101/{name}": "" for name in ("images", "meta/train.json", "meta/test.json")}
+    parts = fetch(tv.Food101, root, files, download, **SPLITS)
+    if parts[0].classes != parts[1].classes:  # or their labels would not mean the same
+        raise UserError("food-101/meta/train.json and food-101/meta/test.json must name the same classes")
+    train, test = (_listed(part._image_files, part._labels, root) for part in parts)
+    return train, test
+
+
+def imagenet(root: Path, download: bool) -> tuple[Raw, Raw]:
+    """ImageNet (ILSVRC 2012) in one folder a class; its validation images are for testing."""
+    return _folders(root / "imagenet", ("train", "val"), DATASETS["imagenet"].classes)
+
+
+def image_folder(root: Path, download: bool) -> tuple[Raw, Raw]:
+    """Images of one's own: `root` holds `train` and `test` (or else `val`), each with one folder a class."""
+    return _folders(root, ("train", "test" if (root / "test").is_dir() else "val"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from, and what is known before any is seen.
+
+    Attributes:
+        load: (root, download) -> training and test images.
+        classes: their number; None: known when the folder is.
+        channels: of the raw images.
+        image_size: side of the raw images; 0: it varies.
+    """
+
+    load: Loader
+    classes: int | None
+    channels: int
+    image_size: int
+
+
+DATASETS: dict[str, Source] = {
+    "digits": Source(digits, 10, 1, 8),
+    "fashion_mnist": Source(fashion_mnist, 10, 1, 28),
+    "mnist": Source(mnist, 10, 1, 28),
+    "svhn": Source(svhn, 10, 3, 32),
+    "cifar10": Source(partial(cifar, kind=tv.CIFAR10), 10, 3, 32),
+    "cifar100": Source(partial(cifar, kind=tv.CIFAR100), 100, 3, 32),
+    "stl10": Source(stl10, 10, 3, 96),
+    "flowers102": Source(flowers102, 102, 3, 0),
+    "pets": Source(pets, 37, 3, 0),
+    "food101": Source(food101, 101, 3, 0),
+    "imagenet": Source(imagenet, 1000, 3, 0),
+    "image_folder": Source(image_folder, None, 3, 0),
+}
+
+
+def default_root() -> Path:
+    """Where data sets lie without `dataset.root`: the variable PDIFF_DATA, else ~/.cache/pdiff/datasets."""
+    return Path(os.environ.get("PDIFF_DATA") or "~/.cache/pdiff/datasets").expanduser()
 
 
 def data_root(settings: Settings) -> Path:
-    """Where data sets lie: `dataset.root`, else the variable PDIFF_DATA, else ~/.cache/pdiff/datasets."""
-    return Path(settings.root or os.environ.get("PDIFF_DATA") or "~/.cache/pdiff/datasets").expanduser()
+    """Where data sets lie: `dataset.root`, else the default; absolute."""
+    return (Path(settings.root).expanduser() if settings.root else default_root()).absolute()
 
 
 def load(settings: Settings) -> Images:
     """Load a data set and split its validation part off.
 
     Raises:
-        UserError: it is not there and cannot be downloaded; it is too small to be split; or the settings ask for
-            other colours than it has.
+        UserError: it is not there and cannot be downloaded; it is damaged; it is too small to be split; or the
+            settings ask for colours or a size that it has not.
     """
-    train, test = DATASETS[settings.name](data_root(settings), settings.download)
-    count = len(train.labels)
+    source, root = DATASETS[settings.name], data_root(settings)
+    try:
+        train, test = (_in_colours(part, settings) for part in source.load(root, settings.download))
+        classes = source.classes or int(train.labels.max()) + 1
+        for part in (train, test):
+            _check(part, source, classes)
+    except UserError as error:
+        raise UserError(f"dataset {settings.name} in {root}: {error}") from None
+    held = _held_out(settings, len(train.labels))
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(settings.split_seed))
+    size, channels = _size(settings, source), _channels(settings, train.channels)
+    store = (root if os.access(root, os.W_OK) else default_root()) / "preprocessed"
+    return Images(
+        train=Part(train.select(order[held:]), settings, augment=settings.augment, store=store),
+        validation=Part(train.select(order[:held]), settings, store=store),
+        test=Part(test, settings, store=store),
+        classes=classes,
+        channels=channels,
+        image_size=size,
+    )
+
+
+def folder_state(settings: Settings) -> list[Any]:
+    """What `dataset.root` decides where it is the data set: its path, and when its folders were changed."""
+    root = data_root(settings).resolve()
+    folders = [path for part in ("train", "test", "val") for path in sorted((root / part).glob("*"))]
+    return [str(root), *((f"{path.parent.name}/{path.name}", path.stat().st_mtime_ns) for path in folders)]
+
+
+def _held_out(settings: Settings, count: int) -> int:
+    """How many of `count` training images are for validation."""
     held = round(count * settings.validation_fraction)
     if not 0 < held < count:
         raise UserError(
             f"dataset.validation_fraction {settings.validation_fraction} of {count} training images of {settings.name} "
             f"leaves {held} for validation and {count - held} for training, expected at least 1 each"
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.split_seed))
-    kept, validation = (Pixels(train.images[i], train.labels[i]) for i in (order[held:], order[:held]))
-    channels = _channels(settings, train.images.shape[1])
-    size = settings.image_size or train.images.shape[-1]
-    return Images(
-        train=Part(kept, settings, augment=settings.augment),
-        validation=Part(validation, settings),
-        test=Part(test, settings),
-        classes=int(train.labels.max()) + 1,
-        channels=channels,
-        image_size=size,
-    )
+    return held
+
+
+def _in_colours(part: Raw, settings: Settings) -> Raw:
+    """Files are decoded as grey where that is asked for."""
+    return replace(part, channels=1) if isinstance(part, Files) and settings.channels == 1 else part
+
+
+def _check(part: Raw, source: Source, classes: int) -> None:
+    """Whether images are as many and as large as they should be, and labels within their range."""
+    labels, size = part.labels, source.image_size
+    if not len(labels):
+        raise UserError("a part of it holds no images")
+    if isinstance(part, Pixels) and part.images.shape != (len(labels), source.channels, size, size):
+        expected = (len(labels), source.channels, size, size)
+        raise UserError(f"images of shape {tuple(part.images.shape)}, expected {expected} as there are labels")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UserError(f"labels from {low} to {high}, expected 0 to {classes - 1}")
+
+
+def _size(settings: Settings, source: Source) -> int:
+    """Side of the preprocessed images."""
+    size = settings.image_size or source.image_size
+    if not size:
+        raise UserError(f"dataset.image_size 0: images of {settings.name} vary in size, expected a side, such as 224")
+    if 0 < settings.resize < size:
+        raise UserError(f"dataset.image_size <= dataset.resize must hold, but got ({size}, {settings.resize})")
+    return size
 
 
 def _channels(settings: Settings, own: int) -> int:
@@ -228,33 +259,36 @@ def _channels(settings: Settings, own: int) -> int:
     return channels
 
 
-def _fetch(name: str, where: str, read: Callable[[bool], list], download: bool) -> list:
-    """Read a torchvision data set; download it where it is absent, allowed and reachable."""
-    reason = "dataset.download is false"
+def _pixels(images: Any, labels: Any) -> Pixels:
+    """Arrays or tensors as torchvision has them."""
+    images = torch.from_numpy(np.ascontiguousarray(images))
+    return Pixels(images, torch.as_tensor(np.asarray(labels)).long())
+
+
+def _files(paths: Sequence[Any], labels: Sequence[int], folder: Path) -> Files:
+    """Files below a folder as torchvision lists them."""
+    names = np.array([os.fsencode(path)[len(os.fsencode(folder)) + 1 :] for path in paths])
+    return Files(folder, names, torch.tensor(labels, dtype=torch.int64))
+
+
+def _listed(paths: Sequence[Path], labels: Sequence[int], root: Path) -> Files:
+    """Files that a list names, all of which must be there."""
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(f"{missing[0]} is missing, and {len(missing) - 1} more of {len(paths)} images that are listed")
+    return _files(paths, labels, root)
+
+
+def _folders(root: Path, parts: tuple[str, str], classes: int | None = None) -> tuple[Raw, Raw]:
+    """Folders of images, one a class, the same ones in both parts, as many as `classes` says."""
     try:
-        return read(False)
-    except Exception as error:  # torchvision: not found, or any error that a damaged file leads to
-        reason = f"{reason} ({_line(error)})"
-    if download:
-        try:
-            with _timeout():
-                return read(True)
-        except Exception as error:
-            reason = f"the download failed ({_line(error)})"
-    raise UserError(f"dataset {name} is not there, or damaged, and {reason}; put {where}")
-
-
-def _line(error: Exception) -> str:
-    """An error on one line; torchvision's name what was tried on several."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _timeout() -> Iterator[None]:
-    """A time limit on sockets that say nothing."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+        train, test = (tv.ImageFolder(str(root / part)) for part in parts)
+    except OSError as error:
+        where = " and ".join(str(root / part / "CLASS") for part in parts)
+        raise UserError(f"not there: {line(error)}; put images into folders {where}") from None
+    if odd := set(train.classes) ^ set(test.classes):
+        both = " and ".join(str(root / part) for part in parts)
+        raise UserError(f"{both} must hold the same classes, but {min(odd)} (one of {len(odd)}) is in one alone")
+    if classes not in (None, len(train.classes)):
+        raise UserError(f"{root / parts[0]} holds {len(train.classes)} classes, expected {classes}")
+    train, test = (_files([path for path, _ in part.samples], part.targets, root) for part in (train, test))
+    return train, test

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdiff.distributed import own
+
 SAMPLERS_OF = {
     "flow": ("heun", "euler", "dpmsolver++"),
     "epsilon": ("ddpm", "ddim", "dpmsolver++"),
@@ -19,9 +21,17 @@ SAMPLERS_OF = {
 """Prediction -> samplers that can follow it; the first is the default."""
 
 
+HELDOUT_BATCH = 256  # noisy latents that the denoiser takes at a time
+
+
 def sample_seed(seed: int, k: int) -> int:
     """The seed of network k of a draw: independent streams for every (seed, k), whatever the batch or the count."""
     return int(np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def gaussian(latent_size: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Numbers of N(0, 1), a row for each generator, (len(generators), latent_size)."""
+    return torch.stack([torch.randn(latent_size, generator=generator) for generator in generators])
 
 
 class Diffusion:
@@ -68,9 +78,15 @@ class Diffusion:
         targets = {"epsilon": noise, "sample": z, "v_prediction": signal * noise - spread * z}
         return signal * z + spread * noise, t, targets[self.prediction]
 
-    def loss(self, denoiser: nn.Module, z: Tensor) -> Tensor:
-        """Denoising error of latents (B, L) at random positions, a scalar."""
-        z_t, t, target = self.corrupt(z, torch.randn_like(z), torch.rand(len(z), device=z.device))
+    def loss(self, denoiser: nn.Module, z: Tensor, *, count: int | None = None) -> Tensor:
+        """Denoising error of latents (B, L) at random positions, a scalar.
+
+        Args:
+            denoiser: in training mode.
+            z: this process's rows of a batch.
+            count: rows of the batch over all processes; absent where there is one.
+        """
+        z_t, t, target = self.corrupt(z, own(torch.randn, z, count), own(torch.rand, z[:, 0], count))
         return F.mse_loss(denoiser(z_t, t), target)
 
     @torch.no_grad()
@@ -81,7 +97,8 @@ class Diffusion:
         noise = torch.randn(z.shape, generator=generator).to(z.device)
         u = ((torch.randperm(len(z), generator=generator) + 0.5) / len(z)).to(z.device)
         z_t, t, target = self.corrupt(z, noise, u)
-        return F.mse_loss(denoiser(z_t, t), target).item()
+        batches = zip(z_t.split(HELDOUT_BATCH), t.split(HELDOUT_BATCH), strict=True)
+        return F.mse_loss(torch.cat([denoiser(*batch) for batch in batches]), target).item()
 
     @torch.inference_mode()
     def sample(
@@ -94,6 +111,7 @@ class Diffusion:
         steps: int,
         device: torch.device | str = "cpu",
         progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        visit: Callable[[float, Tensor], object] = lambda t, z: None,
     ) -> Tensor:
         """Draw one latent for each seed, (len(seeds), L), float32.
 
@@ -105,9 +123,8 @@ class Diffusion:
             steps: denoiser calls, at most.
             device: where to compute; the random numbers are drawn on the CPU, the same for every device.
             progress: wraps the timesteps, e.g. in a progress bar.
+            visit: told every noisy latent z_t, and its timestep t, before the denoiser meets it.
         """
-        from diffusers.utils.torch_utils import randn_tensor
-
         scheduler = self.scheduler(sampler)
         if self.prediction == "flow":
             scheduler.set_timesteps((steps + 1) // 2 if sampler == "heun" else steps, device=device)
@@ -117,8 +134,9 @@ class Diffusion:
             spaced = [round(self.timesteps * k / steps) - 1 for k in range(steps, 0, -1)]
             scheduler.set_timesteps(timesteps=spaced, device=device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        z = randn_tensor((len(seeds), latent_size), generator=generators, device=torch.device(device))
+        z = gaussian(latent_size, generators).to(device)
         for t in progress(scheduler.timesteps):
+            visit(float(t), z)
             z = scheduler.step(denoiser(z, t.expand(len(z))), t, z, generator=generators).prev_sample
         return z
 

@@ -1,4 +1,4 @@
-"""Exceptions that mean something to everybody."""
+"""The exceptions that a command ends with as one line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Pruned(BaseException):
     """Whoever listens to a run has seen enough of it. Not a failure, so nothing that handles failures handles it."""
+
+
+class ProcessError(Exception):
+    """One of several processes that compute together failed; its message tells of that process's own error."""

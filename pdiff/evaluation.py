@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm.auto import tqdm
 
+from pdiff import distributed
 from pdiff.datasets import Part
 from pdiff.prefix import shrink, split
 from pdiff.weights import Collection, StateDict
@@ -16,39 +19,65 @@ from pdiff.weights import Collection, StateDict
 CHUNK_BYTES = 8 << 20  # of activations that enter the suffixes computed together: what stays in a cache
 
 
+def predictions(network: nn.Module, collection: Collection, images: Part, **options: Any) -> Tensor:
+    """Classes that every network of a collection predicts, uint8 or int16 (N, images); options as below."""
+    return torch.cat([rows for (rows,) in batch_predictions(network, [collection], images, **options)], dim=1)
+
+
 @torch.inference_mode()
-def predictions(
+def batch_predictions(
     network: nn.Module,
-    collection: Collection,
+    collections: Sequence[Collection],
     images: Part,
     *,
     batch_size: int = 500,
     device: torch.device | str = "cpu",
     label: str = "evaluate",
-) -> Tensor:
-    """Classes that every network of a collection predicts, uint8 or int16 (N, images).
+    start: int = 0,
+) -> Iterator[list[Tensor]]:
+    """Classes that every network of several collections predicts, batch by batch.
 
     Args:
         network: the base network; its generated tensors are replaced by each checkpoint's.
-        collection: N checkpoints.
+        collections: of one layout.
         images: what to predict on.
         batch_size: images at a time.
         device: where to compute.
         label: of the progress bar.
+        start: image to begin at, a multiple of the batch size.
+
+    Yields:
+        For every collection its predictions on a batch, uint8 or int16 (N, B), on the CPU.
     """
     network = network.to(device).eval()
-    prefix, suffix = split(network, collection.tensors.keys())
+    prefix, suffix = split(network, collections[0].tensors.keys())
     read, own = suffix.state_dict().keys(), network.state_dict()  # a network need not read all that it has
-    states = {n: t.to(device, own[n].dtype) for n, t in collection.tensors.items() if n in read}
-    run = _together if _cheap_together(collection) else _in_turn
-    rows = []
-    with tqdm(total=len(images) * len(collection), desc=label, unit="prediction", unit_scale=True, disable=None) as bar:
-        for batch, _ in images.batches(batch_size, device):
+    shares = [_Share(c) for c in collections]
+    groups = [{n: t.to(device, own[n].dtype) for n, t in s.own.tensors.items() if n in read} for s in shares]
+    run = _together if _cheap_together(collections[0]) else _in_turn
+    networks = sum(len(share.own) for share in shares)
+    total, done = networks * len(images), networks * start
+    shrunk = None
+    with tqdm(total=total, initial=done, desc=label, unit="prediction", unit_scale=True, disable=None) as bar:
+        for batch, _ in islice(images.batches(batch_size, device), -(-start // batch_size), None):
             activations = prefix(batch)
-            if not rows:
-                suffix = shrink(suffix, activations, states.keys())
-            rows.append(torch.cat(list(run(suffix, states, activations, len(collection), bar.update))).cpu())
-    return torch.cat(rows, dim=1)
+            shrunk = shrunk or shrink(suffix, activations, groups[0].keys())
+            yield [
+                share.gathered(torch.cat(list(run(shrunk, states, activations, len(share.own), bar.update))).cpu())
+                for states, share in zip(groups, shares, strict=True)
+            ]
+
+
+class _Share:
+    """This process's part of a collection; all of it where there are fewer networks than processes."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.count, self.split = len(collection), len(collection) >= distributed.world()
+        self.own = collection.select(distributed.rows()) if self.split else collection
+
+    def gathered(self, predicted: Tensor) -> Tensor:
+        """The predictions of all networks, of which every process has its own."""
+        return distributed.gathered(predicted, self.count) if self.split else predicted
 
 
 def _cheap_together(collection: Collection) -> bool:
@@ -90,7 +119,8 @@ def network_accuracy(network: nn.Module, images: Part, *, batch_size: int, devic
     network.eval()
     right = 0
     with torch.inference_mode():
-        for batch, labels in images.batches(batch_size, device):
-            right += int((network(batch).argmax(dim=-1) == labels).sum())
+        for batch, labels in images.batches(batch_size, device, rows=distributed.rows()):
+            if len(labels):
+                right += int((network(batch).argmax(dim=-1) == labels).sum())
     network.train(mode)
-    return right / len(images)
+    return distributed.summed(right) / len(images)

@@ -132,6 +132,31 @@ def similarity_heatmap(similarity: np.ndarray, groups: Sequence[str], *, limit: 
     return figure
 
 
+def accuracy_over_time(trajectory: pd.DataFrame) -> go.Figure:
+    """Mean accuracy of draws on their way from noise to a network, and the band from the worst to the best.
+
+    Args:
+        trajectory: one row for each look at a draw: timestep, draw, and the accuracies that were measured.
+    """
+    figure = _figure(height=420)
+    columns = [column for column in SPLITS if column in trajectory]
+    for column, color in zip(columns, COLORS.values(), strict=False):
+        accuracy = trajectory.groupby("timestep")[column].agg(["min", "mean", "max"])
+        band = {"x": accuracy.index, "line_width": 0, "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
+        figure.add_scatter(y=accuracy["min"], **band)
+        figure.add_scatter(y=accuracy["max"], fill="tonexty", fillcolor=f"rgba{(*_rgb(color), 0.2)}", **band)
+        line = {"mode": "lines+markers", "line_color": color, "name": SPLITS[column]}
+        figure.add_scatter(x=accuracy.index, y=accuracy["mean"], **line)
+    figure.update_xaxes(title="timestep, from noise to a network", autorange="reversed")
+    figure.update_yaxes(title="accuracy", tickformat=".2~%")
+    return figure
+
+
+def _rgb(color: str) -> tuple[int, ...]:
+    """Red, green and blue of #RRGGBB."""
+    return tuple(bytes.fromhex(color[1:]))
+
+
 def loss_curves(history: pd.DataFrame, *, limit: int = 1000) -> go.Figure:
     """Losses over steps, one plot for each part of the training.
 
@@ -177,6 +202,27 @@ def table_text(table: pd.DataFrame) -> str:
     return cells.rename_axis(index=None, columns="group").to_string()
 
 
+def published_table(summary: Mapping[str, float], published: Mapping[str, float]) -> pd.DataFrame:
+    """One row for each metric that was published: measure, published, ours, difference; accuracies in percent."""
+    rows = []
+    for name, value in published.items():
+        scale = 100 if "accuracy" in name else 1
+        measure = name.replace("_accuracy/", " % ").replace("similarity/", "similarity ").replace("_", " ")
+        rows.append((measure, scale * value, scale * summary.get(name, nan)))
+    table = pd.DataFrame(rows, columns=["measure", "published", "ours"])
+    table["difference"] = table["ours"] - table["published"]
+    digits = table["measure"].map(lambda measure: 2 if "%" in measure else 3)
+    for column in ("published", "ours", "difference"):
+        sign = "+" if column == "difference" else ""
+        table[column] = [_number(value, f"{sign}.{d}f") for value, d in zip(table[column], digits, strict=True)]
+    return table
+
+
+def _number(value: float, form: str) -> str:
+    """A number as text, a dash for NaN."""
+    return "–" if isnan(value) else format(value, form)
+
+
 def verdict(summary: Mapping[str, Any]) -> str:
     """What the metrics of an evaluation say about the generator, in plain words."""
     sentences = [*(_compare_accuracy(summary, accuracy) for accuracy in SPLITS), _compare_diversity(summary)]
@@ -191,18 +237,23 @@ def report(
     similarity: np.ndarray,
     groups: Sequence[str],
     history: pd.DataFrame,
+    trajectory: pd.DataFrame | None = None,
+    published: Mapping[str, float] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> str:
-    """One HTML page: verdict, table, figures and, where `summary` holds it, the "config" (YAML).
+    """One HTML page: verdict, tables, figures and, where `summary` holds it, the "config" (YAML).
 
-    The other arguments are those of the figures. What has no data is left out.
+    `published` are published metrics by name, `changes` the keys in which this run differs from what they were
+    published for. The other arguments are those of the figures. What has no data is left out.
     """
     figures = {
         "Accuracy against similarity": accuracy_against_similarity(evaluation),
         "Accuracy by group": accuracy_distributions(evaluation),
         "Similarity of networks": similarity_heatmap(similarity, groups),
+        "Accuracy on the way": _figure() if trajectory is None else accuracy_over_time(trajectory),
         "Training": loss_curves(history),
     }
-    sections = [_section(heading, figure) for heading, figure in figures.items() if figure.data]
+    sections = [section(heading, READING[heading], figure) for heading, figure in figures.items() if figure.data]
     config = escape(summary.get("config", ""))
     return PAGE.format(
         title=escape(title),
@@ -210,7 +261,7 @@ def report(
         plotly=get_plotlyjs(),
         verdict=escape(verdict(summary)),
         table=_cells(table(evaluation)).to_html(index=False, border=0),
-        sections="\n".join(sections),
+        sections="\n".join([_published_section(summary, published or {}, changes or {}), *sections]),
         config=config and f"<details><summary>Configuration</summary><pre>{config}</pre></details>",
     )
 
@@ -252,7 +303,7 @@ def _cells(table: pd.DataFrame) -> pd.DataFrame:
 
 def _text(values: pd.Series, scale: float, digits: int) -> pd.Series:
     """Scaled numbers with so many digits after the point, a dash for NaN."""
-    return values.map(lambda value: "–" if isnan(value) else f"{scale * value:.{digits}f}").astype(str)
+    return values.map(lambda value: _number(scale * value, f".{digits}f")).astype(str)
 
 
 def _compare_accuracy(summary: Mapping[str, Any], accuracy: str) -> str:
@@ -291,6 +342,8 @@ def _compare_diversity(summary: Mapping[str, Any]) -> str:
     return text.strip()
 
 
+PUBLISHED_READING = "Published results chose their settings on test images; ours choose on validation images alone."
+
 READING = {
     "Accuracy against similarity": (
         "Each point is a network; similarity is the overlap (IoU) of its mistakes with those of the "
@@ -306,6 +359,10 @@ READING = {
         "Brighter means that two networks make the same mistakes. Compare the two squares on the "
         "diagonal: if the generated one is brighter, generated networks vary less than the originals."
     ),
+    "Accuracy on the way": (
+        "Networks that draws would be if their denoising stopped there. The line is their mean, the band reaches "
+        "from the worst to the best."
+    ),
     "Training": (
         "Every curve should have flattened by its end; a held-out loss that rises while the loss falls "
         "means that the diffusion model memorises its checkpoints."
@@ -313,7 +370,17 @@ READING = {
 }
 
 
-def _section(heading: str, figure: go.Figure) -> str:
+def _published_section(summary: Mapping[str, Any], published: Mapping[str, float], changes: Mapping[str, Any]) -> str:
+    """Published numbers beside the measured ones, and what was done otherwise; nothing where none were published."""
+    if not published:
+        return ""
+    differs = ", ".join(f"{key}={value}" for key, value in changes.items())
+    note = f"This run differs from the published experiment in: {differs}." if differs else PUBLISHED_READING
+    rows = published_table(summary, published).to_html(index=False, border=0)
+    return f'<section><h2>Published</h2><p>{escape(note)}</p><div class="scroll">{rows}</div></section>'
+
+
+def section(heading: str, reading: str, figure: go.Figure) -> str:
     """A figure under its heading and a sentence on how to read it."""
     plot = figure.to_html(
         full_html=False,
@@ -321,7 +388,7 @@ def _section(heading: str, figure: go.Figure) -> str:
         div_id=heading.lower().replace(" ", "-"),
         config=PLOTLY_CONFIG,
     )
-    return f"<section><h2>{escape(heading)}</h2>\n<p>{escape(READING[heading])}</p>\n{plot}</section>"
+    return f"<section><h2>{escape(heading)}</h2>\n<p>{escape(reading)}</p>\n{plot}</section>"
 
 
 PAGE = """<!doctype html>

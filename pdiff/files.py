@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all; where several processes compute together, the first alone writes them."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdiff.distributed import rank_zero_only
 from pdiff.errors import UserError
 
 UMASK = os.umask(0)
@@ -33,10 +34,18 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@rank_zero_only
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@rank_zero_only
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,18 +53,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+@rank_zero_only
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole(path) as temporary:
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, temporary, metadata)
         except SafetensorError as error:  # a full disk, most of the time
             raise OSError(f"{path} cannot be written: {error}") from None
 
 
+@rank_zero_only
 def write_state(path: Path, state: Any) -> None:
     """Write tensors in containers as `torch.save` does, whole or not at all."""
     with whole(path) as temporary:
@@ -82,3 +94,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of a safetensors file that `read_tensors` reads, if it has any."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pdiff import distributed
 from pdiff.autoencoders import PCA, ConvAutoencoder
 from pdiff.denoisers import ConvDenoiser, MLPDenoiser
-from pdiff.diffusion import Diffusion
+from pdiff.diffusion import Diffusion, gaussian
 from pdiff.errors import UserError
 from pdiff.files import read_json, read_tensors, write_json, write_tensors
 from pdiff.log import Log, Point
@@ -22,6 +24,7 @@ from pdiff.weights import Collection, Slot, Standardizer, not_finite
 
 FORMAT = 1
 HELDOUT_BLOCKS = 4
+Batches = Callable[[int], Iterable[Tensor]]  # step -> endless batches from that step on
 AUTOENCODERS: dict[str, type[nn.Module]] = {"conv": ConvAutoencoder, "pca": PCA}
 DENOISERS: dict[str, type[nn.Module]] = {"conv": ConvDenoiser, "mlp": MLPDenoiser}
 
@@ -35,7 +38,7 @@ class Generator:
         autoencoder: vectors (N, D) <-> latents (N, L).
         latent_mean: subtracted from latents before diffusion, (L,).
         latent_std: latents are divided by it, (L,).
-        denoiser: predicts in latent space.
+        denoiser: predicts in latent space; without one, latents are drawn from N(0, 1).
         diffusion: what it predicts.
     """
 
@@ -43,7 +46,7 @@ class Generator:
     autoencoder: nn.Module
     latent_mean: Tensor
     latent_std: Tensor
-    denoiser: nn.Module
+    denoiser: nn.Module | None
     diffusion: Diffusion
 
     @torch.inference_mode()
@@ -55,20 +58,44 @@ class Generator:
         steps: int,
         device: torch.device | str = "cpu",
         progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        visit: Callable[[float, Tensor], object] = lambda t, z: None,
     ) -> Collection:
-        """Draw one network for each seed."""
-        denoiser, autoencoder = self.denoiser.to(device).eval(), self.autoencoder.to(device).eval()
-        latents = self.diffusion.sample(
-            denoiser, len(self.latent_mean), seeds, sampler=sampler, steps=steps, device=device, progress=progress
+        """Draw one network for each seed; the options are those of `Diffusion.sample`."""
+        if self.denoiser is None:
+            latents = gaussian(len(self.latent_mean), [torch.Generator().manual_seed(seed) for seed in seeds])
+        else:
+            options = {"sampler": sampler, "steps": steps, "device": device, "progress": progress, "visit": visit}
+            denoiser = self.denoiser.to(device).eval()
+            latents = self.diffusion.sample(denoiser, len(self.latent_mean), seeds, **options)
+        return self.decode(latents.to(device))
+
+    @torch.inference_mode()
+    def trajectory(self, seeds: Sequence[int], *, every: int, **options: Any) -> list[tuple[float, Collection]]:
+        """The draws of `sample` on their way: their timestep, and the networks that noisy latents decode to.
+
+        Args:
+            seeds: one for each network.
+            every: denoiser calls between two looks; the draws themselves, at timestep 0, come last.
+            options: those of `sample`.
+        """
+        passed: list[tuple[float, Tensor]] = []
+        drawn = self.sample(seeds, visit=lambda t, z: passed.append((t, z.clone())), **options)
+        return [*((t, self.decode(z)) for t, z in passed[::every]), (0.0, drawn)]
+
+    def decode(self, latents: Tensor) -> Collection:
+        """The networks of latents as the denoiser has them, (N, L)."""
+        device = latents.device
+        autoencoder = self.autoencoder.to(device).eval()
+        return self.standardizer.decode(
+            autoencoder.decode(latents * self.latent_std.to(device) + self.latent_mean.to(device)).cpu()
         )
-        vectors = autoencoder.decode(latents * self.latent_std.to(device) + self.latent_mean.to(device))
-        return self.standardizer.decode(vectors.cpu())
 
     def save(self, folder: Path) -> None:
         """Write `generator.safetensors` and `generator.json`: all that sampling needs."""
         tensors = {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
         for part in ("autoencoder", "denoiser"):
-            tensors |= {f"{part}.{name}": t for name, t in getattr(self, part).state_dict().items()}
+            state = getattr(self, part).state_dict() if getattr(self, part) else {}
+            tensors |= {f"{part}.{name}": t for name, t in state.items()}
         tensors |= {f"constant.{name}": t for name, t in self.standardizer.constants.items()}
         write_tensors(folder / "generator.safetensors", tensors)
         description = {
@@ -76,7 +103,7 @@ class Generator:
             "order": self.standardizer.order,
             "slots": [asdict(slot) for slot in self.standardizer.slots],
             "autoencoder": _describe(AUTOENCODERS, self.autoencoder),
-            "denoiser": _describe(DENOISERS, self.denoiser),
+            "denoiser": self.denoiser and _describe(DENOISERS, self.denoiser),
             "diffusion": self.diffusion.options,
         }
         write_json(folder / "generator.json", description)
@@ -97,7 +124,8 @@ class Generator:
         try:
             slots = [Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in description["slots"]]
             autoencoder = _make(AUTOENCODERS, description["autoencoder"], _under("autoencoder.", tensors))
-            denoiser = _make(DENOISERS, description["denoiser"], _under("denoiser.", tensors))
+            described = description["denoiser"]
+            denoiser = described and _make(DENOISERS, described, _under("denoiser.", tensors))
             standardizer = Standardizer(slots, _under("constant.", tensors), description["order"])
             if sorted(standardizer.order) != sorted([*standardizer.constants, *(slot.name for slot in slots)]):
                 raise ValueError("its order names other tensors than its slots and the constants")
@@ -152,18 +180,9 @@ def fit_autoencoder(
         log(Point("autoencoder/loss", residual))
         return pca.eval()
     torch.manual_seed(seed)
-    autoencoder = ConvAutoencoder(vectors.shape[1], int(settings.latent_size), variational=settings.kl_weight > 0)
-    autoencoder.to(device).train()
-    noise = {"parameter_noise": settings.parameter_noise, "latent_noise": settings.latent_noise}
-    trainer = Trainer(
-        autoencoder,
-        lambda x: autoencoder.loss(x, kl_weight=settings.kl_weight, **noise),
-        _batches(vectors.to(device), settings.batch_size, seed),
-        settings,
-        steps=settings.steps,
-        seed=seed,
-        autocast=True,
-    )
+    autoencoder = make_autoencoder(vectors.shape[1], settings).to(device).train()
+    batches = shuffled_rows(vectors.to(device), settings.batch_size, seed)
+    trainer = autoencoder_trainer(autoencoder, batches, settings, seed=seed)
     for _ in follow(trainer, "autoencoder/loss", log, path=path):
         pass
     return autoencoder.eval()
@@ -186,23 +205,14 @@ def fit_denoiser(
         The denoiser in evaluation mode: averaged, and the best one on the held-out latents where `patience` is set.
     """
     torch.manual_seed(seed)
-    sizes = {"width": settings.width, "blocks": settings.blocks} if settings.denoiser == "mlp" else {}
-    denoiser = DENOISERS[settings.denoiser](latents.shape[1], **sizes).to(device)
+    denoiser = make_denoiser(latents.shape[1], settings).to(device).train()
     latents, heldout = latents.to(device), heldout.to(device)
-    trainer = Trainer(
-        denoiser.train(),
-        lambda z: diffusion.loss(denoiser, z),
-        _batches(latents, settings.batch_size, seed),
-        settings,
-        steps=settings.steps,
-        seed=seed,
-        ema=settings.ema,
-        autocast=True,
-    )
+    batches = shuffled_rows(latents, settings.batch_size, seed)
+    trainer = denoiser_trainer(denoiser, diffusion, batches, settings, seed=seed)
     best = Best()
     for step in follow(trainer, "diffusion/loss", log, path=path, beside=(best,)):
         if len(heldout) and step.number % settings.evaluate_every == 0:
-            loss = diffusion.heldout_loss(trainer.averaged.eval(), heldout)
+            loss = distributed.mean(diffusion.heldout_loss(trainer.averaged.eval(), heldout))  # all stop alike
             log(Point("diffusion/heldout_loss", loss, step.number))
             denoiser.train()
             best.update(-loss, trainer.averaged)
@@ -219,18 +229,46 @@ def make_diffusion(settings: DiffusionSettings) -> Diffusion:
     return Diffusion(**settings.model_dump(include={"prediction", "timesteps", "beta_start", "beta_end"}))
 
 
-def _batches(rows: Tensor, batch_size: int, seed: int) -> Callable[[int], Iterable[Tensor]]:
-    """Endless shuffled batches of rows."""
-    return lambda start: (rows[i.to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))
+def make_autoencoder(size: int, settings: Autoencoder) -> ConvAutoencoder:
+    """The autoencoder that settings of kind conv describe, of vectors (B, size), untrained."""
+    return ConvAutoencoder(size, int(settings.latent_size), variational=settings.kl_weight > 0)
+
+
+def autoencoder_trainer(autoencoder: ConvAutoencoder, batches: Batches, settings: Autoencoder, *, seed: int) -> Trainer:
+    """Trains an autoencoder on batches of vectors (B, D)."""
+    options = settings.model_dump(include={"parameter_noise", "latent_noise", "kl_weight"})
+    loss = partial(autoencoder.loss, count=settings.batch_size, **options)
+    return Trainer(autoencoder, loss, batches, settings, steps=settings.steps, seed=seed, autocast=True)
+
+
+def make_denoiser(latent_size: int, settings: DiffusionSettings) -> nn.Module:
+    """The denoiser that settings describe, of latents (B, latent_size), untrained."""
+    sizes = {"width": settings.width, "blocks": settings.blocks} if settings.denoiser == "mlp" else {}
+    return DENOISERS[settings.denoiser](latent_size, **sizes)
+
+
+def denoiser_trainer(
+    denoiser: nn.Module, diffusion: Diffusion, batches: Batches, settings: DiffusionSettings, *, seed: int
+) -> Trainer:
+    """Trains a denoiser on batches of latents (B, L)."""
+    loss = partial(diffusion.loss, denoiser, count=settings.batch_size)
+    options = {"steps": settings.steps, "seed": seed, "ema": settings.ema, "autocast": True}
+    return Trainer(denoiser, loss, batches, settings, **options)
+
+
+def shuffled_rows(rows: Tensor, batch_size: int, seed: int) -> Batches:
+    """Endless shuffled batches of rows; of each, those of this process."""
+    own = distributed.rows()
+    return lambda start: (rows[i[own].to(rows.device)] for i in shuffled(len(rows), batch_size, seed=seed, start=start))
 
 
 def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on.
+    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, if there are.
 
     Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
     so that single held-out checkpoints would not tell a generator that memorises from one that generalises.
     """
-    held = min(round(count * fraction), count - 2)
+    held = min(round(count * fraction), max(count - 2, 0))
     blocks = min(HELDOUT_BLOCKS, max(held, 1))
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(count, dtype=torch.bool)
@@ -246,5 +284,5 @@ def latent_scale(latents: Tensor, *, standardize: bool) -> tuple[Tensor, Tensor]
     """Mean and standard deviation of every component of latents (N, L), (L,) each; 0 and 1 if not standardised."""
     if not standardize:
         return torch.zeros(latents.shape[1]), torch.ones(latents.shape[1])
-    std = latents.std(dim=0)
+    std = latents.std(dim=0, correction=int(len(latents) > 1))
     return latents.mean(dim=0).cpu(), torch.where(std > 1e-8, std, 1.0).cpu()

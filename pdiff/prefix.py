@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from functools import partialmethod
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.modules.dropout import _DropoutNd
+
+ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+TWINS = {getattr(operator, f"i{name}"): getattr(operator, name) for name in ARITHMETIC}  # in place -> a new tensor
+NEW = {*TWINS.values(), torch.cat, F.conv2d, F.linear, F.batch_norm, F.layer_norm, F.group_norm}  # never give a view
 
 
 class Split(NamedTuple):
@@ -20,13 +31,16 @@ class Split(NamedTuple):
 def split(network: nn.Module, generated: Collection[str]) -> Split:
     """Cut a network in evaluation mode at the first operations that depend on generated parameters or buffers.
 
-    Whatever crosses the cut is passed on, so that residual branches come along. A network that torch.fx cannot trace,
-    or whose generated parameters stand first, is all suffix.
+    Whatever crosses the cut is passed on, so that residual branches come along; neither part changes it in place, so
+    that many suffixes can follow one prefix. A network that torch.fx cannot trace, or whose generated parameters stand
+    first, is all suffix.
     """
     try:
-        graph = fx.Tracer().trace(network.eval())
+        graph = _Tracer().trace(network.eval())
     except Exception:
-        return Split(lambda images: (images,), network)
+        return _all_suffix(network)
+    if not _functional(graph, network):
+        return _all_suffix(network)
     dependent = _dependent(graph, generated)
     before, after = fx.Graph(), fx.Graph()
     kept: dict[fx.Node, fx.Node] = {}
@@ -39,7 +53,125 @@ def split(network: nn.Module, generated: Collection[str]) -> Split:
     for node in graph.nodes:
         if node in dependent:
             moved[node] = after.node_copy(node, moved.__getitem__)
-    return Split(fx.GraphModule(network, before), fx.GraphModule(network, after))
+    return Split(_part(network, before), _part(network, after))
+
+
+def _all_suffix(network: nn.Module) -> Split:
+    """No prefix; the network gets copies of the images, since it may change them in place."""
+    if _copied not in network._forward_pre_hooks.values():
+        network.register_forward_pre_hook(_copied)
+    return Split(lambda images: (images,), network)
+
+
+def _copied(network: nn.Module, inputs: tuple) -> tuple:
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+
+
+def _part(network: nn.Module, graph: fx.Graph) -> nn.Module:
+    """A module that computes a graph, with the modules of a network, but none that works in place."""
+    part = fx.GraphModule(network, graph)
+    for target in {node.target for node in graph.nodes if node.op == "call_module"}:
+        if getattr(part.get_submodule(target), "inplace", False):
+            module = copy.copy(part.get_submodule(target))
+            module.inplace = False
+            part.add_submodule(target, module)
+    return part
+
+
+class _Proxy(fx.Proxy):
+    """Sees `x += y` for what it is; torch.fx takes it for `x = x + y`."""
+
+    def _in_place(self, function: Callable, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    for _name in ARITHMETIC:
+        locals()[f"__i{_name}__"] = partialmethod(_in_place, getattr(operator, f"i{_name}"))
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+def _functional(graph: fx.Graph, network: nn.Module) -> bool:
+    """Give every in-place operation a result of its own, read by all that read what it would have changed.
+
+    Returns:
+        Whether that was possible: not where the changed memory can be seen through another name (a view) later on.
+    """
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not _works_in_place(node, network):
+            continue
+        changed, before = node.args[0], {n for n in graph.nodes if order[n] < order[node]}
+        later = {n: [user for user in n.users if order[user] > order[node]] for n in _aliases(changed, before, network)}
+        readers = later.pop(changed)
+        if changed.op == "get_attr" or any(later.values()) or not _take_twin(node):
+            return False
+        for reader in readers:
+            reader.replace_input_with(changed, node)
+    return True
+
+
+def _works_in_place(node: fx.Node, network: nn.Module) -> bool:
+    """Whether a node changes its first argument."""
+    if node.op == "call_module":
+        module = network.get_submodule(node.target)
+        return getattr(module, "inplace", False) and not isinstance(module, _DropoutNd)
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if node.op != "call_function":
+        return False
+    given, name = _arguments(node), getattr(node.target, "__name__", "")
+    return node.target in TWINS or name.endswith("_") or bool(given.get("inplace")) or given.get("out") is not None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of a function by name, where Python knows the names."""
+    try:
+        return dict(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments)
+    except (TypeError, ValueError):
+        return dict(node.kwargs)
+
+
+def _take_twin(node: fx.Node) -> bool:
+    """Make an in-place operation its twin that gives a new tensor; whether there is one. Modules: see `_part`."""
+    if node.op == "call_method":
+        node.target = node.target[:-1]
+        return hasattr(Tensor, node.target)
+    if node.op == "call_function" and node.kwargs.get("out") is None:
+        if _arguments(node).get("inplace"):
+            node.args, node.kwargs = (), {**_arguments(node), "inplace": False}
+        else:
+            name = node.target.__name__.removesuffix("_")
+            node.target = TWINS.get(node.target) or getattr(F, name, None) or getattr(torch, name, None)
+        return node.target is not None
+    return node.op == "call_module"
+
+
+def _aliases(node: fx.Node, among: set[fx.Node], network: nn.Module) -> set[fx.Node]:
+    """A node, and all others that may share its memory: whatever leads to it or from it but makes new tensors."""
+    found, ahead = {node}, [node]
+    while ahead:
+        current = ahead.pop()
+        near = {user for user in current.users if not _is_new(user, network)}
+        near |= set() if _is_new(current, network) else set(current.all_input_nodes)
+        near = (near & among) - found
+        ahead += near
+        found |= near
+    return found
+
+
+def _is_new(node: fx.Node, network: nn.Module) -> bool:
+    """Whether a node surely gives a tensor of its own; dropout, for one, gives its very input in evaluation mode.
+
+    Operations in place count as well: the nodes of a graph are visited in order, and these have got their twins.
+    """
+    if node.op == "call_module":
+        module = network.get_submodule(node.target)
+        kinds = ("torch.nn.modules.activation", "torch.nn.modules.pooling")
+        return any(True for _ in module.parameters()) or type(module).__module__ in kinds
+    return node.op == "call_function" and node.target in NEW
 
 
 def shrink(suffix: nn.Module, inputs: tuple, generated: Collection[str]) -> nn.Module:

@@ -72,6 +72,12 @@ class Network(Section):
     pretrained: bool = False
     weights: str = ""
 
+    @model_validator(mode="after")
+    def _check(self) -> Network:
+        if self.weights and not self.pretrained:
+            raise ValueError("weights needs pretrained: true")
+        return self
+
 
 class Pretrain(Optimization):
     """Training before checkpoints are collected; the epoch with the best validation accuracy is kept."""
@@ -129,8 +135,11 @@ class Autoencoder(Optimization):
 
 
 class DiffusionSettings(Optimization):
-    """Latent diffusion; with `steps` 0 there is none, and latents are drawn from a Gaussian. `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops
-    after as many evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best."""
+    """Latent diffusion; with `steps` 0 there is none, and latents are drawn from a Gaussian.
+
+    `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops after as many
+    evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best.
+    """
 
     denoiser: Literal["mlp", "conv"] = "mlp"
     width: Positive = 256
@@ -187,7 +196,7 @@ class Evaluate(Section):
     test: bool = True
     function: str = ""
     command: str = ""
-    pattern: str = r"(?i)acc\w*\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
+    pattern: str = r"(?i)acc(?!\w*[2-9])\w*(?:@1)?(?!@)\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
     folder: str = ""
     workers: Annotated[int, Field(ge=0)] = neutral(0)
     batch_size: Positive = neutral(500)
@@ -210,7 +219,11 @@ class Evaluate(Section):
 
 
 class Experiment(Section):
-    """Everything that one tag stands for; without `dataset` and `network`, networks that only their owner knows."""
+    """Everything that one tag stands for; without `dataset` and `network`, networks that only their owner knows.
+
+    `processes` share the training and the evaluation on this machine, each with a GPU of its own where there are GPUs;
+    the result is that of one.
+    """
 
     tag: str = neutral("")
     seed: Seed = 0
@@ -231,6 +244,12 @@ class Experiment(Section):
         missing = [name for name in ("dataset", "network") if getattr(self, name) is None]
         if missing and not (self.prepare.source and len(missing) == 2):
             raise ValueError(f"{' and '.join(missing)}: is missing; only prepare.source can do without both")
+        sections = (("prepare.pretrain", self.prepare.pretrain), ("prepare.collect", self.prepare.collect))
+        for name, section in (*sections, ("autoencoder", self.autoencoder), ("diffusion", self.diffusion)):
+            if section.batch_size < self.processes:
+                raise ValueError(
+                    f"processes <= {name}.batch_size must hold, but got ({self.processes}, {section.batch_size})"
+                )
         prediction, generate = self.diffusion.prediction, self.generate
         allowed = SAMPLERS_OF[prediction]
         if generate.sampler not in ("auto", *allowed):

@@ -14,32 +14,26 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pdiff import baselines, config, datasets, figures
-from pdiff.adopt import adopt, first_state
+from pdiff import baselines, config, datasets, figures, judges
+from pdiff.adopt import Template, adopt, checkpoint_files, first_state
 from pdiff.architectures import build
 from pdiff.checkpoints import collect, generated_names, pretrain
-from pdiff.datasets import Images, Part
+from pdiff.comparison import COLUMNS, evaluation_table, similarity_matrices, summary
+from pdiff.datasets import Images
 from pdiff.diffusion import sample_seed
+from pdiff.distributed import rank_zero_first
 from pdiff.errors import UserError
 from pdiff.evaluation import accuracy, network_accuracy, predictions
-from pdiff.files import read_tensors, whole, write_json, write_state, write_tensors, write_text
+from pdiff.files import append_line, read_tensors, write_json, write_state, write_tensors, write_text
 from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale, make_diffusion
+from pdiff.judges import Judge, Verdicts
 from pdiff.log import Log, Point, measured
 from pdiff.settings import Experiment
-from pdiff.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
 from pdiff.training import resolve_device
 from pdiff.weights import Collection, Standardizer, StateDict, not_finite
 
 STATE = ".state"  # folder of a stage's own, for resuming; not an artifact
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
-STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": torch.mean,
-    "max": torch.amax,
-    "min": torch.amin,
-    "std": partial(torch.std, correction=0),
-    "median": partial(torch.quantile, q=0.5),
-}
-
 Metrics = dict[str, float]
 
 
@@ -53,7 +47,7 @@ class History:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 if line.endswith("]"):  # a killed run may have torn the last one
                     self._keep(Point(*json.loads(line)))
-        self.path.write_text("".join(json.dumps(point) + "\n" for point in self.points.values()), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(point) + "\n" for point in self.points.values()))
 
     def _keep(self, point: Point) -> None:
         self.points[point.name, point.step] = point
@@ -63,22 +57,21 @@ class History:
         before = self.points.get((point.name, point.step))
         if before and point.name.startswith("seconds/"):  # of an interrupted run
             point = point._replace(value=point.value + before.value)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(point) + "\n")
+        append_line(self.path, json.dumps(point))
         self._keep(point)
 
     def save(self, path: Path) -> None:
         """Write all points as CSV: name, step, value."""
         frame = pd.DataFrame(self.points.values(), columns=["name", "value", "step"])
-        with whole(path) as temporary:
-            frame[["name", "step", "value"]].to_csv(temporary, index=False)
+        write_text(path, frame[["name", "step", "value"]].to_csv(index=False))
 
 
 def _network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
     """A freshly initialised network for the data set of an experiment."""
     torch.manual_seed(experiment.seed)
     sizes = {"classes": images.classes, "channels": images.channels, "image_size": images.image_size}
-    return build(experiment.network.architecture, pretrained=pretrained, **sizes)
+    network = experiment.network
+    return build(network.architecture, pretrained=pretrained, weights=network.weights, **sizes)
 
 
 def _base_network(experiment: Experiment, images: Images, prepared: Path) -> nn.Module:
@@ -91,32 +84,40 @@ def _base_network(experiment: Experiment, images: Images, prepared: Path) -> nn.
 def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
     """Pretrain a network and collect checkpoints of its generated parameters, or adopt somebody's.
 
-    Writes `checkpoints.safetensors` and `.json`, `network.safetensors`, `dataset.json`, `history.csv`.
+    Writes `checkpoints.safetensors` and `.json`, `history.csv`; where data set and network are known also
+    `network.safetensors`, `dataset.json`.
     """
-    history, device = History(out, log), resolve_device(experiment.device)
-    images = datasets.load(experiment.dataset)
-    network = _network(experiment, images, pretrained=experiment.network.pretrained).to(device)
-    validate = partial(network_accuracy, images=images.validation, batch_size=500, device=device)
-    if experiment.prepare.source:
-        source = Path(experiment.prepare.source).expanduser()
-        collection = adopt(source, experiment.prepare.parameters)
-        _load_into(network, first_state(source), source, complete=not experiment.network.pretrained)
-    else:
-        collection = _collected(experiment, network, images, validate, out, history)
-    if not (out / "network.safetensors").exists():
-        write_tensors(out / "network.safetensors", network.state_dict())
+    history = History(out, log)
+    with rank_zero_first():  # it may download
+        images = datasets.load(experiment.dataset) if experiment.dataset else None
+    make = _adopted if experiment.prepare.source else _collected
+    collection = make(experiment, images, out, history)
+    if images:
+        _describe(experiment, images, out / "dataset.json")
     collection.save(out / "checkpoints.safetensors")
-    _describe(experiment, images, out / "dataset.json")
     history.save(out / "history.csv")
     return {"checkpoints": len(collection), "generated_parameters": Standardizer.fit(collection).size}
 
 
-def _collected(
-    experiment: Experiment, network: nn.Module, images: Images, validate: Callable, out: Path, log: Log
-) -> Collection:
-    """Pretrain (unless an interrupted run has done so), write the base network, collect."""
-    settings, state = experiment.prepare, out / STATE
+def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log) -> Collection:
+    """Read somebody's checkpoints; where their architecture is known, write the base network."""
+    source, exclude = Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude
+    collection = adopt(source, experiment.prepare.parameters, exclude)
+    if images:
+        pretrained = experiment.network.pretrained
+        network = _network(experiment, images, pretrained=pretrained)
+        _load_into(network, first_state(source, exclude), source, complete=not pretrained)
+        write_tensors(out / "network.safetensors", network.state_dict())
+    return collection
+
+
+def _collected(experiment: Experiment, images: Images, out: Path, log: Log) -> Collection:
+    """Pretrain (unless an earlier run has done so), write the base network, collect."""
+    settings, state, device = experiment.prepare, out / STATE, resolve_device(experiment.device)
+    with rank_zero_first():  # it may download, too
+        network = _network(experiment, images, pretrained=experiment.network.pretrained).to(device)
     names = generated_names(network, settings.parameters)
+    validate = partial(network_accuracy, images=images.validation, batch_size=500, device=device)
     seeds = [sample_seed(experiment.seed, k) for k in range(2)]
     if (out / "network.safetensors").exists():
         network.load_state_dict(read_tensors(out / "network.safetensors"))
@@ -160,7 +161,7 @@ def _describe(experiment: Experiment, images: Images, path: Path) -> None:
 def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metrics:
     """Fit the generator on the collection. Writes `generator/`, `history.csv`."""
     history, device, state = History(out, log), resolve_device(experiment.device), out / STATE
-    collection = Collection.load(prepare / "checkpoints.safetensors")
+    collection = _originals(experiment, prepare)
     seeds = [sample_seed(experiment.seed, k) for k in range(2, 5)]
     fitted, held = heldout_split(len(collection), experiment.diffusion.heldout_fraction, seed=seeds[0])
     standardizer = Standardizer.fit(collection.select(fitted))
@@ -169,17 +170,31 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     with measured(history, "autoencoder"):
         path = state / "autoencoder.pt"
         autoencoder = fit_autoencoder(vectors[fitted], experiment.autoencoder, seed=seeds[1], path=path, **common)
-    _check_reconstruction(experiment, collection, standardizer, autoencoder, prepare, history)
+    if experiment.dataset:
+        _check_reconstruction(experiment, collection, standardizer, autoencoder, prepare, history)
     latents = _encoded(autoencoder, vectors, device)
     mean, std = latent_scale(latents[fitted], standardize=experiment.diffusion.standardize_latents)
     latents, diffusion = (latents - mean) / std, make_diffusion(experiment.diffusion)
-    with measured(history, "diffusion"):
-        parts = {"latents": latents[fitted], "heldout": latents[held]}
-        path = state / "diffusion.pt"
-        denoiser = fit_denoiser(diffusion, **parts, settings=experiment.diffusion, seed=seeds[2], path=path, **common)
+    denoiser = None
+    if experiment.diffusion.steps:
+        with measured(history, "diffusion"):
+            parts = {"latents": latents[fitted], "heldout": latents[held], "settings": experiment.diffusion}
+            denoiser = fit_denoiser(diffusion, **parts, seed=seeds[2], path=state / "diffusion.pt", **common)
     Generator(standardizer, autoencoder, mean, std, denoiser, diffusion).save(out / "generator")
     history.save(out / "history.csv")
     return {"latent_size": latents.shape[1]}
+
+
+def _originals(experiment: Experiment, prepared: Path) -> Collection:
+    """The checkpoints that `prepare` wrote, as many of them as the experiment uses.
+
+    Raises:
+        UserError: it uses more than there are.
+    """
+    collection, wanted = Collection.load(prepared / "checkpoints.safetensors"), experiment.autoencoder.checkpoints
+    if wanted > len(collection):
+        raise UserError(f"autoencoder.checkpoints {wanted}: the collection holds {len(collection)}")
+    return collection.select(range(wanted)) if wanted else collection
 
 
 def _spread(collection: Collection, count: int) -> Collection:
@@ -228,10 +243,12 @@ def _check_reconstruction(
 
 
 def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Metrics:
-    """Draw networks. Writes `generated.safetensors` and `.json`."""
+    """Draw networks. Writes `generated.safetensors` and `.json`, and where they are wanted `trajectory.safetensors`
+    and `.json`: the first draws on their way, each named by its timestep and its number."""
     history, settings = History(out, log), experiment.generate
     generator, device = Generator.load(train / "generator"), resolve_device(experiment.device)
-    generator.diffusion.scheduler(experiment.sampler)  # imports diffusers now, so that the measure is of the draw
+    if generator.denoiser:
+        generator.diffusion.scheduler(experiment.sampler)  # imports diffusers now, so that the measure is of the draw
     batches = [
         range(settings.count)[k : k + settings.batch_size] for k in range(0, settings.count, settings.batch_size)
     ]
@@ -243,8 +260,28 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Met
             )
     tensors = {name: torch.cat([part.tensors[name] for part in drawn]) for name in drawn[0].tensors}
     Collection(tensors).save(out / "generated.safetensors")
+    if settings.trajectory_every:
+        _trajectory(generator, experiment, device).save(out / "trajectory.safetensors")
     history.save(out / "history.csv")
     return {"generated": settings.count}
+
+
+def _draw_options(experiment: Experiment, device: torch.device, label: str) -> dict:
+    """How the generator of an experiment samples."""
+    bar = partial(tqdm, desc=label, unit="step", disable=None)
+    return {"sampler": experiment.sampler, "steps": experiment.sampling_steps, "device": device, "progress": bar}
+
+
+def _trajectory(generator: Generator, experiment: Experiment, device: torch.device) -> Collection:
+    """The first draws at intermediate timesteps."""
+    settings = experiment.generate
+    count = min(settings.trajectory_count, settings.count)
+    seeds = [sample_seed(settings.seed, k) for k in range(count)]
+    options = _draw_options(experiment, device, "trajectory")
+    passed = generator.trajectory(seeds, every=settings.trajectory_every, **options)
+    names = [f"{t:g} {k}" for t, _ in passed for k in range(count)]
+    collections = [collection for _, collection in passed]
+    return Collection({n: torch.cat([c.tensors[n] for c in collections]) for n in collections[0].tensors}, names)
 
 
 def _drawn(generator: Generator, experiment: Experiment, rows: range, device: torch.device, path: Path) -> Collection:
@@ -255,10 +292,9 @@ def _drawn(generator: Generator, experiment: Experiment, rows: range, device: to
     """
     if path.exists():
         return Collection.load(path)
-    bar = partial(tqdm, desc=f"generate {rows.stop}/{experiment.generate.count}", unit="step", disable=None)
     seeds = [sample_seed(experiment.generate.seed, k) for k in rows]
-    options = {"sampler": experiment.sampler, "steps": experiment.sampling_steps}
-    drawn = generator.sample(seeds, device=device, progress=bar, **options)
+    label = f"generate {rows.stop}/{experiment.generate.count}"
+    drawn = generator.sample(seeds, **_draw_options(experiment, device, label))
     if name := not_finite(drawn.tensors):
         raise UserError(f"generate: {name} of a generated network holds NaN or infinity; the generator diverged")
     drawn.save(path)
@@ -266,34 +302,59 @@ def _drawn(generator: Generator, experiment: Experiment, rows: range, device: to
 
 
 def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, train: Path, generate: Path) -> Metrics:
-    """Compare groups of networks. Writes `evaluation.csv`, `similarity.safetensors`, `summary.json`, `report.html`."""
-    history, images = History(out, log), datasets.load(experiment.dataset)
-    network = _base_network(experiment, images, prepare)
+    """Compare groups of networks.
+
+    Writes `evaluation.csv`, `similarity.safetensors`, `summary.json`, `report.html`, and `trajectory.csv` where
+    `generate` looked at draws on their way.
+    """
+    history = History(out, log)
     groups = _groups(experiment, prepare, generate)
+    on_the_way = generate / "trajectory.safetensors"
+    judged = groups | ({"trajectory": Collection.load(on_the_way)} if on_the_way.exists() else {})
     with measured(history, "evaluate"):
-        wrong = {
-            part: {
-                name: _wrong(experiment, network, group, getattr(images, part), out / STATE / f"{part}_{name}")
-                for name, group in groups.items()
-            }
-            for part in ("validation", "test")
-        }
+        verdicts = _judge(experiment, prepare)(judged, out / STATE)
     with measured(history, "similarity"):
-        evaluation, matrix = _compared(groups, wrong)
-        metrics = _summary(evaluation, matrix, len(groups["original"]))
-    with whole(out / "evaluation.csv") as temporary:
-        evaluation.to_csv(temporary, index=False)
-    write_tensors(out / "similarity.safetensors", {"matrix": matrix})
+        evaluation, matrices = evaluation_table(groups, verdicts), similarity_matrices(verdicts)
+        metrics = summary(evaluation, matrices)
+    write_text(out / "evaluation.csv", evaluation.to_csv(index=False))
+    if on_the_way.exists():
+        write_text(out / "trajectory.csv", _trajectory_table(judged["trajectory"], verdicts).to_csv(index=False))
+    if matrices:
+        write_tensors(out / "similarity.safetensors", matrices)
     history.save(out / "history.csv")
     write_json(out / "summary.json", {n: v if math.isfinite(v) else None for n, v in metrics.items()})
-    _report(experiment, out, evaluation, matrix, metrics, [prepare, train, generate])
+    _report(experiment, out, evaluation, matrices, metrics, [prepare, train, generate])
     return metrics
+
+
+def _judge(experiment: Experiment, prepared: Path) -> Judge:
+    """Who tells how good the networks of an experiment are."""
+    settings = experiment.evaluate
+    if settings.function or settings.command:
+        template = _template(experiment, prepared)
+        if settings.function:
+            return judges.by_function(settings.function, template, workers=settings.workers)
+        options = {"folder": Path(settings.folder).expanduser().absolute(), "pattern": settings.pattern}
+        return judges.by_command(settings.command, template, workers=settings.workers, **options)
+    if not experiment.dataset:
+        return judges.unknown
+    images = datasets.load(experiment.dataset)
+    parts = {"validation": images.validation} | ({"test": images.test} if settings.test else {})
+    options = {"batch_size": settings.batch_size, "device": resolve_device(experiment.device)}
+    return judges.on_images(_base_network(experiment, images, prepared), parts, **options)
+
+
+def _template(experiment: Experiment, prepared: Path) -> Template:
+    """How files of the networks are laid out: as somebody's own, or plainly with all tensors of the base network."""
+    if experiment.prepare.source:
+        folder = Path(experiment.prepare.source).expanduser()
+        return Template.read(checkpoint_files(folder, experiment.prepare.exclude)[0])
+    return Template.of(read_tensors(prepared / "network.safetensors"))
 
 
 def _groups(experiment: Experiment, prepared: Path, generated: Path) -> dict[str, Collection]:
     """Name -> networks to evaluate; the first two are `original` and `generated`."""
-    settings = experiment.evaluate
-    original = Collection.load(prepared / "checkpoints.safetensors")
+    settings, original = experiment.evaluate, _originals(experiment, prepared)
     groups = {"original": original, "generated": Collection.load(generated / "generated.safetensors")}
     standardizer, some = Standardizer.fit(original), _spread(original, settings.noise_count)
     for k, scale in enumerate(settings.noise):
@@ -304,58 +365,25 @@ def _groups(experiment: Experiment, prepared: Path, generated: Path) -> dict[str
     return groups
 
 
-def _wrong(experiment: Experiment, network: nn.Module, group: Collection, part: Part, path: Path) -> Tensor:
-    """Which images every network of a group gets wrong, bool (N, images); read, if an interrupted run knew it."""
-    path = path.with_name(f"{path.name}.safetensors")
-    if path.exists():
-        return read_tensors(path)["wrong"]
-    device, batch_size = resolve_device(experiment.device), experiment.evaluate.batch_size
-    label = path.stem.replace("_", " ", 1)
-    wrong = predictions(network, group, part, batch_size=batch_size, device=device, label=label) != part.labels
-    write_tensors(path, {"wrong": wrong})
-    return wrong
-
-
-def _compared(groups: dict[str, Collection], wrong: dict[str, dict[str, Tensor]]) -> tuple[pd.DataFrame, Tensor]:
-    """One row a network, and the similarity matrix of originals and generated ones (n, n)."""
-    standardizer = Standardizer.fit(groups["original"])
-    originals, missed = standardizer.encode(groups["original"]), wrong["test"]["original"]
-    frames = []
-    for name, group in groups.items():
-        own = name == "original"
-        similarity = wrong_iou(wrong["test"][name], missed)
-        columns = {
-            "val_accuracy": 1 - wrong["validation"][name].double().mean(dim=1),
-            "test_accuracy": 1 - wrong["test"][name].double().mean(dim=1),
-            "max_similarity": maxima_without_self(similarity) if own else similarity.amax(dim=1),
-            "nearest_distance": nearest_distance(standardizer.encode(group), originals, same=own),
-        }
-        frames.append(pd.DataFrame({"group": name, "index": range(len(group)), **columns}))
-    both = torch.cat([wrong["test"]["original"], wrong["test"]["generated"]])
-    return pd.concat(frames, ignore_index=True), wrong_iou(both, both)
-
-
-def _summary(evaluation: pd.DataFrame, matrix: Tensor, originals: int) -> Metrics:
-    """Accuracy statistics of every group, and the four similarities (method, section 5)."""
-    metrics = {}
-    for name, rows in evaluation.groupby("group", sort=False):
-        for part in ("val_accuracy", "test_accuracy"):
-            values = torch.tensor(rows[part].to_numpy())
-            metrics |= {f"{part}/{name}_{stat}": float(of(values)) for stat, of in STATISTICS.items()}
-    between = matrix[originals:, :originals]
-    return metrics | {
-        "similarity/original_original": mean_between(matrix[:originals, :originals]),
-        "similarity/generated_generated": mean_between(matrix[originals:, originals:]),
-        "similarity/original_generated": between.mean().item(),
-        "similarity/original_generated_max": between.amax(dim=1).mean().item(),
-    }
+def _trajectory_table(trajectory: Collection, verdicts: dict[str, Verdicts]) -> pd.DataFrame:
+    """One row for each look at a draw on its way: timestep, draw, accuracies."""
+    timesteps, draws = zip(*(name.split() for name in trajectory.names), strict=True)
+    columns = {COLUMNS[part]: verdict["trajectory"].accuracy for part, verdict in verdicts.items()}
+    return pd.DataFrame({"timestep": map(float, timesteps), "draw": map(int, draws), **columns})
 
 
 def _report(
-    experiment: Experiment, out: Path, evaluation: pd.DataFrame, matrix: Tensor, metrics: Metrics, upstream: list[Path]
+    experiment: Experiment,
+    out: Path,
+    evaluation: pd.DataFrame,
+    matrices: dict[str, Tensor],
+    metrics: Metrics,
+    upstream: list[Path],
 ) -> None:
     """Write the HTML report."""
     histories = [pd.read_csv(folder / "history.csv") for folder in upstream]
+    matrix = next(reversed(matrices.values()), torch.zeros(0, 0))
+    trajectory = out / "trajectory.csv"
     html = figures.report(
         title=experiment.tag,
         summary={**metrics, "config": config.to_yaml(experiment)},
@@ -363,6 +391,9 @@ def _report(
         similarity=matrix.numpy(),
         groups=evaluation["group"][: len(matrix)].tolist(),
         history=pd.concat(histories, ignore_index=True),
+        trajectory=pd.read_csv(trajectory) if trajectory.exists() else None,
+        published=config.published(experiment.tag),
+        changes=config.changes(experiment),
     )
     write_text(out / "report.html", html)
 
@@ -409,3 +440,9 @@ STAGES = {
     "generate": Stage(generate, ("train",), GENERATED),
     "evaluate": Stage(evaluate, ("prepare", "train", "generate"), (*GENERATED, "evaluate")),
 }
+
+
+def processes(stage: str, experiment: Experiment) -> int:
+    """How many processes share a stage: those of the experiment, where it trains or evaluates."""
+    alone = stage == "generate" or (stage == "prepare" and experiment.prepare.source)
+    return 1 if alone else experiment.processes

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,18 +33,22 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.git_utils import get_git_commit
 from tqdm.auto import tqdm
 
-from pdiff import config
+from pdiff import config, leaderboard
+from pdiff.distributed import launch
 from pdiff.errors import Pruned, UserError
-from pdiff.files import read_json
+from pdiff.files import read_json, whole
 from pdiff.generator import Generator
+from pdiff.leaderboard import Result
 from pdiff.log import Log, Point
 from pdiff.processes import alive, this_process
 from pdiff.settings import Experiment
-from pdiff.stages import STAGES, STATE
+from pdiff.stages import STAGES, STATE, processes
+from pdiff.training import resolve_device
 
 EXPERIMENT = "pdiff"
 BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
+CONFIG = "config."  # before the names of the parameters that are keys of the configuration
 PARAMETER_LIMIT = 6000  # characters; MLflow cuts longer values silently
 SERVER_TIMEOUT = 5.0
 REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
@@ -114,6 +118,15 @@ def _runs(condition: str) -> list[Run]:
     return mlflow.search_runs(_experiments(), condition, output_format="list", order_by=["attributes.start_time DESC"])
 
 
+def _finished(*stages: str) -> list[Run]:
+    """All finished runs of some stages, but not those of trials, the latest first."""
+    found = [
+        run for stage in stages for run in _runs(f"attributes.status = 'FINISHED' and tags.`pdiff.stage` = '{stage}'")
+    ]
+    own = [run for run in found if "pdiff.trial" not in run.data.tags]
+    return sorted(own, key=lambda run: run.info.start_time, reverse=True)
+
+
 def close_dead_runs() -> None:
     """Mark runs as KILLED that are RUNNING by their record, but whose process is gone."""
     for run in _runs("attributes.status = 'RUNNING'"):
@@ -122,6 +135,7 @@ def close_dead_runs() -> None:
             mlflow.MlflowClient().set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
 
 
+_inherited: ContextVar[dict[str, str]] = ContextVar("inherited", default={})  # noqa: B039 (never changed in place)
 _listener: ContextVar[Log] = ContextVar("listener", default=lambda point: None)
 
 
@@ -157,35 +171,33 @@ class RunLog:
 @contextmanager
 def _run(
     stage: str,
-    experiment: Experiment,
-    digest: str,
+    experiment: Experiment | None = None,
+    digest: str = "",
     *,
     label: str = "",
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
-    """A run with its tags and parameters; nested in the active one, or in another process's `parent`; closed as what
-    it ended as."""
-    name = f"{experiment.tag} {label or stage}"
+    """A run with its tags and parameters, if it is one of an experiment; nested in the active one, or in another
+    process's `parent`; closed as what it ended as."""
     tags = {
+        **_inherited.get(),
         **(tags or {}),
         "pdiff.stage": stage,
-        "pdiff.tag": experiment.tag,
-        "pdiff.digest": digest,
+        **({"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}),
         "pdiff.process": this_process(),
         "pdiff.commit": commit(),
         "pdiff.interpreter": sys.executable,
     }
     nested = mlflow.active_run() is not None
+    name = f"{experiment.tag} {label or stage}" if experiment else stage
     run = mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
     status = RunStatus.FINISHED
     try:
-        parameters = [Param(f"config.{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
         if not nested:
             _name_project_run(run, name)
-        for start in range(0, len(parameters), BATCH):
-            mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
-        mlflow.log_text(config.to_yaml(experiment), "config.yaml")
+        if experiment:
+            _log_config(run, experiment)
         yield run
     except BaseException as error:
         status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
@@ -194,6 +206,14 @@ def _run(
         raise
     finally:
         mlflow.end_run(RunStatus.to_string(status))
+
+
+def _log_config(run: Run, experiment: Experiment) -> None:
+    """The complete configuration, as parameters `config.*` and as an artifact."""
+    parameters = [Param(f"{CONFIG}{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
+    for start in range(0, len(parameters), BATCH):
+        mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
+    mlflow.log_text(config.to_yaml(experiment), "config.yaml")
 
 
 def _name_project_run(run: Run, name: str) -> None:
@@ -209,12 +229,22 @@ def commit() -> str:
 
 
 def finished(stage: str, digest: str) -> Run | None:
-    """The latest finished run of a stage with this digest."""
+    """The latest finished run of a stage with this digest whose artifacts are still there."""
     condition = (
         f"attributes.status = 'FINISHED' and tags.`pdiff.digest` = '{digest}' and tags.`pdiff.stage` = '{stage}'"
     )
-    found = [run for run in _runs(condition) if "pdiff.reused" not in run.data.tags]
-    return found[0] if found else None
+    return _latest(condition)
+
+
+def _latest(condition: str) -> Run | None:
+    """The latest run that did something itself and whose artifacts are there."""
+    return next((run for run in _runs(condition) if "pdiff.reused" not in run.data.tags and _is_whole(run)), None)
+
+
+def _is_whole(run: Run) -> bool:
+    """Whether the artifacts of a run lie where they should, as far as that can be told without a server."""
+    uri = run.info.artifact_uri
+    return urlparse(uri).scheme not in ("", "file") or (Path(local_file_uri_to_path(uri)) / "config.yaml").exists()
 
 
 def execute(stage: str, experiment: Experiment, *, fresh: bool = False, known: dict[str, Done] | None = None) -> Done:
@@ -234,7 +264,10 @@ def execute(stage: str, experiment: Experiment, *, fresh: bool = False, known: d
         found = None if fresh else finished(stage, digest)
         if fresh:
             shutil.rmtree(work_folder() / digest, ignore_errors=True)
-        known[stage] = _reuse(found, stage, experiment) if found else _perform(stage, experiment, digest, known)
+        if found:
+            known[stage] = _reuse(found, stage, experiment)
+        else:
+            known[stage] = _perform(stage, experiment, digest, known, fresh=fresh)
         if stage == "train" and experiment.register:
             _register(known[stage].run_id, f"pdiff-{experiment.tag}")
     return known[stage]
@@ -277,7 +310,7 @@ def _reuse(run: Run, stage: str, experiment: Experiment) -> Done:
     return Done(run.info.run_id, _artifacts(run), run.data.metrics)
 
 
-def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, Done]) -> Done:
+def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, Done], *, fresh: bool) -> Done:
     """Run a stage in its work folder, then upload what it wrote."""
     work = work_folder() / digest
     with _run(stage, experiment, digest) as run:
@@ -285,9 +318,13 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
         upstream = {name: known.get(name) or execute(name, experiment, known=known) for name in reads}
         mlflow.set_tags({f"pdiff.{name}_run": done.run_id for name, done in upstream.items()})
         tqdm.write(f"{stage}: run {run.info.run_id}" + (", resuming" if work.exists() else ""))
-        log = RunLog(run.info.run_id)
+        if stage == "prepare" and not fresh:
+            _share_pretraining(experiment, work)
+        log, compute = RunLog(run.info.run_id), STAGES[stage].run
+        if (count := processes(stage, experiment)) > 1:
+            compute = partial(launch, compute, processes=count, device=resolve_device(experiment.device))
         try:
-            metrics = STAGES[stage].run(experiment, work, log, **{name: done.folder for name, done in upstream.items()})
+            metrics = compute(experiment, work, log=log, **{name: done.folder for name, done in upstream.items()})
             for name, value in metrics.items():
                 log(Point(name, value))
         except UserError:
@@ -300,7 +337,7 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
         finally:
             log.flush()
         for path in sorted(work.iterdir()):
-            if path.name != STATE:
+            if not path.name.startswith("."):  # neither the state, nor what a killed process left half-written
                 mlflow.log_artifact(str(path))  # a folder with what is in it
         _log_beside(stage, experiment, work)
     shutil.rmtree(work)
@@ -308,9 +345,24 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
     return Done(run.info.run_id, _artifacts(ended), ended.data.metrics)
 
 
+def _share_pretraining(experiment: Experiment, work: Path) -> None:
+    """Tag a run of prepare with what its pretraining depends on, and take the base network of a finished run that
+    has the same tag: what is collected may differ, the pretrained network does not."""
+    if experiment.prepare.source or not experiment.prepare.pretrain.epochs:
+        return
+    pretrained = config.pretraining_digest(experiment)
+    mlflow.set_tag("pdiff.pretraining", pretrained)
+    target = work / "network.safetensors"
+    found = _latest(f"attributes.status = 'FINISHED' and tags.`pdiff.pretraining` = '{pretrained}'")
+    if found and not target.exists():
+        tqdm.write(f"prepare: the pretrained network of run {found.info.run_id}")
+        with whole(target) as temporary:
+            shutil.copyfile(_artifacts(found) / target.name, temporary)
+
+
 def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:
     """What MLflow has a place of its own for: data sets and models."""
-    if stage == "prepare":
+    if stage == "prepare" and experiment.dataset:
         described = read_json(work / "dataset.json")
         source = CodeDatasetSource({"mlflow.source.name": f"pdiff.datasets:{described['name']}"})
         mlflow.log_input(MetaDataset(source, name=described["name"], digest=described["digest"]), context="training")
@@ -321,11 +373,12 @@ def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:
 
 def _log_models(generator: Generator) -> None:
     """Log the autoencoder and the denoiser as PyTorch models (exported programs, not pickles)."""
-    modules = {"autoencoder": generator.autoencoder, "diffusion": Denoising(generator.denoiser)}
-    sizes = {"autoencoder": generator.standardizer.size, "diffusion": len(generator.latent_mean) + 1}
+    modules = {"autoencoder": (generator.autoencoder, generator.standardizer.size)}
+    if generator.denoiser:
+        modules["diffusion"] = (Denoising(generator.denoiser), len(generator.latent_mean) + 1)
     with _quiet():
-        for name, module in modules.items():
-            example = np.zeros((2, sizes[name]), dtype=np.float32)
+        for name, (module, size) in modules.items():
+            example = np.zeros((2, size), dtype=np.float32)
             mlflow.pytorch.log_model(module, name=name, input_example=example, pip_requirements=REQUIREMENTS)
 
 
@@ -414,14 +467,18 @@ def around(
         kind: what takes the place of a stage in its tags.
         experiment: the configuration to log.
         label: what its name says beside the tag.
-        tags: more tags.
+        tags: more tags; those of pdiff are also given to the runs in it.
         parent: a run of another process in which it is nested.
     """
     if parent:
         mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
     digest = config.digest(experiment, STAGES["evaluate"].sections)
     with _run(kind, experiment, digest, label=label, parent=parent, tags=tags) as run:
-        yield run.info.run_id
+        token = _inherited.set({name: value for name, value in tags.items() if name.startswith("pdiff.")})
+        try:
+            yield run.info.run_id
+        finally:
+            _inherited.reset(token)
 
 
 def record(
@@ -479,7 +536,7 @@ COMPARED = {
 def compare() -> pd.DataFrame:
     """Every finished run of all stages, one row each, the oldest first: test accuracy in %, similarity, seconds."""
     rows = []
-    for run in reversed(_runs("attributes.status = 'FINISHED' and tags.`pdiff.stage` = 'main'")):
+    for run in reversed(_finished("main")):
         metrics, parameters = run.data.metrics, run.data.params
         row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
         for column, name in COMPARED.items():
@@ -488,6 +545,40 @@ def compare() -> pd.DataFrame:
         row["draw s"] = metrics.get("seconds/generate", math.nan)
         rows.append(row | {"run": run.info.run_id[:8]})
     return pd.DataFrame(rows)
+
+
+def log_leaderboard(names: Sequence[str] = (), *, only_ours: bool = False) -> tuple[Done, pd.DataFrame]:
+    """Published results and ours side by side, as a run of its own: `leaderboard.csv`, `leaderboard.html`.
+
+    Args:
+        names: a tag is shown that holds one of them; every tag when absent.
+        only_ours: leave out what was never run.
+
+    Returns:
+        The run, and the board as `leaderboard.table` makes it.
+    """
+    ours = _evaluations()
+    others = [] if only_ours else [Result(tag, config.published(tag)) for tag in config.runnable() if tag not in ours]
+    results = sorted([*ours.values(), *others], key=lambda result: (not result.ours, not result.published, result.tag))
+    shown = [result for result in results if not names or any(name in result.tag for name in names)]
+    board = leaderboard.table(shown)
+    with _run("leaderboard") as run:
+        mlflow.log_text(board.to_csv(index=False), "leaderboard.csv")
+        mlflow.log_text(leaderboard.page(board), "leaderboard.html")
+    return Done(run.info.run_id, _artifacts(run), {}), board
+
+
+def _evaluations() -> dict[str, Result]:
+    """The latest finished evaluation of every tag; one of the tag as it stands comes before any with changes."""
+    known, results = config.tags(), {}
+    own = cache(config.load)
+    for run in _finished("main", "evaluate"):
+        tag, parameters = run.data.tags["pdiff.tag"], run.data.params
+        values = {key.removeprefix(CONFIG): value for key, value in parameters.items() if key.startswith(CONFIG)}
+        changed = config.changed(own(tag), values) if tag in known else {}
+        if tag not in results or (results[tag].changed and not changed):
+            results[tag] = Result(tag, config.published(tag), run.data.metrics, changed, run.info.run_id)
+    return results
 
 
 def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from pdiff import distributed
 from pdiff.diffusion import sample_seed
 from pdiff.errors import UserError
 from pdiff.files import write_state
@@ -41,7 +42,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 class Step(NamedTuple):
-    """One optimiser step done: how many are done, and its loss (a scalar on the device, detached)."""
+    """One optimiser step done: how many are done, and its loss (a scalar on the device, detached).
+
+    The mean of the losses of all processes is that of the batch.
+    """
 
     number: int
     loss: Tensor
@@ -57,14 +61,16 @@ class Stateful(Protocol):
 def shuffled(count: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
     """Endless shuffled batches of indices below `count`, from batch `start` on; partial batches are dropped.
 
-    Batch k depends on (seed, k) alone, so an interrupted loop meets the same batches again.
+    Where there are fewer indices than a batch holds, each batch consists of as many shuffles as fill it. Batch k
+    depends on (seed, k) alone, so an interrupted loop meets the same batches again.
     """
-    batch_size = min(batch_size, count)
-    epoch, skip = divmod(start, count // batch_size)
+    shuffles = max(1, -(-batch_size // count))
+    per_epoch = shuffles * count // batch_size
+    epoch, skip = divmod(start, per_epoch)
     while True:
         generator = torch.Generator().manual_seed(sample_seed(seed, epoch))
-        batches = torch.randperm(count, generator=generator).split(batch_size)[: count // batch_size]
-        yield from batches[skip:]
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(shuffles)])
+        yield from order.split(batch_size)[skip:per_epoch]
         epoch, skip = epoch + 1, 0
 
 
@@ -94,8 +100,8 @@ class Trainer:
 
     Args:
         module: what is trained; its parameters that require gradients.
-        loss: batch -> scalar.
-        batches: step -> endless batches from that step on.
+        loss: batch -> scalar, the mean over its rows.
+        batches: step -> endless batches from that step on; of each, this process's rows (`distributed.rows`).
         settings: optimiser and schedule.
         steps: steps in all.
         seed: of the whole training.
@@ -121,6 +127,7 @@ class Trainer:
         average = get_ema_multi_avg_fn(ema)
         self.ema = AveragedModel(module, multi_avg_fn=average, use_buffers=True) if ema else None
         self.autocast = autocast
+        self.batch_size = settings.batch_size
         self.step = 0
 
     @property
@@ -132,11 +139,12 @@ class Trainer:
         kind = next(self.module.parameters()).device.type
         autocast = self.autocast and kind == "cuda"
         batches = self.batches(self.step)
+        objective = distributed.shared(self.module, lambda batch: self.loss(batch), self.batch_size)
         while self.step < self.steps:
             torch.manual_seed(sample_seed(self.seed, self.step))
+            self.optimizer.zero_grad()  # before the activations need memory
             with torch.autocast(kind, torch.bfloat16, enabled=autocast):
-                loss = self.loss(next(batches))
-            self.optimizer.zero_grad()
+                loss = objective(next(batches))
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
@@ -226,7 +234,7 @@ def follow(trainer: Trainer, name: str, log: Log, *, path: Path | None = None, b
         for step in steps:
             bar.update(step.number - bar.n)
             if step.number % every == 0 or step.number == trainer.steps:
-                value = step.loss.item()
+                value = distributed.mean(step.loss.item())
                 if not math.isfinite(value):
                     raise UserError(f"{name} is {value} at step {step.number}; a lower learning_rate may help")
                 log(Point(name, value, step.number))

@@ -1,7 +1,9 @@
 """What several test modules need."""
 
+import mlflow
 import pytest
 import torch
+from tracked import TINY
 
 from pdiff import datasets
 from pdiff.datasets import Images
@@ -30,3 +32,18 @@ def mixed() -> Collection:
 def digits() -> Images:
     """The digits of scikit-learn with 120 images for training, 8 x 8 grey."""
     return datasets.load(Dataset(name="digits", validation_fraction=0.9))
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty folder with a tiny experiment in it, a fresh tracking store, and no project run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield tmp_path
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri(None)

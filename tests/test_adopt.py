@@ -2,16 +2,21 @@
 
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pdiff.adopt import adopt, read_state
+from pdiff import adopt as module
+from pdiff.adopt import Template, adopt, checkpoint_files, first_state, read_state
 from pdiff.errors import UserError
+from pdiff.weights import Collection
 
 State = dict[str, Tensor]
 
@@ -27,6 +32,11 @@ def prefixed(state: State) -> State:
     return {f"module.{name}": tensor for name, tensor in state.items()}
 
 
+def compiled(state: State) -> State:
+    return {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+
+
+ADAM = {"state": {0: {"exp_avg": torch.ones(3, 2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 WRITERS: dict[str, tuple[str, Callable[[State, Path], object]]] = {
     "plain": (".pth", torch.save),
     "pt": (".pt", torch.save),
@@ -34,6 +44,14 @@ WRITERS: dict[str, tuple[str, Callable[[State, Path], object]]] = {
     "nested in state_dict": (".pth", lambda s, path: torch.save({"epoch": 3, "state_dict": s}, path)),
     "nested in model": (".pth", lambda s, path: torch.save({"model": s, "optimizer": {"lr": 0.1}}, path)),
     "DataParallel": (".pth", lambda s, path: torch.save({"state_dict": prefixed(s)}, path)),
+    "torch.compile": (".pt", lambda s, path: torch.save(compiled(s), path)),
+    "both": (".pt", lambda s, path: torch.save(prefixed(compiled(s)), path)),
+    "nested twice": (".pth", lambda s, path: torch.save({"model": {"state_dict": s}, "args": {"lr": [0.1]}}, path)),
+    "as model_state_dict": (".pth", lambda s, path: torch.save({"model_state_dict": s, "optimizer": ADAM}, path)),
+    "as net": (".pth", lambda s, path: torch.save({"net": s, "acc": 93.1, "epoch": 7}, path)),
+    "as ema": (".pth", lambda s, path: torch.save({"ema": s, "step": 7}, path)),
+    "beside its average": (".pth", lambda s, path: torch.save({"state_dict_ema": ADAM, "state_dict": s}, path)),
+    "numbers and texts beside": (".pth", lambda s, path: torch.save(s | {"epoch": 3, "by": "me", "x": None}, path)),
     "parameters": (".pth", lambda s, path: torch.save(s | {"weight": nn.Parameter(s["weight"])}, path)),
     "safetensors": (".safetensors", save_file),
     "safetensors of DataParallel": (".safetensors", lambda s, path: save_file(prefixed(s), path)),
@@ -60,12 +78,137 @@ def test_kinds_of_files_may_be_mixed(tmp_path):
     assert adopt(tmp_path).tensors["num_batches_tracked"].tolist() == list(range(len(WRITERS)))
 
 
-def test_half_precision_is_kept(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_types_are_kept(tmp_path, dtype):
     for k in range(2):
-        torch.save({"w": state(k)["weight"].half()}, tmp_path / f"{k}.pth")
+        torch.save({"w": state(k)["weight"].to(dtype)}, tmp_path / f"{k}.pth")
     collection = adopt(tmp_path)
-    assert collection.tensors["w"].dtype == torch.float16
-    assert torch.equal(collection[1]["w"], state(1)["weight"].half())
+    assert collection.tensors["w"].dtype == dtype
+    assert torch.equal(collection[1]["w"], state(1)["weight"].to(dtype))
+
+
+def test_numbers_in_names_are_in_order(tmp_path):
+    for k in (100, 9, 10, 1):
+        torch.save(state(k), tmp_path / f"epoch_{k}.pth")
+    assert adopt(tmp_path).tensors["num_batches_tracked"].tolist() == [1, 9, 10, 100]
+    assert first_state(tmp_path, ["epoch_1.pth"])["num_batches_tracked"] == 9
+
+
+def test_many_files_by_many_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "THREADS", 8)
+    for k in range(100):
+        torch.save(state(k), tmp_path / f"{k}.pth")
+    collection = adopt(tmp_path)
+    assert collection.names == [f"{k}.pth" for k in range(100)]
+    assert torch.equal(collection.tensors["weight"], torch.stack([state(k)["weight"] for k in range(100)]))
+
+
+def test_excluded_files_are_not_read(tmp_path):
+    for k in range(6):
+        torch.save(state(k), tmp_path / f"{k}.pth")
+    (tmp_path / "4.pth").write_text("damaged")
+    (tmp_path / "bad[1].pth").write_text("damaged")
+    exclude = ["4.pth", "bad[[]1].pth", "[01].pth"]
+    assert adopt(tmp_path, exclude=exclude).tensors["num_batches_tracked"].tolist() == [2, 3, 5]
+    with pytest.raises(UserError, match=r"prepare\.exclude: '7\.pth' matches none of the 7 files in"):
+        checkpoint_files(tmp_path, ["4.pth", "7.pth"])
+    with pytest.raises(UserError, match=r"holds 0 files .* beside 7 excluded ones, expected at least 2"):
+        checkpoint_files(tmp_path, ["*"])
+
+
+def test_tensors_are_read_into_their_place(tmp_path):
+    """What is left out is not read, and nothing is held twice: the peak is the collection, not two of it."""
+    size = 1 << 20
+    for k in range(8):
+        torch.save({"w": torch.full((size,), float(k)), "out": torch.full((2 * size,), 1.0)}, tmp_path / f"{k}.pth")
+    program = (
+        "import sys, torch, resource\nfrom pathlib import Path\nfrom pdiff import adopt as a\na.THREADS = 1\n"
+        "torch.ones(1 << 20).sum()\npeak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\nc = a.adopt(Path(sys.argv[1]), ['w'])\nassert c.tensors['w'].sum() == 28 * 2**20\n"
+        "print((peak() - before) / 4096)\n"  # of a tensor w
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 8 + 5, "tensors w held at the peak; of 8 files, and of what is made of one on the way"
+
+
+EXACT = [kind for kind in WRITERS if kind != "parameters"]
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_networks_are_written_as_the_files_are(tmp_path, kind):
+    suffix, write = WRITERS[kind]
+    write(state(0), tmp_path / f"0{suffix}")
+    new = {"bias": state(1)["bias"].double()}
+    Template.read(tmp_path / f"0{suffix}").write(tmp_path / f"new{suffix}", new)
+    write(state(0) | {"bias": state(1)["bias"]}, tmp_path / f"expected{suffix}")
+    found, expected = (content(tmp_path / f"{name}{suffix}") for name in ("new", "expected"))
+    for key in {"as model_state_dict": ["optimizer"], "beside its average": ["state_dict_ema"]}.get(kind, []):
+        del expected[key]  # tensors that belong to another network
+    assert_same(found, expected)
+
+
+def content(path: Path) -> dict:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+def assert_same(found: object, expected: object) -> None:
+    assert type(found) is type(expected)
+    if isinstance(found, dict):
+        assert list(found) == list(expected)
+        for key, value in found.items():
+            assert_same(value, expected[key])
+    elif isinstance(found, Tensor):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        assert found.untyped_storage().nbytes() == found.nbytes  # of a view all that it is a view of would be saved
+    else:
+        assert found == expected
+
+
+def test_a_written_network_can_be_loaded_by_its_owner(tmp_path):
+    """Also by modules that look at the version of what they load, which BatchNorm does."""
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    torch.save({"model": network.state_dict(), "config": {"hidden": 3}}, tmp_path / "0.pth")
+    drawn = Collection({"0.weight": torch.randn(5, 3, 4)})
+    Template.read(tmp_path / "0.pth").write(tmp_path / "1.pth", drawn[2])
+    written = torch.load(tmp_path / "1.pth", weights_only=True)
+    assert written["config"] == {"hidden": 3}
+    stored = written["model"]["0.weight"]
+    assert stored.untyped_storage().nbytes() == stored.nbytes  # of a view all that it is a view of would be saved
+    assert written["model"]._metadata == network.state_dict()._metadata
+    other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    other.load_state_dict(written["model"])
+    assert torch.equal(other[0].weight, drawn.tensors["0.weight"][2])
+    assert torch.equal(other[0].bias, network[0].bias)
+
+
+def test_metadata_of_safetensors_is_kept(tmp_path):
+    save_file(state(0), tmp_path / "0.safetensors", {"format": "pt"})
+    Template.read(tmp_path / "0.safetensors").write(tmp_path / "1.safetensors", {})
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+
+
+def test_networks_of_another_kind_cannot_be_written(tmp_path):
+    torch.save(state(0), tmp_path / "0.pth")
+    template = Template.read(tmp_path / "0.pth")
+    with pytest.raises(UserError, match=r"bias is \(4,\), but the checkpoint files have \(3,\)"):
+        template.write(tmp_path / "1.pth", {"bias": torch.ones(4)})
+    with pytest.raises(UserError, match=r"gain is \(3,\), but the checkpoint files have no such tensor"):
+        template.complete({"gain": torch.ones(3)})
+    assert not (tmp_path / "1.pth").exists()
+
+
+def test_what_holds_itself_is_no_state_dict(tmp_path):
+    endless: dict = {"epoch": 3}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "0.pth")
+    with pytest.raises(UserError, match="entry 'model' is a dict, expected a tensor"):
+        read_state(tmp_path / "0.pth")
+
+
+def test_what_is_refused_is_named(tmp_path):
+    torch.save(state(0) | {"accuracy": np.float64(0.9)}, tmp_path / "0.pth")
+    with pytest.raises(UserError, match=r"holds more than tensors \(numpy\.\S+\.scalar\)"):
+        read_state(tmp_path / "0.pth")
 
 
 def test_the_prefix_goes_only_where_all_names_have_it(tmp_path):
@@ -118,7 +261,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a whole network": (lambda path: torch.save(nn.Linear(2, 3), path), ".pth", "pickled code is never run"),
     "a tensor": (lambda path: torch.save(torch.ones(3), path), ".pth", "holds a Tensor, expected a state dict"),
     "nothing": (lambda path: torch.save({}, path), ".pth", "holds a dict, expected a state dict"),
-    "a number": (saving({"epoch": 3}), ".pth", "entry 'epoch' is a int, expected a tensor"),
+    "an optimiser": (saving({"optimizer": ADAM}), ".pth", "entry 'optimizer' is a dict, expected a tensor"),
+    "numbers alone": (lambda path: torch.save({"epoch": 3}, path), ".pth", "holds no tensor"),
     "a numbered tensor": (saving({3: torch.ones(2)}), ".pth", "entry 3 is a Tensor"),
     "a tensor more": (saving({"gain": torch.ones(2)}), ".pth", "tensors differ from those of"),
     "a tensor less": (saving({"bias": None}), ".pth", "tensors differ from those of"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from pdiff import datasets, training
 from pdiff.architectures import ARCHITECTURES
-from pdiff.checkpoints import check_states, collect, generated_names, pretrain
+from pdiff.checkpoints import check_state, collect, generated_names, pretrain
 from pdiff.errors import UserError
 from pdiff.settings import Collect, Dataset, Pretrain
 
@@ -112,6 +112,13 @@ def test_every_second_step(digits):
     assert torch.equal(second.tensors["5.bias"], every.tensors["5.bias"][1::2])
 
 
+@pytest.mark.parametrize(("checkpoints", "every"), [(3, 2), (4, 1), (50, 1)])
+def test_automatic_steps_spread_checkpoints_over_one_epoch(digits, checkpoints, every):
+    assert len(digits.train) // 16 == 7  # batches of one epoch
+    found, expected = (collected(digits, checkpoints=checkpoints, every_steps=n) for n in ("auto", every))
+    assert torch.equal(found.tensors["5.bias"], expected.tensors["5.bias"])
+
+
 def test_statistics_move_where_they_are_generated_alone(digits):
     network = cnn()
     names = generated_names(network, ["5.*"])
@@ -206,13 +213,14 @@ GOOD = {"w": torch.ones(2, 3), "n": torch.tensor(7)}
         (GOOD | {"w": torch.full((2, 3), -math.inf)}, "b.pth: w holds NaN or infinity, expected finite numbers"),
     ],
 )
-def test_check_states(bad, message):
-    check_states([GOOD, GOOD], ["a.pth", "c.pth"])
+def test_check_state(bad, message):
+    check_state(GOOD, "c.pth", like=GOOD, named="a.pth")
     with pytest.raises(UserError) as caught:
-        check_states([GOOD, bad], ["a.pth", "b.pth"])
+        check_state(bad, "b.pth", like=GOOD, named="a.pth")
     assert str(caught.value) == message
 
 
 def test_nothing_to_generate():
+    state = {"n": torch.tensor(7), "one": torch.ones(1)}
     with pytest.raises(UserError, match=r"a\.pth: no floating tensor of more than one element"):
-        check_states([{"n": torch.tensor(7), "one": torch.ones(1)}] * 2, ["a.pth", "b.pth"])
+        check_state(state, "a.pth", like=state, named="a.pth")

@@ -85,6 +85,9 @@ def test_a_path_is_a_tag(write, tmp_path):
     assert (found.tag, found.seed, found.generate.count) == ("mine", 4, 3)
     assert "mine" not in config.tags()
     assert "absent.yaml: cannot be read" in message("absent.yaml")
+    beside = outside.with_name("beside.yaml")
+    beside.write_text("extends: mine.yaml\nseed: 5")  # a path is relative to the file that it stands in
+    assert (config.load(str(beside)).seed, config.load(str(beside)).generate.count) == (5, 3)
 
 
 def test_tags_are_files_and_sweeps_are_none(write, tmp_path):
@@ -138,10 +141,14 @@ def test_all_problems_in_one_message(write):
         (BASE + "generate: {sampler: ddpm}", "generate.sampler 'ddpm' cannot follow diffusion.prediction 'flow'"),
         (BASE + "generate: {sampling_steps: 9}\ndiffusion: {timesteps: 8}", "must hold, but got (9, 8)"),
         (BASE + "device: tpu", "t.yaml: device: string should match pattern"),
+        (BASE + "dataset: {name: mnist}", "t.yaml: not YAML: 'dataset' stands twice"),
+        (BASE + "generate: {count: 1, count: 2}", "t.yaml: not YAML: 'count' stands twice"),
         (BASE + "extends: t", "extends: t -> t is a circle"),
         (BASE + "extends:", "t.yaml: extends: expected a tag or a list of tags, but got None"),
         (BASE + "extends: [3]", "t.yaml: extends: expected a tag or a list of tags, but got [3]"),
         (BASE + "extends: tt", "unknown tag 'tt'; did you mean t?"),
+        ("dataset: {name: digits}\nnetwork: {architecture: a.py:net}", "network.architecture: a.py is not a file"),
+        ("dataset: {name: digits}\nnetwork: {architecture: mlp, weights: w}", "network: weights needs pretrained"),
     ],
 )  # fmt: skip
 def test_mistakes_in_files(write, text, expected):
@@ -156,6 +163,7 @@ def test_mistakes_in_files(write, text, expected):
         ("seed.deep", "1", "command line: seed.deep: seed is a value, not a section"),
         ("seed", "@", "command line: seed: input should be a valid integer, unable to parse string as an integer"),
         ("network.architecture", "resnet81", "command line: network.architecture: unknown 'resnet81'; did you mean"),
+        ("network.architecture", "resnet18.a9_in1k", "unknown 'resnet18.a9_in1k'; did you mean resnet18.a3_in1k"),
         ("extends", "t", "command line: extends: unknown key"),
     ],
 )
@@ -261,7 +269,52 @@ def test_digest_sees_the_files_of_the_source(write, tmp_path):
     assert len(set(seen)) == 5
 
 
+def test_digest_sees_the_content_of_weights_and_of_own_architectures(write, tmp_path):
+    write("t", BASE)
+    own, weights = tmp_path / "nets.py", tmp_path / "w.pth"
+    own.write_text("def net(): ...")
+    weights.write_bytes(b"one")
+    options = {"network": f"{{architecture: '{own}:net', pretrained: true, weights: '{weights}'}}"}
+    seen = [digest(**options)]
+    os.utime(own, ns=(0, 12345))
+    assert digest(**options) == seen[0]
+    for path, content in ((own, "def net(): pass"), (weights, "two")):
+        path.write_text(content)
+        seen.append(digest(**options))
+    weights.unlink()
+    seen.append(digest(**options))
+    assert len(set(seen)) == 4
+
+
+def test_names_of_timm_with_a_tag(write):
+    write("t", BASE)
+    assert config.load("t", {"network.architecture": "resnet18.a1_in1k"}).network.architecture == "resnet18.a1_in1k"
+
+
 def test_experiments_are_frozen(write):
     write("t", BASE)
     with pytest.raises(ValueError, match="frozen"):
         config.load("t").generate.count = 3
+
+
+def test_digest_sees_what_is_used_alone(write, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("0.pth", "1.pth", "bad.pth", "notes.txt"):
+        (source / name).write_text(name)
+    (tmp_path / "test.py").write_text("print(1)")
+
+    def digest(sections: tuple[str, ...], **evaluate: str) -> str:
+        tree = {"prepare": {"source": str(source), "exclude": ["b*.pth"]}, "evaluate": evaluate}
+        return config.digest(config.load(str(write("own", yaml.safe_dump(tree)))), sections)
+
+    options = {"command": "python test.py {checkpoint}", "folder": str(tmp_path)}
+    function = {"function": f"{tmp_path}/test.py:predict"}
+    sections = (("prepare",), ("prepare", "evaluate"))
+    before = [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
+    for name in ("bad.pth", "notes.txt", "more.txt", "b.pth"):
+        (source / name).write_text("changed")
+    assert before == [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
+    (tmp_path / "test.py").write_text("print(12)")
+    after = [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]

@@ -45,6 +45,12 @@ def history(steps: int = 5) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "step", "value"])
 
 
+def trajectory() -> pd.DataFrame:
+    """Two draws at three timesteps."""
+    rows = [(t, draw, 0.9 - t / 10 - draw / 10, 0.8 - t / 10) for t in (2.0, 1.0, 0.0) for draw in (0, 1)]
+    return pd.DataFrame(rows, columns=["timestep", "draw", "val_accuracy", "test_accuracy"])
+
+
 def report(**changes: object) -> str:
     """The report on the data above."""
     groups = ["original"] * 3 + ["generated"] * 2
@@ -55,6 +61,7 @@ def report(**changes: object) -> str:
         "similarity": np.eye(5),
         "groups": groups,
         "history": history(),
+        "trajectory": trajectory(),
     }
     return figures.report(**arguments | changes)
 
@@ -151,13 +158,20 @@ def test_figures_without_data_are_left_out():
             similarity=np.empty((0, 0)),
             groups=[],
             history=pd.DataFrame(columns=["name", "step", "value"]),
+            trajectory=None,
         )
     ).texts
     assert "h2" not in headings
     assert (
         "h2"
         not in Page(
-            report(evaluation=evaluation()[:0], similarity=np.empty((0, 0)), groups=[], history=history()[:0])
+            report(
+                evaluation=evaluation()[:0],
+                similarity=np.empty((0, 0)),
+                groups=[],
+                history=history()[:0],
+                trajectory=None,
+            )
         ).texts
     )
 
@@ -269,3 +283,39 @@ def test_report_shows_the_configuration_only_where_there_is_one():
     assert "details" not in Page(report()).tags
     page = Page(report(summary=SUMMARY | {"config": "seed: 0\n"}))
     assert page.texts["pre"] == ["seed: 0\n"]
+
+
+# -- on the way, and published
+
+
+def test_accuracy_over_time_has_mean_and_band():
+    traces = figures.accuracy_over_time(trajectory()).data
+    lines = {trace.name: trace for trace in traces if trace.name}
+    assert list(lines) == ["validation", "test"]
+    assert dict(zip(lines["validation"].x, lines["validation"].y, strict=True)) == pytest.approx(
+        {0: 0.85, 1: 0.75, 2: 0.65}
+    )
+    low, high = traces[0], traces[1]
+    assert high.fill == "tonexty"
+    assert list(low.y) == pytest.approx([0.8, 0.7, 0.6])
+    assert list(high.y) == pytest.approx([0.9, 0.8, 0.7])
+
+
+PUBLISHED = {"test_accuracy/generated_mean": 0.95, "similarity/generated_generated": 0.9, "test_accuracy/x_mean": 0.5}
+
+
+def test_published_numbers_stand_beside_ours():
+    ours = {"test_accuracy/generated_mean": 0.93, "similarity/generated_generated": 0.95}
+    rows = figures.published_table(ours, PUBLISHED).to_numpy().tolist()
+    assert rows == [
+        ["test % generated mean", "95.00", "93.00", "-2.00"],
+        ["similarity generated generated", "0.900", "0.950", "+0.050"],
+        ["test % x mean", "50.00", "–", "–"],
+    ]
+
+
+def test_report_shows_what_was_published_and_what_was_done_otherwise():
+    page = Page(report(published=PUBLISHED, changes={"dataset.name": "<digits>"}))
+    assert "Published" in page.texts["h2"]
+    assert any("dataset.name=<digits>" in text for text in page.texts["p"])
+    assert "Published" not in Page(report()).texts["h2"]

@@ -1,12 +1,17 @@
 """The command line itself: help, and arguments that name configuration keys."""
 
+import os
+import sys
+
 import pytest
 
 from pdiff.__main__ import ENTRY_POINTS, main, overrides
 from pdiff.errors import UserError
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in [*ENTRY_POINTS, "show", "tags", "compare", "export"])])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in [*ENTRY_POINTS, "show", "tags", "compare", "new", "export"])]
+)
 def test_help(command, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
@@ -15,9 +20,13 @@ def test_help(command, capsys) -> None:
     assert "usage: pdiff" in printed and all(name in printed for name in (command or ENTRY_POINTS))
 
 
-def test_tags_and_show(capsys) -> None:
-    assert main(["tags"]) == 0
-    assert {"digits_mlp", "cifar100_resnet18"} <= set(capsys.readouterr().out.split())
+def test_tags_and_show(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["tags", "resnet18", "cifar100", "main"]) == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split() for row in rows] == [
+        ["main", "cifar100_resnet18", "cifar100", "resnet18", "2", "048", "76.72", "->", "77.24"]
+    ]
     assert main(["show", "digits_mlp", "--generate.count=7"]) == 0
     assert "  count: 7\n" in capsys.readouterr().out
 
@@ -27,3 +36,13 @@ def test_overrides() -> None:
     for bad in (["x"], ["--a"], ["-a", "1"]):
         with pytest.raises(UserError):
             overrides(bad)
+
+
+def test_nobody_reads_on(monkeypatch, capsys) -> None:
+    """`pdiff show digits_mlp | true` says nothing."""
+    read, written = os.pipe()
+    os.close(read)
+    with open(written, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["show", "digits_mlp"]) == 141
+    assert capsys.readouterr().err == ""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
@@ -14,68 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from tracked import STAGES, artifacts, runs, start, statuses, wait_for
 
 from pdiff import architectures
 from pdiff.__main__ import main as pdiff
 from pdiff.generator import Generator
-
-TINY = """
-dataset: {name: digits, validation_fraction: 0.2}
-network: {architecture: mlp}
-prepare:
-  pretrain: {epochs: 3, batch_size: 64, learning_rate: 3e-3}
-  collect: {learning_rate: 0.01, checkpoints: 20}
-diffusion: {steps: 60, width: 32, blocks: 1, evaluate_every: 20}
-generate: {count: 8, sampling_steps: 6}
-evaluate: {noise: [0.05], noise_count: 4}
-"""
-STAGES = ["prepare", "train", "generate", "evaluate"]
-
-
-@pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """An empty folder with a tiny experiment in it, a fresh tracking store, and no project run."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    yield tmp_path
-    while mlflow.active_run():
-        mlflow.end_run()
-    mlflow.set_tracking_uri(None)
-
-
-def runs(stage=None):
-    """Runs of a stage, the oldest first."""
-    ids = [experiment.experiment_id for experiment in mlflow.search_experiments()]
-    found = mlflow.search_runs(ids, output_format="list", order_by=["attributes.start_time ASC"])
-    return [run for run in found if stage in (None, run.data.tags.get("pdiff.stage"))]
-
-
-def statuses():
-    return [(run.data.tags["pdiff.stage"], run.info.status) for run in runs()]
-
-
-def artifacts(run):
-    return Path(run.info.artifact_uri)
-
-
-def start(*words, **environment):
-    """The command as a process of its own, on the workspace's store."""
-    variables = {**os.environ, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), **environment}
-    command = [sys.executable, "-m", "pdiff", *words]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(condition, process, seconds=90):
-    """Wait until a condition holds while a process runs."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
@@ -147,6 +90,13 @@ def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
     for name, tensor in same[0].items():
         torch.testing.assert_close(same[1][name], tensor[:5])  # network k depends on the seed and on k alone
         assert torch.equal(same[2][name], tensor)
+
+
+def test_a_run_whose_artifacts_are_gone_is_not_reused(workspace):
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
+    shutil.rmtree(artifacts(runs("prepare")[0]))
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
+    assert [(artifacts(run) / "checkpoints.safetensors").exists() for run in runs("prepare")] == [False, True]
 
 
 def test_export_writes_what_a_network_loads(workspace):
@@ -256,7 +206,7 @@ def test_a_tracking_server(workspace):
         (["main", "--tag", "digits_mpl"], "digits_mlp"),
         (["train", "--tag", "tiny.yaml", "--diffusion.stesp", "3"], "diffusion.steps"),
         (["train", "--tag", "tiny.yaml", "--diffusion.steps", "many"], "many"),
-        (["train", "--tag", "tiny.yaml", "--diffusion.steps", "0"], "diffusion.steps"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.steps", "-1"], "diffusion.steps"),
         (["train", "--tag", "tiny.yaml", "--diffusion.steps"], "--diffusion.steps"),
         (["train", "--tag", "tiny.yaml", "surplus"], "surplus"),
         (["prepare", "--tag", "tiny.yaml", "--device", "cuda:99"], "cuda:99"),

@@ -4,6 +4,7 @@ from fnmatch import fnmatchcase
 
 import timm
 import torch
+import torch.nn.functional as F
 from pytest import fixture, mark
 from torch import Tensor, nn
 
@@ -152,3 +153,120 @@ def test_shrink_keeps_what_a_network_computes_and_the_network_itself() -> None:
         torch.testing.assert_close(suffix(*prefix(images)), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert network[1].kernel_size == (3, 3)
+
+
+def relu_of_what_is_read_before(net: nn.Module, x: Tensor) -> Tensor:
+    first = net.first(x)
+    second = net.second(first)
+    return second + net.act(first)
+
+
+def relu_whose_result_is_not_used(net: nn.Module, x: Tensor) -> Tensor:
+    first = net.first(x)
+    net.act(first)
+    return net.second(first) + first
+
+
+def relu_method(net: nn.Module, x: Tensor) -> Tensor:
+    first = net.first(x)
+    second = net.second(first)
+    first.relu_()
+    return second * first
+
+
+def relu_function(net: nn.Module, x: Tensor) -> Tensor:
+    first = net.first(x)
+    second = net.second(first)
+    return F.relu(first, True) + second + F.leaky_relu(first, inplace=True) + first + torch.relu_(first)
+
+
+def sum_across_the_cut(net: nn.Module, x: Tensor) -> Tensor:
+    first = net.first(x)
+    return first.add_(net.second(first)) + first
+
+
+def augmented_sum(net: nn.Module, x: Tensor) -> Tensor:
+    first = same = net.first(x)
+    first += net.second(first)
+    first *= 2
+    return first + same
+
+
+def images_change(net: nn.Module, x: Tensor) -> Tensor:
+    x -= 0.5
+    return net.second(net.first(x)) + x.mul_(2)
+
+
+def through_dropout(net: nn.Module, x: Tensor) -> Tensor:
+    first = net.first(x)
+    second = net.second(first)
+    return net.act(net.dropout(first)) + second + first
+
+
+def through_a_view(net: nn.Module, x: Tensor) -> Tensor:
+    first = net.first(x)
+    half = first[:, 2:]
+    second = net.second(first)
+    first.relu_()
+    return torch.cat([second, half], dim=1)
+
+
+def filled(net: nn.Module, x: Tensor) -> Tensor:
+    first = net.first(x)
+    second = net.second(first)
+    first.zero_()
+    return second + first + 1
+
+
+IN_PLACE = [
+    *(relu_of_what_is_read_before, relu_whose_result_is_not_used, relu_method, relu_function, sum_across_the_cut),
+    *(augmented_sum, images_change, through_dropout, through_a_view, filled),
+]
+
+
+class InPlace(nn.Module):
+    """Some operations in place, on 4 numbers."""
+
+    def __init__(self, operations) -> None:
+        super().__init__()
+        self.first, self.second, self.operations = nn.Linear(4, 4), nn.Linear(4, 4), operations
+        self.act, self.dropout = nn.ReLU(inplace=True), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operations(self, x)
+
+
+@mark.parametrize("generated", ["first.weight", "second.weight"])
+@mark.parametrize("operations", IN_PLACE)
+@torch.no_grad()
+def test_operations_in_place(operations, generated):
+    """They change neither what crosses the cut, nor the network."""
+    torch.manual_seed(0)
+    network = InPlace(operations).eval()
+    x = torch.randn(5, 4)
+    expected = network(x.clone())
+    prefix, suffix = split(network, [generated])
+    activations = prefix(x.clone())
+    for _ in range(2):
+        assert torch.equal(suffix(*activations), expected)
+    assert network.act.inplace and torch.equal(network(x.clone()), expected)
+
+
+def test_operations_in_place_do_not_prevent_a_prefix():
+    for operations in set(IN_PLACE) - {through_dropout, through_a_view, filled}:
+        _, suffix = split(InPlace(operations).eval(), ["second.bias"])
+        assert "first.weight" not in suffix.state_dict(), operations
+
+
+def test_untraceable_networks_do_not_change_their_images():
+    class Changing(Untraceable):
+        def forward(self, x: Tensor) -> Tensor:
+            x += 1
+            return super().forward(x)
+
+    network = Changing().eval()
+    prefix, suffix = split(network, ["second.weight"])
+    activations = prefix(torch.randn(2, 3, 4, 4))
+    assert torch.equal(suffix(*activations), suffix(*activations))
+    split(network, ["second.weight"])
+    assert len(network._forward_pre_hooks) == 1

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,9 +45,22 @@ SPACE = {
 }
 
 
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory):
+    """A folder with an empty tracking store and an empty storage of studies: what takes seconds to create."""
+    folder = tmp_path_factory.mktemp("stores")
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.search_experiments()
+    mlflow.set_tracking_uri(None)
+    studies.open_storage(f"sqlite:///{folder}/optuna.db").engine.dispose()
+    return folder
+
+
 @pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """An empty folder with a tiny experiment in it, a fresh tracking store, and no project run."""
+def workspace(tmp_path, monkeypatch, stores):
+    """A folder with a tiny experiment in it, an empty tracking store, and no project run."""
+    for name in ("mlflow.db", "optuna.db"):
+        shutil.copy(stores / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE"):
         monkeypatch.delenv(name, raising=False)
@@ -137,6 +151,8 @@ def test_a_trial_is_a_run_with_its_stages_in_it(workspace, told):
         assert run.data.metrics["val_accuracy/generated_mean"] == 0.5
         assert run.data.params["config.evaluate.test"] == run.data.params["config.log_models"] == "False"
     assert [len(runs(stage)) for stage in STAGES] == [1, 1, 3, 3], "what trials share is done once"
+    assert {run.data.tags["pdiff.study"] for run in runs("evaluate")} == {"s-tiny"}
+    assert tracking._finished("evaluate") == [], "no leaderboard takes a trial for the latest run of its tag"
     inside = {run.data.tags["mlflow.parentRunId"] for run in runs("generate")}
     assert inside == {run.info.run_id for run in runs("trial")}
 

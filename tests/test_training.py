@@ -167,12 +167,11 @@ def test_frozen_parameters_stay() -> None:
     assert torch.equal(frozen.weight, before["weight"]) and not torch.equal(frozen.bias, before["bias"])
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (10, 4), (3, 8), (5, 5), (7, 1)])
-def test_every_index_once_an_epoch(count: int, batch_size: int) -> None:
-    size = min(count, batch_size)
+@pytest.mark.parametrize(("count", "size"), [(12, 4), (10, 4), (5, 5), (7, 1)])
+def test_every_index_once_an_epoch(count: int, size: int) -> None:
     per_epoch = count // size
     epochs = []
-    stream = shuffled(count, batch_size, seed=5)
+    stream = shuffled(count, size, seed=5)
     for _ in range(4):
         taken = list(itertools.islice(stream, per_epoch))
         assert [len(batch) for batch in taken] == [size] * per_epoch
@@ -182,13 +181,25 @@ def test_every_index_once_an_epoch(count: int, batch_size: int) -> None:
     assert len({tuple(indices) for indices in epochs}) > 1
 
 
+@pytest.mark.parametrize(("count", "size"), [(3, 8), (1, 50), (10, 50), (4, 6)])
+def test_few_indices_fill_a_batch_by_whole_shuffles(count: int, size: int) -> None:
+    for batch in itertools.islice(shuffled(count, size, seed=5), 6):
+        assert len(batch) == size
+        whole = size - size % count
+        for shuffle in batch[:whole].split(count):
+            assert sorted(shuffle.tolist()) == list(range(count))
+        assert len(set(batch[whole:].tolist())) == size % count
+    assert count == 1 or not torch.equal(*itertools.islice(shuffled(count, size, seed=5), 2))
+
+
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 20])
 def test_batches_from_a_later_start_are_the_same(start: int) -> None:
-    all_batches = list(itertools.islice(shuffled(10, 3, seed=5), 26))
-    later = list(itertools.islice(shuffled(10, 3, seed=5, start=start), 6))
-    assert all(map(torch.equal, all_batches[start:], later))
-    other = list(itertools.islice(shuffled(10, 3, seed=6, start=start), 6))
-    assert not all(map(torch.equal, later, other))
+    for size in (3, 25):
+        all_batches = list(itertools.islice(shuffled(10, size, seed=5), 26))
+        later = list(itertools.islice(shuffled(10, size, seed=5, start=start), 6))
+        assert all(map(torch.equal, all_batches[start:], later))
+        other = list(itertools.islice(shuffled(10, size, seed=6, start=start), 6))
+        assert not all(map(torch.equal, later, other))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

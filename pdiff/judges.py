@@ -1,0 +1,99 @@
+"""How good networks are: by their predictions on images, by somebody's function or command, or not known at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pdiff.adopt import Template
+from pdiff.datasets import Part
+from pdiff.evaluation import batch_predictions
+from pdiff.files import read_tensors, write_tensors
+from pdiff.foreign import run_command_on, run_function
+from pdiff.weights import Collection
+
+SAVE_SECONDS = 10.0
+
+
+class Verdict(NamedTuple):
+    """What is known of the N networks of a group on one part of the data."""
+
+    accuracy: Tensor  # float64 (N,)
+    wrong: Tensor | None = None  # which images each gets wrong, bool (N, images)
+
+    @classmethod
+    def of(cls, wrong: Tensor) -> Verdict:
+        """The verdict on networks of which it is known what they get wrong."""
+        return cls(1 - wrong.double().mean(dim=1), wrong)
+
+
+Verdicts = dict[str, Verdict]  # of every group
+Judge = Callable[[Mapping[str, Collection], Path], dict[str, Verdicts]]
+"""(groups, folder that keeps what an interrupted run knew) -> part -> group -> verdict."""
+
+
+def on_images(
+    network: nn.Module, parts: Mapping[str, Part], *, batch_size: int, device: torch.device | str = "cpu"
+) -> Judge:
+    """Judges networks by what they predict on images: the prefix of a batch is computed once for all groups."""
+
+    def judge(groups: Mapping[str, Collection], folder: Path) -> dict[str, Verdicts]:
+        verdicts = {}
+        for name, part in parts.items():
+            options = {"batch_size": batch_size, "device": device, "label": f"evaluate {name}"}
+            wrong = _wrong(network, list(groups.values()), part, folder / f"{name}_{batch_size}", options)
+            verdicts[name] = dict(zip(groups, map(Verdict.of, wrong), strict=True))
+        return verdicts
+
+    return judge
+
+
+def _wrong(network: nn.Module, groups: list[Collection], part: Part, folder: Path, options: dict) -> list[Tensor]:
+    """Which images every network of every group gets wrong; those are read that an interrupted run has done."""
+    blocks = [read_tensors(path)["wrong"] for path in sorted(folder.glob("*.safetensors"))]
+    done = sum(block.shape[1] for block in blocks)
+    pending, saved = [], time.monotonic()
+    for rows in batch_predictions(network, groups, part, start=done, **options):
+        labels = part.labels[done : done + rows[0].shape[1]]
+        pending.append(torch.cat(rows) != labels)
+        done += len(labels)
+        if time.monotonic() - saved > SAVE_SECONDS or done == len(part):
+            blocks.append(torch.cat(pending, dim=1))
+            write_tensors(folder / f"{done:09d}.safetensors", {"wrong": blocks[-1]})
+            pending, saved = [], time.monotonic()
+    return list(torch.cat(blocks, dim=1).split([len(group) for group in groups]))
+
+
+def by_function(spec: str, template: Template, *, workers: int) -> Judge:
+    """Judges networks by what somebody's function predicts with them."""
+
+    def verdict(name: str, group: Collection, folder: Path) -> Verdict:
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            options = {"template": template, "workers": workers, "label": f"evaluate {name}"}
+            predicted, labels = run_function(spec, group, **options)
+            write_tensors(path, {"wrong": predicted != labels})
+        return Verdict.of(read_tensors(path)["wrong"])
+
+    return lambda groups, folder: {"test": {name: verdict(name, group, folder) for name, group in groups.items()}}
+
+
+def by_command(command: str, template: Template, *, folder: Path, pattern: str, workers: int) -> Judge:
+    """Judges networks by the accuracy that somebody's command prints for their files."""
+
+    def verdict(name: str, group: Collection, state: Path) -> Verdict:
+        options = {"folder": folder, "pattern": pattern, "workers": workers, "label": f"evaluate {name}"}
+        options |= {"template": template, "scratch": state / name, "path": state / f"{name}.jsonl"}
+        return Verdict(torch.tensor(run_command_on(command, group, **options), dtype=torch.float64))
+
+    return lambda groups, state: {"test": {name: verdict(name, group, state) for name, group in groups.items()}}
+
+
+def unknown(groups: Mapping[str, Collection], folder: Path) -> dict[str, Verdicts]:
+    """Nobody can tell: no part, no verdict."""
+    return {}

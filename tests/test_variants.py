@@ -1,0 +1,126 @@
+"""What an experiment can leave out or add: diffusion, checkpoints, test images, trajectories, data set, pretraining."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from tracked import artifacts, runs
+
+from pdiff.__main__ import main as pdiff
+from pdiff.diffusion import sample_seed
+from pdiff.generator import Generator
+
+
+def evaluated(*words: str) -> dict[str, float]:
+    """Metrics of a run of main on the tiny experiment."""
+    assert pdiff(["main", "--tag", "tiny.yaml", *words]) == 0
+    return runs("main")[-1].data.metrics
+
+
+def table() -> pd.DataFrame:
+    return pd.read_csv(artifacts(runs("evaluate")[-1]) / "evaluation.csv")
+
+
+VAE = ["--diffusion.steps", "0", "--diffusion.standardize_latents", "false", "--autoencoder.kind", "conv"]
+VAE += ["--autoencoder.latent_size", "4", "--autoencoder.kl_weight", "1", "--autoencoder.steps", "3"]
+
+
+def test_without_diffusion_latents_are_gaussian(workspace):
+    metrics = evaluated(*VAE)
+    assert "diffusion/loss" not in metrics and "autoencoder/loss" in metrics
+    generator = Generator.load(artifacts(runs("train")[0]) / "generator")
+    assert generator.denoiser is None
+    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    seeds = [sample_seed(0, k) for k in range(8)]
+    z = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    with torch.no_grad():  # decode(N(0, I)), as the VAE variant has it
+        expected = generator.standardizer.decode(generator.autoencoder.decode(z))
+    for name, tensor in drawn.items():
+        torch.testing.assert_close(tensor, expected.tensors[name])
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_only_the_first_checkpoints_are_used(workspace, count):
+    words = ["--autoencoder.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
+    evaluated(*words)
+    assert table().groupby("group").size()["original"] == count
+    generator = Generator.load(artifacts(runs("train")[0]) / "generator")
+    collected = load_file(artifacts(runs("prepare")[0]) / "checkpoints.safetensors")
+    for slot in generator.standardizer.slots:
+        assert slot.mean == pytest.approx(collected[slot.name][:count].mean().item(), abs=1e-6)
+    assert pdiff(["train", "--tag", "tiny.yaml", "--autoencoder.checkpoints", "21"]) == 2
+    assert len(runs("prepare")) == 1, "all share the collection"
+
+
+def test_validation_images_alone(workspace):
+    metrics = evaluated("--evaluate.test", "false")
+    assert not any(name.startswith(("test_accuracy/", "similarity/")) for name in metrics)
+    assert {"val_accuracy/generated_mean", "val_similarity/generated_generated"} <= metrics.keys()
+    assert "test_accuracy" not in table() and table().max_similarity.notna().all()
+    again = evaluated()
+    shared = [name for name in again if name.startswith(("val_", "nearest_distance/"))]
+    assert len(shared) > 20
+    assert all(again[name] == metrics[name] for name in shared)
+    assert "test_accuracy/generated_mean" in again
+
+
+def test_a_trajectory_ends_at_the_draws(workspace):
+    evaluated("--generate.trajectory_every", "2", "--generate.trajectory_count", "3")
+    folder = artifacts(runs("generate")[0])
+    passed, drawn = (load_file(folder / f"{name}.safetensors") for name in ("trajectory", "generated"))
+    names = [name.split() for name in json.loads((folder / "trajectory.json").read_text())["checkpoints"]]
+    timesteps = sorted({float(t) for t, _ in names}, reverse=True)
+    assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == 4  # 5 calls of Heun's, and the end
+    assert [int(k) for _, k in names] == [0, 1, 2] * 4
+    for name, tensor in passed.items():
+        torch.testing.assert_close(tensor[-3:], drawn[name][:3])
+    path = pd.read_csv(artifacts(runs("evaluate")[0]) / "trajectory.csv")
+    last, generated = path[path.timestep == 0], table().query("group == 'generated'")[:3]
+    assert last.test_accuracy.tolist() == generated.test_accuracy.tolist()
+    assert "trajectory" not in set(table().group)
+    assert "Accuracy on the way" in (artifacts(runs("evaluate")[0]) / "report.html").read_text()
+
+
+OWN = """
+prepare: {source: own}
+diffusion: {steps: 20, width: 16, blocks: 1, evaluate_every: 10}
+generate: {count: 3, sampling_steps: 4}
+evaluate: {noise: [0.05]}
+"""
+
+
+def test_networks_that_only_their_owner_knows(workspace):
+    """Neither data set nor architecture: networks are drawn, and compared in weight space alone."""
+    Path("own").mkdir()
+    for k in range(6):
+        torch.manual_seed(k)
+        torch.save({"layer.weight": torch.randn(3, 4), "layer.bias": torch.randn(3)}, f"own/{k}.pth")
+    Path("own.yaml").write_text(OWN)
+    assert pdiff(["main", "--tag", "own.yaml"]) == 0
+    metrics = runs("main")[0].data.metrics
+    assert not any(name.startswith(("val_", "test_", "similarity/")) for name in metrics)
+    assert metrics["nearest_distance/average_mean"] > 0
+    assert set(table().columns) == {"group", "index", "nearest_distance"}
+    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    assert drawn["layer.weight"].shape == (3, 3, 4)
+
+
+def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys):
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
+    words = ["prepare", "--tag", "tiny.yaml", "--prepare.collect.checkpoints", "5"]
+    assert pdiff([*words, "--prepare.parameters", "3.*"]) == 0
+    first, second = runs("prepare")
+    assert f"the pretrained network of run {first.info.run_id}" in capsys.readouterr().out
+    assert "pretrain/loss" in first.data.metrics and "pretrain/loss" not in second.data.metrics
+    base, shared = (load_file(artifacts(run) / "network.safetensors") for run in (first, second))
+    assert all(torch.equal(tensor, shared[name]) for name, tensor in base.items())
+    whole, last = (load_file(artifacts(run) / "checkpoints.safetensors") for run in (first, second))
+    assert set(last) == {"3.weight", "3.bias"} and len(last["3.bias"]) == 5 and len(whole["3.bias"]) == 20
+    assert pdiff([*words, "--prepare.pretrain.epochs", "2"]) == 0  # another pretraining
+    assert pdiff(["prepare", "--tag", "tiny.yaml", "--fresh"]) == 0
+    assert all("pretrain/loss" in run.data.metrics for run in runs("prepare")[2:])

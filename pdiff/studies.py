@@ -237,18 +237,23 @@ def fail_dead(study: optuna.Study) -> None:
                 continue
 
 
-def requeue(study: optuna.Study) -> None:
+def requeue(study: optuna.Study) -> list[str]:
     """Let trials wait again, with the same parameters, that failed for no reason of their own.
 
     Those are all that say no reason: their workers were interrupted or died. Only one process of a study may do this.
+
+    Returns:
+        The runs of the trials that failed.
     """
-    again, trials = superseded(study), study.get_trials(deepcopy=False)
+    again, trials, runs = superseded(study), study.get_trials(deepcopy=False), []
     for trial in study.get_trials(states=(TrialState.FAIL,)):
         history = [trials[n] for n in (*RetryHeartbeatStaleTrialCallback.retry_history(trial), trial.number)]
         deaths = sum("interrupted" not in past.user_attrs for past in history)
         if trial.number not in again and "error" not in trial.user_attrs and deaths <= RETRIES:
+            runs += filter(None, [trial.user_attrs.get("run")])
             trial.user_attrs = {}
             RetryHeartbeatStaleTrialCallback()(study, trial)
+    return runs
 
 
 def values_text(study: optuna.Study, values: list[float]) -> str:

@@ -183,7 +183,7 @@ def _begin(study: Study, command: Command, run_id: str) -> None:
     for key, value in {"order": order, "run": run_id, "stopped": "", "deadline": deadline}.items():
         study.set_user_attr(key, value)
     fail_dead(study)
-    requeue(study)
+    tracking.disown(requeue(study))
     size = 1
     for values in study.grid.values():
         size *= len(values)
@@ -210,7 +210,7 @@ def _lead(study: Study, crew: Crew, run_id: str) -> None:
             while True:
                 _lease(study)
                 fail_dead(study)
-                requeue(study)
+                tracking.disown(requeue(study))
                 if stopped := study.user_attrs["stopped"]:
                     raise UserError(stopped)
                 waiting, running, finished = display.update()

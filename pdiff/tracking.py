@@ -510,6 +510,12 @@ def move(run_ids: Sequence[str], parent: str) -> None:
         mlflow.MlflowClient().set_tag(run_id, "mlflow.parentRunId", parent)
 
 
+def disown(run_ids: Sequence[str]) -> None:
+    """Mark runs as KILLED, also those that had just finished when their process died, before it could say so."""
+    for run_id in run_ids:
+        mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.KILLED))
+
+
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the tracking store does not answer, and not that it was asked for nonsense."""
     code = getattr(error, "error_code", "")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tracked import artifacts, runs
 
+from pdiff import config, stages
 from pdiff.__main__ import main as pdiff
 from pdiff.diffusion import sample_seed
 from pdiff.generator import Generator
@@ -124,3 +125,22 @@ def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys
     assert pdiff([*words, "--prepare.pretrain.epochs", "2"]) == 0  # another pretraining
     assert pdiff(["prepare", "--tag", "tiny.yaml", "--fresh"]) == 0
     assert all("pretrain/loss" in run.data.metrics for run in runs("prepare")[2:])
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "shared"),
+    [
+        ("prepare", "", True),
+        ("prepare", "prepare: {source: own}", False),
+        ("train", "prepare: {source: own}", True),
+        ("generate", "", False),
+        ("evaluate", "", True),
+        ("evaluate", "evaluate: {command: 'python test.py {checkpoint}'}", False),
+        ("evaluate", "evaluate: {function: 'own.py:predict'}", False),
+    ],
+)
+def test_processes_share_what_is_computed_here(workspace, stage, text, shared):
+    Path("other.yaml").write_text(f"extends: tiny.yaml\nprocesses: 3\n{text}")
+    assert stages.processes(stage, config.load("other.yaml")) == (3 if shared else 1)
+    Path("unknown.yaml").write_text("processes: 3\nprepare: {source: own}")
+    assert stages.processes("evaluate", config.load("unknown.yaml")) == 1

@@ -144,7 +144,7 @@ def _written(path: Path) -> str:
     return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)
 
 
-def _evaluation(command: str, function: str, home: Path, *, known: bool) -> dict[str, str]:
+def _evaluation(command: str, function: str, home: Path, *, known: bool) -> dict[str, Any]:
     """How the networks are measured: as asked for; by the script that lies there, where no data set is known."""
     if function:
         file, colon, name = function.rpartition(":")
@@ -158,7 +158,8 @@ def _evaluation(command: str, function: str, home: Path, *, known: bool) -> dict
     except ValueError as error:
         raise UserError(f"--command: {command!r} cannot be split into words: {error}") from None
     there = any((home / word).is_file() and (word == SCRIPT or not Path(word).is_file()) for word in words)
-    return {"command": command, "folder": _written(home) if there else ""}
+    few = {"noise": [0.05], "noise_count": 20} if command else {}  # every network is a run of the command
+    return {"command": command, "folder": _written(home) if there else "", **few}
 
 
 def _parameters(found: Survey, asked: Sequence[str]) -> list[str]:
@@ -284,6 +285,9 @@ def _yaml(tag: str, found: Survey, chosen: Sequence[str], tree: Mapping[str, Any
             *_named("Cannot be used, and left out:", found.unusable),
             *_named("Used, but worth a look (prepare.exclude leaves them out):", found.reported),
         ],
+        "evaluate": ["Every network is one run of the command: few are compared."]
+        if tree["evaluate"].get("noise")
+        else [],
         "autoencoder": [
             *_proposal(found, chosen),
             "To take the paper's, put these lines in the place of the sections autoencoder and diffusion:",

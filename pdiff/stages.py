@@ -443,6 +443,11 @@ STAGES = {
 
 
 def processes(stage: str, experiment: Experiment) -> int:
-    """How many processes share a stage: those of the experiment, where it trains or evaluates."""
-    alone = stage == "generate" or (stage == "prepare" and experiment.prepare.source)
-    return 1 if alone else experiment.processes
+    """How many processes share a stage: those of the experiment, where it trains, or predicts on images."""
+    settings = experiment.evaluate
+    alone = {
+        "prepare": experiment.prepare.source,
+        "generate": True,
+        "evaluate": settings.function or settings.command or not experiment.dataset,  # these have workers
+    }
+    return 1 if alone.get(stage) else experiment.processes

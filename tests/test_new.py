@@ -374,6 +374,7 @@ def test_the_published_layout(here, tmp_path):
     assert (known.command, known.folder) == ("", "")
     asked = config.load(str(new("asked", home, command="python test.py {checkpoint} --fast"))).evaluate
     assert (asked.command, asked.folder) == ("python test.py {checkpoint} --fast", str(home))
+    assert (asked.noise, asked.noise_count) == ((0.05,), 20)
 
 
 @pytest.mark.parametrize("fits", [True, False])

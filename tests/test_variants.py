@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from tracked import artifacts, runs
 
+from pdiff import config, stages
 from pdiff.__main__ import main as pdiff
 from pdiff.diffusion import sample_seed
 from pdiff.generator import Generator
@@ -110,6 +114,45 @@ def test_networks_that_only_their_owner_knows(workspace):
     assert drawn["layer.weight"].shape == (3, 3, 4)
 
 
+MEASURES = """
+import sys
+import numpy as np
+from safetensors.numpy import load_file
+
+data = np.load("digits.npz")
+
+def predict(state):
+    weight, bias = (np.asarray(state[name]) for name in ("layer.weight", "layer.bias"))
+    return (data["images"] @ weight.T + bias).argmax(1), data["labels"]
+
+if __name__ == "__main__":
+    predicted, labels = predict(load_file(sys.argv[1]))
+    print(f"Acc: {100 * (predicted == labels).mean():.4f}%")
+"""
+
+
+@pytest.mark.parametrize("how", ["function: measures.py:predict", "command: 'python measures.py {checkpoint}'"])
+def test_networks_that_their_owner_measures(workspace, how, monkeypatch):
+    """By a function, which also gives similarity, or by a command that is given files like the owner's."""
+    Path("own").mkdir()
+    for k in range(3):
+        torch.manual_seed(k)
+        save_file({"layer.weight": torch.randn(10, 64), "layer.bias": torch.randn(10)}, f"own/{k}.safetensors")
+    images, labels = (array[:50] for array in load_digits(return_X_y=True))
+    np.savez("digits.npz", images=images.astype(np.float32), labels=labels)
+    Path("measures.py").write_text(MEASURES)
+    Path("own.yaml").write_text(OWN.replace("evaluate: {noise: [0.05]}", f"evaluate: {{noise: [], {how}}}"))
+    assert pdiff(["main", "--tag", "own.yaml", "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]) == 0
+    monkeypatch.syspath_prepend(str(workspace))
+    predict = importlib.import_module("measures").predict
+    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    for k, accuracy in enumerate(table().query("group == 'generated'").test_accuracy):
+        predicted, labels = predict({name: tensor[k] for name, tensor in drawn.items()})
+        assert accuracy == pytest.approx((predicted == labels).mean(), abs=1e-6)
+    assert ("similarity/generated_generated" in runs("main")[0].data.metrics) == how.startswith("function")
+    assert "val_accuracy" not in table()
+
+
 def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys):
     assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
     words = ["prepare", "--tag", "tiny.yaml", "--prepare.collect.checkpoints", "5"]
@@ -124,3 +167,22 @@ def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys
     assert pdiff([*words, "--prepare.pretrain.epochs", "2"]) == 0  # another pretraining
     assert pdiff(["prepare", "--tag", "tiny.yaml", "--fresh"]) == 0
     assert all("pretrain/loss" in run.data.metrics for run in runs("prepare")[2:])
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "shared"),
+    [
+        ("prepare", "", True),
+        ("prepare", "prepare: {source: own}", False),
+        ("train", "prepare: {source: own}", True),
+        ("generate", "", False),
+        ("evaluate", "", True),
+        ("evaluate", "evaluate: {command: 'python test.py {checkpoint}'}", False),
+        ("evaluate", "evaluate: {function: 'own.py:predict'}", False),
+    ],
+)
+def test_processes_share_what_is_computed_here(workspace, stage, text, shared):
+    Path("other.yaml").write_text(f"extends: tiny.yaml\nprocesses: 3\n{text}")
+    assert stages.processes(stage, config.load("other.yaml")) == (3 if shared else 1)
+    Path("unknown.yaml").write_text("processes: 3\nprepare: {source: own}")
+    assert stages.processes("evaluate", config.load("unknown.yaml")) == 1

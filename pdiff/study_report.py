@@ -19,6 +19,7 @@ from pdiff.studies import best, table, values_text
 
 SHOWN = 4  # parameters in the figure of pairs, the most important ones
 PLOTLY = "plotly.min.js"
+FANOVA = optuna.importance.FanovaImportanceEvaluator(seed=0)  # the default one takes low values for the better ones
 READING = {
     "history": "Each point is a trial; the line is the best value so far. Once it is flat, more trials gain little.",
     "importances": "How much of the variance of the objective each parameter explains (fANOVA).",
@@ -38,7 +39,9 @@ def figures(study: optuna.Study) -> Iterator[tuple[str, str, go.Figure]]:
         target = None if single else lambda trial, k=k: trial.values[k]
         options = {"target": target, "target_name": objective}
         yield from _tried("history", objective, lambda o=options: plots.plot_optimization_history(study, **o))
-        yield from _tried("importances", objective, lambda o=options: plots.plot_param_importances(study, **o))
+        yield from _tried(
+            "importances", objective, lambda o=options: plots.plot_param_importances(study, **o, evaluator=FANOVA)
+        )
         yield from _tried("parallel", objective, lambda o=options: plots.plot_parallel_coordinate(study, **o))
         yield from _tried("slices", objective, lambda o=options: plots.plot_slice(study, **o))
         yield from _tried("contour", objective, lambda o=options: _contour(study, **o))
@@ -50,7 +53,7 @@ def figures(study: optuna.Study) -> Iterator[tuple[str, str, go.Figure]]:
 
 
 def _contour(study: optuna.Study, **options: object) -> go.Figure:
-    importances = optuna.importance.get_param_importances(study, target=options["target"])
+    importances = optuna.importance.get_param_importances(study, evaluator=FANOVA, target=options["target"])
     return plots.plot_contour(study, params=list(importances)[:SHOWN], **options)
 
 

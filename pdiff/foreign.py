@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
+from pdiff.files import append_line, whole_lines
 from pdiff.user_code import describe, load_function
 
 if TYPE_CHECKING:  # what these import takes a process of `run_function` seconds
@@ -132,7 +133,8 @@ def _measured(
             found = in_order(pool, measure, todo, ahead=runner.workers)
             for k, text in zip(missing, bar(found), strict=False):
                 known[k] = text
-                _keep(path, k, text)
+                if path:
+                    append_line(path, json.dumps([k, text]))
         except BaseException:
             runner.stop()
             raise
@@ -262,16 +264,7 @@ def _fractions(texts: Sequence[str]) -> list[float]:
 
 def _known(path: Path | None) -> dict[int, str]:
     """Position -> accuracy, of what an interrupted run has measured."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
-    return dict(json.loads(line) for line in lines if line.endswith("]"))  # a killed run may have torn the last one
-
-
-def _keep(path: Path | None, position: int, text: str) -> None:
-    """Add one result to what is kept."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([position, text]) + "\n")
+    return dict(whole_lines(path)) if path else {}
 
 
 def run_function(

@@ -24,7 +24,7 @@ from pdiff.diffusion import sample_seed
 from pdiff.distributed import rank_zero_first
 from pdiff.errors import UserError
 from pdiff.evaluation import accuracy, network_accuracy, predictions
-from pdiff.files import append_line, read_tensors, write_json, write_state, write_tensors, write_text
+from pdiff.files import append_line, read_tensors, whole_lines, write_json, write_state, write_tensors, write_text
 from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale, make_diffusion
 from pdiff.judges import Judge, Verdicts
 from pdiff.log import Log, Point, measured
@@ -42,11 +42,8 @@ class History:
 
     def __init__(self, out: Path, log: Log) -> None:
         self.log, self.path, self.points = log, out / STATE / "history.jsonl", {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                if line.endswith("]"):  # a killed run may have torn the last one
-                    self._keep(Point(*json.loads(line)))
+        for point in whole_lines(self.path):
+            self._keep(Point(*point))
         write_text(self.path, "".join(json.dumps(point) + "\n" for point in self.points.values()))
 
     def _keep(self, point: Point) -> None:

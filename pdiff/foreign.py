@@ -90,13 +90,12 @@ def run_command_on(
     """`run_command` for networks in memory: each is written as one of the user's own files, measured, and deleted.
 
     Args:
-        command: see `run_command`, as are the `options`.
+        command: see `run_command`, as are the `options`, but for `total`: how many networks there are, if known.
         states: generated tensors of each network.
         template: how the user's files are laid out; also gives all other tensors.
         scratch: folder for the files; at most as many at a time as commands run.
     """
-    options = {"workers": 0, "label": "evaluate", "path": None} | options
-    label, path = options.pop("label"), options.pop("path")
+    options = {"workers": 0, "label": "evaluate", "path": None, "total": _length(states)} | options
     runner = _Runner(command, options["folder"], options["pattern"], cores(options["workers"]))
 
     def measure(numbered: tuple[int, StateDict]) -> str:
@@ -107,7 +106,8 @@ def run_command_on(
         finally:
             file.unlink(missing_ok=True)
 
-    return _measured(measure, enumerate(states), runner, total=_length(states), label=label, path=path)
+    kept = {name: options[name] for name in ("total", "label", "path")}
+    return _measured(measure, enumerate(states), runner, **kept)
 
 
 def _length(items: Iterable[Any]) -> int | None:

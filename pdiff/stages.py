@@ -440,6 +440,8 @@ STAGES = {
 
 
 def processes(stage: str, experiment: Experiment) -> int:
-    """How many processes share a stage: those of the experiment, where it trains or evaluates."""
-    alone = stage == "generate" or (stage == "prepare" and experiment.prepare.source)
-    return 1 if alone else experiment.processes
+    """How many processes share a stage: those of the experiment, where it trains or evaluates on images; a function
+    and a command of somebody's have `evaluate.workers` of their own."""
+    own = experiment.evaluate.function or experiment.evaluate.command or not experiment.dataset
+    alone = {"prepare": experiment.prepare.source, "generate": True, "evaluate": own}
+    return 1 if alone.get(stage) else experiment.processes

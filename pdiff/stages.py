@@ -33,6 +33,7 @@ from pdiff.training import resolve_device
 from pdiff.weights import Collection, Standardizer, StateDict, not_finite
 
 STATE = ".state"  # folder of a stage's own, for resuming; not an artifact
+HISTORY = "history.jsonl"  # in it: points of the log
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
 Metrics = dict[str, float]
 
@@ -41,7 +42,7 @@ class History:
     """A log that also keeps its points in a file, and tells those of an interrupted run again."""
 
     def __init__(self, out: Path, log: Log) -> None:
-        self.log, self.path, self.points = log, out / STATE / "history.jsonl", {}
+        self.log, self.path, self.points = log, out / STATE / HISTORY, {}
         for point in whole_lines(self.path):
             self._keep(Point(*point))
         write_text(self.path, "".join(json.dumps(point) + "\n" for point in self.points.values()))

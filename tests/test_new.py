@@ -342,6 +342,7 @@ def test_nothing_is_written_over(here):
         ({"function": "predict"}, "--function: 'predict' is not path/to/file.py:function"),
         ({"overrides": {"generate.cuont": "3"}}, "generate.cuont: unknown key; did you mean generate.count"),
         ({"overrides": {"network": "resnet18"}, "dataset": "digits"}, "network"),
+        ({"overrides": {"evaluate": "3"}}, "evaluate: input should be a valid dictionary"),
     ],
 )
 def test_mistakes(here, options, message):

@@ -149,11 +149,16 @@ class Template:
         if not isinstance(content, dict) or not content:
             raise UserError(f"{path}: holds a {type(content).__name__}, expected a state dict (name -> tensor)")
         for name, value in content.items():
-            if not isinstance(name, str) or not (isinstance(value, Tensor) or _plain(value)):
+            if not isinstance(name, str):
+                raise UserError(f"{path}: name {name!r} is a {type(name).__name__}, expected a text")
+            if not isinstance(value, Tensor) and not _plain(value):
                 raise UserError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
         tensors = {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
         if not tensors:
             raise UserError(f"{path}: holds no tensor, expected a state dict (name -> tensor)")
+        for name, tensor in tensors.items():
+            if kind := _unusual(tensor):
+                raise UserError(f"{path}: {name} is {kind}, expected ordinary numbers")
         prefix = _prefix(tensors)
         state = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
         return cls(state, content, nested, prefix, path.suffix, read_metadata(path) if safe else None)
@@ -208,6 +213,16 @@ def _plain(value: Any, depth: int = DEPTH) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+def _unusual(tensor: Tensor) -> str:
+    """What kind of tensor cannot be computed with; empty for all others."""
+    if tensor.is_meta:
+        return "a tensor without numbers (meta)"
+    if tensor.is_quantized or tensor.layout is not torch.strided:
+        return "a quantised tensor" if tensor.is_quantized else "a sparse tensor"
+    small = tensor.is_floating_point() and tensor.element_size() < 2
+    return f"of the type {str(tensor.dtype)[6:]}" if small or tensor.is_complex() else ""
+
+
 def _prefix(names: dict[str, Tensor]) -> str:
     """The prefixes of wrappers that all names begin with."""
     found = ""
@@ -227,7 +242,8 @@ def _load(path: Path) -> Any:
         what = f" ({name.group(1)})" if name else ""
         raise UserError(f"{path}: holds more than tensors{what} or is damaged; pickled code is never run") from None
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = str(error).splitlines() if isinstance(error, OSError | RuntimeError) else []
+        reason = told[0] if told else f"no file of torch.save ({type(error).__name__})"
         raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
 
 

@@ -6,6 +6,7 @@ import csv
 import difflib
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -137,9 +138,15 @@ def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
     if network and user_code.is_own(network.architecture):
         found.append(user_code.source(network.architecture))
     if "evaluate" in sections:
-        words = [Path(settings.folder).expanduser() / word for word in settings.command.split()]
-        found += [user_code.source(settings.function)] if settings.function else [w for w in words if w.is_file()]
+        folder = Path(settings.folder).expanduser()
+        scripts = (folder / word for word in _words(settings.command))
+        found += [user_code.source(settings.function)] if settings.function else [w for w in scripts if w.is_file()]
     return found
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command, each once, and those of words that are commands themselves, as of `sh -c`."""
+    return list(dict.fromkeys(part for word in shlex.split(command) for part in (word, *word.split())))
 
 
 def _content(path: Path) -> str:

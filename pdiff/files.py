@@ -44,8 +44,18 @@ def write_text(path: Path, text: str) -> None:
 @rank_zero_only
 def append_line(path: Path, line: str) -> None:
     """Add a line to a text file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
+
+
+def whole_lines(path: Path) -> list[Any]:
+    """The JSON values of a file of `append_line`, none where there is no file; what a killed process left of a last
+    line is cut off, so that the next one does not go on in it."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        write_text(path, "".join(lines[:-1]))
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write_json(path: Path, value: Any) -> None:

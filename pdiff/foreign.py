@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
+from pdiff.files import append_line, whole_lines
 from pdiff.user_code import describe, load_function
 
 if TYPE_CHECKING:  # what these import takes a process of `run_function` seconds
@@ -89,13 +90,12 @@ def run_command_on(
     """`run_command` for networks in memory: each is written as one of the user's own files, measured, and deleted.
 
     Args:
-        command: see `run_command`, as are the `options`.
+        command: see `run_command`, as are the `options`, but for `total`: how many networks there are, if known.
         states: generated tensors of each network.
         template: how the user's files are laid out; also gives all other tensors.
         scratch: folder for the files; at most as many at a time as commands run.
     """
-    options = {"workers": 0, "label": "evaluate", "path": None} | options
-    label, path = options.pop("label"), options.pop("path")
+    options = {"workers": 0, "label": "evaluate", "path": None, "total": _length(states)} | options
     runner = _Runner(command, options["folder"], options["pattern"], cores(options["workers"]))
 
     def measure(numbered: tuple[int, StateDict]) -> str:
@@ -106,7 +106,8 @@ def run_command_on(
         finally:
             file.unlink(missing_ok=True)
 
-    return _measured(measure, enumerate(states), runner, total=_length(states), label=label, path=path)
+    kept = {name: options[name] for name in ("total", "label", "path")}
+    return _measured(measure, enumerate(states), runner, **kept)
 
 
 def _length(items: Iterable[Any]) -> int | None:
@@ -132,7 +133,8 @@ def _measured(
             found = in_order(pool, measure, todo, ahead=runner.workers)
             for k, text in zip(missing, bar(found), strict=False):
                 known[k] = text
-                _keep(path, k, text)
+                if path:
+                    append_line(path, json.dumps([k, text]))
         except BaseException:
             runner.stop()
             raise
@@ -262,16 +264,7 @@ def _fractions(texts: Sequence[str]) -> list[float]:
 
 def _known(path: Path | None) -> dict[int, str]:
     """Position -> accuracy, of what an interrupted run has measured."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
-    return dict(json.loads(line) for line in lines if line.endswith("]"))  # a killed run may have torn the last one
-
-
-def _keep(path: Path | None, position: int, text: str) -> None:
-    """Add one result to what is kept."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([position, text]) + "\n")
+    return dict(whole_lines(path)) if path else {}
 
 
 def run_function(

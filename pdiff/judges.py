@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,14 +85,18 @@ def by_function(spec: str, template: Template, *, workers: int) -> Judge:
 
 
 def by_command(command: str, template: Template, *, folder: Path, pattern: str, workers: int) -> Judge:
-    """Judges networks by the accuracy that somebody's command prints for their files."""
+    """Judges networks by the accuracy that somebody's command prints for their files: of all groups together, since
+    whether numbers up to 1 are percentages is told by the others."""
+    options = {"folder": folder, "pattern": pattern, "workers": workers, "template": template}
 
-    def verdict(name: str, group: Collection, state: Path) -> Verdict:
-        options = {"folder": folder, "pattern": pattern, "workers": workers, "label": f"evaluate {name}"}
-        options |= {"template": template, "scratch": state / name, "path": state / f"{name}.jsonl"}
-        return Verdict(torch.tensor(run_command_on(command, group, **options), dtype=torch.float64))
+    def judge(groups: Mapping[str, Collection], state: Path) -> dict[str, Verdicts]:
+        counts = [len(group) for group in groups.values()]
+        states, places = chain.from_iterable(groups.values()), {"scratch": state, "path": state / "accuracies.jsonl"}
+        found = run_command_on(command, states, total=sum(counts), **places, **options)
+        accuracies = torch.tensor(found, dtype=torch.float64).split(counts)
+        return {"test": dict(zip(groups, map(Verdict, accuracies), strict=True))}
 
-    return lambda groups, state: {"test": {name: verdict(name, group, state) for name, group in groups.items()}}
+    return judge
 
 
 def unknown(groups: Mapping[str, Collection], folder: Path) -> dict[str, Verdicts]:

@@ -38,7 +38,7 @@ STEPS = 2  # from the second on, a step also holds the gradients of the one befo
 
 
 class Sizes(NamedTuple):
-    """What memory depends on: D, L, and how many checkpoints there are, are fitted by the autoencoder, are held out."""
+    """What memory depends on: D, L, and how many checkpoints are used, are fitted, are held out."""
 
     size: int
     latent_size: int
@@ -129,25 +129,25 @@ def sizes(experiment: Experiment) -> Sizes:
     Raises:
         UserError: a data set that tells its classes or its image size only when it is read; an unreadable source.
     """
-    source = experiment.prepare.source and Path(experiment.prepare.source).expanduser()
-    size = _adopted(experiment, source) if source else _generated(experiment)
-    checkpoints = len(adopt.checkpoint_files(source)) if source else experiment.prepare.collect.checkpoints
+    settings = experiment.prepare
+    files = adopt.checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
+    size = _adopted(experiment, files[0]) if files else _generated(experiment)
+    checkpoints = experiment.autoencoder.checkpoints or len(files) or settings.collect.checkpoints
     fitted, held = generator.heldout_split(checkpoints, experiment.diffusion.heldout_fraction, seed=0)
-    return latent_sizes(experiment, size, checkpoints, len(fitted), len(held))
+    return latent_sizes(experiment, size, len(fitted), len(held))
 
 
-def latent_sizes(experiment: Experiment, size: int, checkpoints: int, fitted: int, heldout: int) -> Sizes:
+def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -> Sizes:
     """The sizes that follow from D and the split of the checkpoints."""
     settings = experiment.autoencoder
-    fitted = min(settings.checkpoints or fitted, fitted)
     wanted = size if settings.latent_size == "auto" else settings.latent_size
     latent_size = wanted if settings.kind == "conv" else max(1, min(wanted, size, fitted - 1))
-    return Sizes(size, latent_size, checkpoints, fitted, heldout)
+    return Sizes(size, latent_size, fitted + heldout, fitted, heldout)
 
 
-def _adopted(experiment: Experiment, folder: Path) -> int:
-    """D of the first of somebody's files."""
-    state = adopt.first_state(folder)
+def _adopted(experiment: Experiment, file: Path) -> int:
+    """D of one of somebody's files."""
+    state = adopt.read_state(file)
     names = matching(state, experiment.prepare.parameters)
     return sum(state[name].numel() for name in names if is_generated(name, state[name]))
 

@@ -280,14 +280,13 @@ def _proposal(found: Survey, chosen: Sequence[str]) -> list[str]:
 def _yaml(tag: str, found: Survey, chosen: Sequence[str], tree: Mapping[str, Any]) -> str:
     """The file: what differs from the defaults, and comments."""
     paper = paper_settings(_numbers(found, chosen))
+    few = isinstance(tree["evaluate"], dict) and "noise" in tree["evaluate"]
     comments = {
         "prepare": [
             *_named("Cannot be used, and left out:", found.unusable),
             *_named("Used, but worth a look (prepare.exclude leaves them out):", found.reported),
         ],
-        "evaluate": ["Every network is one run of the command: few are compared."]
-        if tree["evaluate"].get("noise")
-        else [],
+        "evaluate": ["Every network is one run of the command: few are compared."] if few else [],
         "autoencoder": [
             *_proposal(found, chosen),
             "To take the paper's, put these lines in the place of the sections autoencoder and diffusion:",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from typing import Annotated, Any, Literal
 
@@ -209,6 +210,12 @@ class Evaluate(Section):
             raise ValueError("function and command exclude each other")
         if self.command and "{checkpoint}" not in self.command:
             raise ValueError(f"command must hold {{checkpoint}}, but got {self.command!r}")
+        if not self.test and (self.function or self.command):
+            raise ValueError("test: false cannot hold for a function or a command: they alone know their images")
+        try:
+            shlex.split(self.command)
+        except ValueError as error:
+            raise ValueError(f"command {self.command!r} cannot be split into words: {error}") from None
         try:
             groups = re.compile(self.pattern).groups
         except re.error as error:

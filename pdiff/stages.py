@@ -24,7 +24,7 @@ from pdiff.diffusion import sample_seed
 from pdiff.distributed import rank_zero_first
 from pdiff.errors import UserError
 from pdiff.evaluation import accuracy, network_accuracy, predictions
-from pdiff.files import append_line, read_tensors, write_json, write_state, write_tensors, write_text
+from pdiff.files import append_line, read_tensors, whole_lines, write_json, write_state, write_tensors, write_text
 from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale, make_diffusion
 from pdiff.judges import Judge, Verdicts
 from pdiff.log import Log, Point, measured
@@ -33,6 +33,7 @@ from pdiff.training import resolve_device
 from pdiff.weights import Collection, Standardizer, StateDict, not_finite
 
 STATE = ".state"  # folder of a stage's own, for resuming; not an artifact
+HISTORY = "history.jsonl"  # in it: points of the log
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
 Metrics = dict[str, float]
 
@@ -41,12 +42,9 @@ class History:
     """A log that also keeps its points in a file, and tells those of an interrupted run again."""
 
     def __init__(self, out: Path, log: Log) -> None:
-        self.log, self.path, self.points = log, out / STATE / "history.jsonl", {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                if line.endswith("]"):  # a killed run may have torn the last one
-                    self._keep(Point(*json.loads(line)))
+        self.log, self.path, self.points = log, out / STATE / HISTORY, {}
+        for point in whole_lines(self.path):
+            self._keep(Point(*point))
         write_text(self.path, "".join(json.dumps(point) + "\n" for point in self.points.values()))
 
     def _keep(self, point: Point) -> None:
@@ -443,11 +441,8 @@ STAGES = {
 
 
 def processes(stage: str, experiment: Experiment) -> int:
-    """How many processes share a stage: those of the experiment, where it trains, or predicts on images."""
-    settings = experiment.evaluate
-    alone = {
-        "prepare": experiment.prepare.source,
-        "generate": True,
-        "evaluate": settings.function or settings.command or not experiment.dataset,  # these have workers
-    }
+    """How many processes share a stage: those of the experiment, where it trains or evaluates on images; a function
+    and a command of somebody's have `evaluate.workers` of their own."""
+    own = experiment.evaluate.function or experiment.evaluate.command or not experiment.dataset
+    alone = {"prepare": experiment.prepare.source, "generate": True, "evaluate": own}
     return 1 if alone.get(stage) else experiment.processes

@@ -101,10 +101,12 @@ def survey(folder: Path) -> Survey:
 
 def _look(path: Path) -> Look:
     """Read one file."""
-    if not path.stat().st_size:
-        return Look(path, "is empty")
     try:
+        if not path.stat().st_size:
+            return Look(path, "is empty")
         state = Template.read(path).state
+    except OSError as error:
+        return Look(path, f"cannot be read: {error.strerror}")
     except UserError as error:
         return Look(path, str(error).removeprefix(f"{path}: "))
     if name := not_finite(state):

@@ -42,7 +42,7 @@ from pdiff.leaderboard import Result
 from pdiff.log import Log, Point
 from pdiff.processes import alive, this_process
 from pdiff.settings import Experiment
-from pdiff.stages import STAGES, STATE, processes
+from pdiff.stages import HISTORY, STAGES, STATE, processes
 from pdiff.training import resolve_device
 
 EXPERIMENT = "pdiff"
@@ -328,7 +328,7 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
             for name, value in metrics.items():
                 log(Point(name, value))
         except UserError:
-            if not list((work / STATE).glob("*.pt")):  # a mistake at the start, not an interruption
+            if not _has_results(work / STATE):  # a mistake at the start, not an interruption
                 shutil.rmtree(work, ignore_errors=True)
             raise
         except Pruned:  # nobody will ask for it again
@@ -343,6 +343,11 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
     shutil.rmtree(work)
     ended = mlflow.get_run(run.info.run_id)
     return Done(run.info.run_id, _artifacts(ended), ended.data.metrics)
+
+
+def _has_results(state: Path) -> bool:
+    """Whether a stage has left anything to go on from: more than points of a log."""
+    return any(path.is_file() and path.name != HISTORY for path in state.rglob("*"))
 
 
 def _share_pretraining(experiment: Experiment, work: Path) -> None:

@@ -318,3 +318,30 @@ def test_digest_sees_what_is_used_alone(write, tmp_path):
     (tmp_path / "test.py").write_text("print(12)")
     after = [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "command", ["python 'my test.py' {checkpoint}", 'sh -c "python test.py {checkpoint}"', "./test.py {checkpoint}"]
+)
+def test_digest_sees_the_script_of_a_command(write, tmp_path, command):
+    script = tmp_path / ("my test.py" if "my" in command else "test.py")
+    tree = {"prepare": {"source": "absent"}, "evaluate": {"command": command, "folder": str(tmp_path)}}
+    experiment = config.load(str(write("own", yaml.safe_dump(tree))))
+    digests = set()
+    for text in ("print(1)", "print(12)"):
+        script.write_text(text)
+        digests.add(config.digest(experiment, ("prepare", "evaluate")))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"command": "a '{checkpoint}"}, "cannot be split into words: No closing quotation"),
+        ({"command": "a {checkpoint}", "test": False}, "test: false cannot hold"),
+        ({"function": "a.py:b", "test": False}, "test: false cannot hold"),
+    ],
+)
+def test_evaluations_that_cannot_be(write, evaluate, message):
+    with pytest.raises(UserError, match=f"own.yaml: evaluate: .*{message}"):
+        config.load(str(write("own", yaml.safe_dump({"prepare": {"source": "a"}, "evaluate": evaluate}))))

@@ -1,5 +1,6 @@
 """Somebody's own measurements: commands and functions, in order, in parallel, with errors of one line."""
 
+import json
 import os
 import signal
 import sys
@@ -133,11 +134,15 @@ def test_interrupted_evaluations_go_on(tmp_path):
     with pytest.raises(UserError, match="prints nothing"):
         run_command("python echo.py {checkpoint}", paths, **options)
     with kept.open("a") as file:
-        file.write('[2, "0.')  # torn
-    for path in paths[:2]:
-        path.write_text("would fail")
+        file.write('[2, "0.')  # torn by kill -9
+    paths[3].write_text("nothing")
     paths[2].write_text("acc 30")
-    kept.write_text(kept.read_text().rpartition("\n")[0] + "\n")
+    with pytest.raises(UserError, match="prints nothing"):
+        run_command("python echo.py {checkpoint}", paths, **options)
+    assert [json.loads(line)[0] for line in kept.read_text().splitlines()] == [0, 1, 2]
+    for path in paths[:3]:
+        path.write_text("would fail")
+    paths[3].write_text("acc 40")
     assert run_command("python echo.py {checkpoint}", paths, **options) == pytest.approx([0.001, 0.002, 0.3, 0.4])
 
 

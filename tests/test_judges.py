@@ -1,11 +1,17 @@
 """Judging on images: the same verdicts, whatever was interrupted, and as few predictions as possible."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_evaluation import one_by_one, perturbed, pictures
 
-from pdiff import judges
+from pdiff import config, judges
+from pdiff.adopt import Template
 from pdiff.architectures import mlp
+from pdiff.settings import Evaluate
+from pdiff.stages import processes
+from pdiff.weights import Collection
 
 
 @pytest.fixture
@@ -50,3 +56,34 @@ def test_an_interrupted_judge_goes_on(scene, tmp_path, monkeypatch, batch_size, 
         for name in groups:
             assert torch.equal(found["test"][name].wrong, expected["test"][name].wrong)
     assert starts == [0, goes_on_at, 25]
+
+
+def test_percentages_up_to_one_are_told_by_the_other_groups(tmp_path):
+    """Networks of chance level among 100 classes print 1.00, as perfect ones do that print fractions."""
+    script = "import sys\nfrom safetensors.numpy import load_file\nprint('acc', load_file(sys.argv[1])['x'][0])\n"
+    (tmp_path / "t.py").write_text(script)
+    groups = {
+        name: Collection({"x": torch.tensor([[value, 0.0]])}) for name, value in {"a": 75.5, "b": 1.0, "c": 0.5}.items()
+    }
+    template, pattern = replace(Template.of(groups["a"][0]), suffix=".safetensors"), Evaluate().pattern
+    judge = judges.by_command("python t.py {checkpoint}", template, folder=tmp_path, pattern=pattern, workers=2)
+    found = judge(groups, tmp_path / "state")["test"]
+    assert [verdict.accuracy.item() for verdict in found.values()] == pytest.approx([0.755, 0.01, 0.005])
+    assert list(found) == list(groups)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "count"),
+    [
+        ("evaluate", {}, 3),
+        ("evaluate", {"evaluate.function": "f.py:g"}, 1),
+        ("evaluate", {"evaluate.command": "c {checkpoint}"}, 1),
+        ("train", {"evaluate.command": "c {checkpoint}"}, 3),
+        ("prepare", {}, 3),
+        ("prepare", {"prepare.source": "folder"}, 1),
+        ("generate", {}, 1),
+    ],
+)
+def test_who_shares_a_stage(stage, changes, count):
+    """Not commands: each process would run all of them, on files that the first one alone writes and deletes."""
+    assert processes(stage, config.load("digits_mlp", {"processes": "3", **changes})) == count

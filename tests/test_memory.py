@@ -187,7 +187,7 @@ def test_every_part_of_a_tag(tag):
 def test_a_network_too_large_for_this_machine():
     """Somebody's report of the paper's autoencoder tells 44.9 GB of a GPU, its allocator's reserve included."""
     experiment = config.load("digits_mlp_paper", {"diffusion.steps": "0"})
-    sizes = memory.latent_sizes(experiment, 300_288, 300, 270, 30)
+    sizes = memory.latent_sizes(experiment, 300_288, 270, 30)
     trained = {need.does: need for need in memory.needs(experiment, sizes)}
     assert trained["train, float32"].parameters == pytest.approx(2 * 300_288 * 128, rel=0.05)
     assert 25 < trained["train, bfloat16"].peak / 2**30 < 44.9 < trained["train, float32"].peak / 2**30 < 60
@@ -209,9 +209,18 @@ def test_a_folder_of_checkpoints_tells_its_size(tmp_path):
     assert memory.sizes(experiment).size == 5
 
 
-def test_first_checkpoints_alone_are_fitted():
+def test_files_that_are_excluded_are_not_read(tmp_path):
+    for name in "bcd":
+        save_file({"a": torch.zeros(7)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "a.pth").write_text("damaged")
+    experiment = config.load("digits_mlp", {"prepare.source": str(tmp_path), "prepare.exclude": "a.pth"})
+    assert memory.sizes(experiment) == (7, 2, 3, 3, 0)
+
+
+def test_first_checkpoints_alone_are_used():
+    """One of nine is held out, as the stage train does with those that it takes."""
     experiment = config.load("digits_mlp", {"autoencoder.checkpoints": "9"})
-    assert memory.sizes(experiment) == (2410, 8, 300, 9, 30)
+    assert memory.sizes(experiment) == (2410, 7, 9, 8, 1)
 
 
 def test_what_is_not_known_before_images_are_read():

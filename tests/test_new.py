@@ -93,6 +93,8 @@ def cut(path: Path) -> None:
 UNUSABLE: dict[str, tuple[Callable[[Path], object] | object, str]] = {
     "empty.pth": (lambda path: path.touch(), "is empty"),
     "nothing.pth": ({}, "holds a dict, expected a state dict"),
+    "link.pth": (lambda path: path.symlink_to("absent"), "cannot be read: No such file"),
+    "sparse.pth": (network(1) | {"head.bias": torch.ones(4).to_sparse()}, "head.bias is a sparse tensor"),
     "cut.pth": (cut, "not a readable checkpoint"),
     "text.safetensors": (lambda path: path.write_text("hello"), "not a readable safetensors file"),
     "code.pth": (network(1) | {"x": Code()}, "holds more than tensors"),
@@ -340,6 +342,7 @@ def test_nothing_is_written_over(here):
         ({"function": "predict"}, "--function: 'predict' is not path/to/file.py:function"),
         ({"overrides": {"generate.cuont": "3"}}, "generate.cuont: unknown key; did you mean generate.count"),
         ({"overrides": {"network": "resnet18"}, "dataset": "digits"}, "network"),
+        ({"overrides": {"evaluate": "3"}}, "evaluate: input should be a valid dictionary"),
     ],
 )
 def test_mistakes(here, options, message):

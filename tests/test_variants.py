@@ -186,3 +186,34 @@ def test_processes_share_what_is_computed_here(workspace, stage, text, shared):
     assert stages.processes(stage, config.load("other.yaml")) == (3 if shared else 1)
     Path("unknown.yaml").write_text("processes: 3\nprepare: {source: own}")
     assert stages.processes("evaluate", config.load("unknown.yaml")) == 1
+
+
+TEST = """
+import sys, pathlib
+from safetensors.numpy import load_file
+if pathlib.Path("full").exists() and "00004" in sys.argv[1]:
+    raise OSError("no space left")
+with open("calls", "a") as file:
+    file.write("x")
+print("acc", 1 / (1 + load_file(sys.argv[1])["w"][0] ** 2))
+"""
+
+
+def test_a_command_that_fails_late_goes_on_where_it_was(workspace):
+    Path("own").mkdir()
+    for k in range(4):
+        save_file({"w": torch.tensor([k, 1.0, k * k])}, f"own/{k}.safetensors")
+    Path("own.yaml").write_text(OWN)
+    Path("test.py").write_text(TEST)
+    Path("full").touch()
+    words = ["main", "--tag", "own.yaml", "--evaluate.command", "python test.py {checkpoint}"]
+    words += ["--evaluate.workers", "1"]
+    assert pdiff(words) == 2
+    done = len(Path("calls").read_text())
+    assert 4 <= done < 12
+    Path("full").unlink()
+    assert pdiff(words) == 0
+    assert len(Path("calls").read_text()) == 4 + 3 + 4 + 1 + (done - 4), "only those after the failure are repeated"
+    expected = [1 / (1 + k * k) for k in range(4)]
+    assert table().query("group == 'original'").test_accuracy.tolist() == pytest.approx(expected)
+    assert not list(workspace.glob(".pdiff/*/")), "nothing is left"

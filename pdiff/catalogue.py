@@ -25,9 +25,14 @@ NONE = "-"
 
 
 def lines(words: Sequence[str] = ()) -> Iterator[str]:
-    """The table of all tags that can be run, line by line; only rows in which every one of some words occurs."""
-    paths = config.runnable()
-    experiments = {tag: config.load(tag) for tag in sorted(paths, key=lambda tag: (paths[tag].parent.name, tag))}
+    """The table of all tags that can be run, line by line; only rows in which every one of some words occurs. What is
+    wrong with the files of others comes last."""
+    paths, experiments, wrong = config.runnable(), {}, []
+    for tag in sorted(paths, key=lambda tag: (paths[tag].parent.name, tag)):
+        try:
+            experiments[tag] = config.load(tag)
+        except UserError as error:  # somebody's own file, most of the time: the others are still there
+            wrong.append(f"cannot be loaded: {error}")
     rows = [(paths[tag].parent.name, tag, *_names(experiment)) for tag, experiment in experiments.items()]
     widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=False)]
     sizes = _Sizes()
@@ -36,6 +41,7 @@ def lines(words: Sequence[str] = ()) -> Iterator[str]:
         if all(word in " ".join(row) for word in words):
             yield _line((*row, _spaced(sizes.of(experiments[row[1]])), _published(row[1])), widths)
     sizes.save()
+    yield from wrong
 
 
 def _names(experiment: Experiment) -> tuple[str, str]:

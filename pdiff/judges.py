@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pdiff.adopt import Template
 from pdiff.datasets import Part
+from pdiff.errors import UserError
 from pdiff.evaluation import batch_predictions
 from pdiff.files import read_tensors, write_tensors
 from pdiff.foreign import run_command_on, run_function
@@ -71,17 +72,27 @@ def _wrong(network: nn.Module, groups: list[Collection], part: Part, folder: Pat
 
 
 def by_function(spec: str, template: Template, *, workers: int) -> Judge:
-    """Judges networks by what somebody's function predicts with them."""
+    """Judges networks by what somebody's function predicts with them.
 
-    def verdict(name: str, group: Collection, folder: Path) -> Verdict:
-        path = folder / f"{name}.safetensors"
+    The judge raises UserError where groups are judged on different labels: they could not be compared.
+    """
+
+    def judged(name: str, group: Collection, path: Path) -> dict[str, Tensor]:
         if not path.exists():
             options = {"template": template, "workers": workers, "label": f"evaluate {name}"}
             predicted, labels = run_function(spec, group, **options)
-            write_tensors(path, {"wrong": predicted != labels})
-        return Verdict.of(read_tensors(path)["wrong"])
+            write_tensors(path, {"wrong": predicted != labels, "labels": labels.long()})
+        return read_tensors(path)
 
-    return lambda groups, folder: {"test": {name: verdict(name, group, folder) for name, group in groups.items()}}
+    def judge(groups: Mapping[str, Collection], folder: Path) -> dict[str, Verdicts]:
+        found = {name: judged(name, group, folder / f"{name}.safetensors") for name, group in groups.items()}
+        first, *others = found
+        for name in others:
+            if not torch.equal(found[name]["labels"], found[first]["labels"]):
+                raise UserError(f"evaluate.function {spec}: the labels of {name} are not those of {first}")
+        return {"test": {name: Verdict.of(of["wrong"]) for name, of in found.items()}}
+
+    return judge
 
 
 def by_command(command: str, template: Template, *, folder: Path, pattern: str, workers: int) -> Judge:

@@ -67,3 +67,11 @@ def test_sizes_are_kept_until_what_they_depend_on_changes(write, tmp_path, monke
         assert rows()["t"][3] == "415  -"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own.py"))  # not a folder
     assert rows()["t"][3] == "415  -"
+
+
+def test_one_broken_file_does_not_hide_the_others(write):
+    write("some/good", "dataset: {name: digits}\nnetwork: {architecture: mlp}")
+    write("some/broken", "dataset: {name: digits}\nnetwork: {architecture: mlp}\ndiffusion: {stepz: 3}")
+    _, row, last = catalogue.lines()
+    assert row.split()[:2] == ["some", "good"]
+    assert last.startswith("cannot be loaded: experiments/some/broken.yaml: diffusion.stepz: unknown key")

@@ -9,6 +9,7 @@ from test_evaluation import one_by_one, perturbed, pictures
 from pdiff import config, judges
 from pdiff.adopt import Template
 from pdiff.architectures import mlp
+from pdiff.errors import UserError
 from pdiff.settings import Evaluate
 from pdiff.stages import processes
 from pdiff.weights import Collection
@@ -70,6 +71,18 @@ def test_percentages_up_to_one_are_told_by_the_other_groups(tmp_path):
     found = judge(groups, tmp_path / "state")["test"]
     assert [verdict.accuracy.item() for verdict in found.values()] == pytest.approx([0.755, 0.01, 0.005])
     assert list(found) == list(groups)
+
+
+def test_groups_with_other_labels_cannot_be_compared(tmp_path):
+    source = "import torch\ndef f(state):\n    n = int(state['x'][0])\n    return torch.zeros(4), torch.arange(4) * n\n"
+    (tmp_path / "f.py").write_text(source)
+    groups = {name: Collection({"x": torch.full((3, 2), value)}) for name, value in {"a": 1.0, "b": 1.0}.items()}
+    judge = judges.by_function(f"{tmp_path}/f.py:f", Template.of(groups["a"][0]), workers=1)
+    found = judge(groups, tmp_path / "same")["test"]
+    assert [verdict.accuracy.tolist() for verdict in found.values()] == [[0.25] * 3] * 2
+    groups["b"] = Collection({"x": torch.full((3, 2), 2.0)})
+    with pytest.raises(UserError, match="the labels of b are not those of a"):
+        judge(groups, tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ class Generator:
         """
         passed: list[tuple[float, Tensor]] = []
         drawn = self.sample(seeds, visit=lambda t, z: passed.append((t, z.clone())), **options)
-        return [*((t, self.decode(z)) for t, z in passed[::every]), (0.0, drawn)]
+        looks = dict(passed[::every])  # Heun's method meets most timesteps twice
+        return [*((t, self.decode(z)) for t, z in looks.items()), (0.0, drawn)]
 
     def decode(self, latents: Tensor) -> Collection:
         """The networks of latents as the denoiser has them, (N, L)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +97,19 @@ def processes(workers: int, folder: Path, options: Mapping[str, Any], *, pinned:
     return start
 
 
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have variables in the environment: jobs inherit it, so that no password is pickled into a file of submitit's,
+    and what the cluster sets, such as a job's GPUs, stands."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def submitted(cluster: str, folder: Path, options: Mapping[str, Any]) -> Callable[..., Job]:
     """Start workers through submitit, whose `AutoExecutor.update_parameters` takes the options."""
     try:
@@ -110,7 +124,8 @@ def submitted(cluster: str, folder: Path, options: Mapping[str, Any]) -> Callabl
         raise UserError(f"--launcher {cluster}: {' '.join(str(error).split())}") from None
 
     def start(command: Command, variables: Mapping[str, str], slot: int) -> Submitted:
-        return Submitted(executor.submit(CommandFunction(list(command), env={**os.environ, **variables})))
+        with _environment(variables):
+            return Submitted(executor.submit(CommandFunction(list(command))))
 
     return start
 

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import mlflow
@@ -234,6 +236,23 @@ def test_a_full_disk_is_one_line(workspace, capfd, monkeypatch):
     (run,) = runs("prepare")
     assert run.info.status == "FAILED"
     assert not list(artifacts(run).glob("checkpoints*"))
+
+
+def test_a_server_that_refuses_the_password_is_one_line(workspace, capfd):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/health" else 401)
+            self.end_headers()
+            self.wfile.write(b"You are not authenticated.")
+
+        do_POST = do_GET
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{server.server_port}")
+        assert pdiff(["compare"]) == 2
+        server.shutdown()
+    assert [line for line in capfd.readouterr().err.splitlines() if "401" in line and line.startswith("pdiff: MLflow:")]
 
 
 def test_no_permission_is_one_line(workspace, capfd, monkeypatch):

@@ -473,6 +473,19 @@ def test_workers_share_cores_and_gpus(tmp_path, monkeypatch):
     assert seen[3:] == [("1", "4,7", me)] * 3
 
 
+def test_jobs_inherit_their_environment_and_no_file_holds_it(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "first-secret")
+    names = ["MLFLOW_TRACKING_PASSWORD", "PDIFF_STORAGE", "SUBMITIT_EXECUTOR"]  # the last one is set in the job
+    code = f"import os; print(*(len(os.environ[name]) for name in {names}))"
+    begin = launchers.launcher("local", 1, tmp_path, {}, pinned=False)
+    submitted = begin([sys.executable, "-c", code], {"PDIFF_STORAGE": "second-secret"}, 0)
+    assert submitted.job.result().split() == ["12", "13", "5"]
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 3 and not any(b"-secret" in content for content in files)
+    assert "PDIFF_STORAGE" not in os.environ or os.environ["PDIFF_STORAGE"] != "second-secret"
+
+
 def test_a_worker_without_its_parent_ends(monkeypatch):
     assert not launchers.abandoned()
     monkeypatch.setenv("PDIFF_PARENT", str(os.getppid()))

@@ -25,7 +25,7 @@ READING = {
     "importances": "How much of the variance of the objective each parameter explains (fANOVA).",
     "parallel": "Each line is a trial. Drag along an axis to keep only the lines that pass there.",
     "slices": "The objective against each parameter; darker trials came later.",
-    "contour": "The objective over pairs of the most important parameters; a diagonal shape: they depend on each other.",
+    "contour": "The objective over pairs of important parameters; a diagonal shape: they depend on one another.",
     "front": "Trials that no other one beats in every objective are marked; choose among these.",
     "timeline": "When each trial ran, and how it ended.",
     "intermediate": "What the pruner saw: its metric at every step, negated where it and the objective point apart.",

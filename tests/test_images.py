@@ -308,7 +308,12 @@ def test_two_processes_at_once_decode_once(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "pil_loader", slow)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     parts = [Part(files, PLAIN, store=tmp_path / "store") for _ in range(2)]
-    processes = [multiprocessing.get_context("fork").Process(target=gathered, args=(part,)) for part in parts]
+
+    def decode(part: Part) -> None:
+        torch.set_num_threads(1)  # threads do not survive a fork
+        gathered(part)
+
+    processes = [multiprocessing.get_context("fork").Process(target=decode, args=(part,)) for part in parts]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,5 +1,7 @@
 """What several test modules need."""
 
+import signal
+
 import mlflow
 import pytest
 import torch
@@ -9,6 +11,8 @@ from pdiff import datasets
 from pdiff.datasets import Images
 from pdiff.settings import Dataset
 from pdiff.weights import Collection
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started pytest in the background has it ignored
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import mlflow
 import optuna
 import pandas as pd
 import pytest
+from tracked import runs, start, wait_for
 
 from pdiff import crew, launchers, space, stages, studies, sweep, tracking, trials
 from pdiff.__main__ import main as pdiff
@@ -59,20 +60,13 @@ def stores(tmp_path_factory):
 
 
 @pytest.fixture
-def workspace(tmp_path, monkeypatch, stores):
-    """A folder with a tiny experiment in it, an empty tracking store, and no project run."""
+def workspace(workspace, monkeypatch, stores):
+    """The workspace of all tests with a smaller experiment in it and stores that exist already."""
     for name in ("mlflow.db", "optuna.db"):
-        shutil.copy(stores / name, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    yield tmp_path
-    while mlflow.active_run():
-        mlflow.end_run()
-    mlflow.set_tracking_uri(None)
+        shutil.copy(stores / name, workspace)
+    monkeypatch.delenv("PDIFF_STORAGE", raising=False)
+    (workspace / "tiny.yaml").write_text(TINY)
+    return workspace
 
 
 def written(**more) -> str:
@@ -83,12 +77,6 @@ def written(**more) -> str:
 def command(*, tag="tiny.yaml", overrides=None, **more) -> sweep.Command:
     options = {"trials": 0, "workers": 1, "storage": studies.STORAGE, "study": "", "launcher": "processes"}
     return sweep.Command(tag, "s.yaml", overrides or {}, **(options | {"options": {}} | more))
-
-
-def runs(kind=None):
-    ids = [experiment.experiment_id for experiment in mlflow.search_experiments()]
-    found = mlflow.search_runs(ids, output_format="list", order_by=["attributes.start_time ASC"])
-    return [run for run in found if kind in (None, run.data.tags.get("pdiff.stage"))]
 
 
 def loaded(name="s-tiny", url=studies.STORAGE):
@@ -315,20 +303,6 @@ def test_a_time_limit_leaves_the_rest_waiting(workspace, told):
 # -- the command
 
 
-def start(*words, **environment):
-    variables = {**os.environ, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), **environment}
-    words = [sys.executable, "-m", "pdiff", *words]
-    return subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(condition, process, seconds=180):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-
-
 def begun(storage):
     """Trials that are in somebody's hands."""
     with contextlib.suppress(KeyError):
@@ -385,7 +359,7 @@ def test_terminated_and_continued(workspace):
     written(trials=3)
     process = start(*WORDS, "--storage", "journal://study.journal")
     storage = studies.open_storage("journal://study.journal")
-    wait_for(lambda: begun(storage), process)
+    wait_for(lambda: begun(storage), process, seconds=180)
     process.terminate()
     printed = process.communicate()[0]
     assert process.returncode == 130, printed
@@ -413,7 +387,7 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
     leader = start(*WORDS, "--workers", "2", PDIFF_STORAGE=url)
     storage, killed, stopped, helper = studies.open_storage(url), [], False, leader
     try:
-        wait_for(lambda: begun(storage), leader)
+        wait_for(lambda: begun(storage), leader, seconds=180)
         helper = start(*WORDS, PDIFF_STORAGE=url)
         study = optuna.load_study(study_name="s-tiny", storage=storage)
         while leader.poll() is None:

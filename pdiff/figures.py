@@ -255,15 +255,28 @@ def report(
     }
     sections = [section(heading, READING[heading], figure) for heading, figure in figures.items() if figure.data]
     config = escape(summary.get("config", ""))
-    return PAGE.format(
-        title=escape(title),
-        style=STYLE,
-        plotly=get_plotlyjs(),
-        verdict=escape(verdict(summary)),
+    return page(
+        title=title,
+        verdict=verdict(summary),
         table=_cells(table(evaluation)).to_html(index=False, border=0),
-        sections="\n".join([_published_section(summary, published or {}, changes or {}), *sections]),
-        config=config and f"<details><summary>Configuration</summary><pre>{config}</pre></details>",
+        sections=[_published_section(summary, published or {}, changes or {}), *sections],
+        more=config and f"<details><summary>Configuration</summary><pre>{config}</pre></details>",
     )
+
+
+def page(*, title: str, verdict: str, table: str, sections: Sequence[str], more: str = "", style: str = "") -> str:
+    """One HTML page that works offline.
+
+    Args:
+        title: text.
+        verdict: text that stands first.
+        table: HTML.
+        sections: HTML each, such as `section` makes it.
+        more: HTML at the foot.
+        style: CSS beside that of all pages.
+    """
+    texts = {"title": escape(title), "verdict": escape(verdict), "style": STYLE + style, "plotly": get_plotlyjs()}
+    return PAGE.format(**texts, table=table, sections="\n".join(sections), config=more)
 
 
 def _complete(evaluation: pd.DataFrame) -> pd.DataFrame:
@@ -380,12 +393,12 @@ def _published_section(summary: Mapping[str, Any], published: Mapping[str, float
     return f'<section><h2>Published</h2><p>{escape(note)}</p><div class="scroll">{rows}</div></section>'
 
 
-def section(heading: str, reading: str, figure: go.Figure) -> str:
-    """A figure under its heading and a sentence on how to read it."""
+def section(heading: str, reading: str, figure: go.Figure, *, key: str = "") -> str:
+    """A figure under its heading and a sentence on how to read it; `key` is its identifier in the page."""
     plot = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
-        div_id=heading.lower().replace(" ", "-"),
+        div_id=key or heading.lower().replace(" ", "-"),
         config=PLOTLY_CONFIG,
     )
     return f"<section><h2>{escape(heading)}</h2>\n<p>{escape(reading)}</p>\n{plot}</section>"

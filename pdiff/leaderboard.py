@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from pdiff import figures
@@ -81,14 +80,13 @@ def page(board: pd.DataFrame) -> str:
     }
     drawn = {heading: dumbbells(board, *pair) for heading, pair in pairs.items()}
     sections = [figures.section(heading, READING, figure) for heading, figure in drawn.items() if figure.data]
-    return figures.PAGE.format(
+    return figures.page(
         title="Leaderboard: published results and ours",
-        style=figures.STYLE + STYLE,
-        plotly=get_plotlyjs(),
-        verdict=escape(verdict(board)),
+        verdict=verdict(board),
         table=_html(board),
-        sections="\n".join(sections),
-        config=_changes(board),
+        sections=sections,
+        more=_changes(board),
+        style=STYLE,
     )
 
 

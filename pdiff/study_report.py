@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from html import escape
 from pathlib import Path
 
 import optuna
@@ -13,7 +11,7 @@ from optuna import visualization as plots
 from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
-from pdiff.figures import PAGE, PLOTLY_CONFIG, STYLE, TEMPLATE
+from pdiff.figures import PLOTLY_CONFIG, TEMPLATE, page, section
 from pdiff.files import write_text
 from pdiff.studies import best, table, values_text
 
@@ -72,23 +70,14 @@ def write(study: optuna.Study, folder: Path) -> Path:
     sections = []
     for name, objective, figure in figures(study):
         key = "_".join([name, *(objective.replace("/", "_").split() if len(study.directions) > 1 else [])])
-        plot = figure.to_html(full_html=False, include_plotlyjs=False, div_id=key, config=PLOTLY_CONFIG)
-        heading = f"{name}: {objective}".capitalize()
-        sections.append(f"<section><h2>{escape(heading)}</h2>\n<p>{escape(READING[name])}</p>\n{plot}</section>")
-        page = figure.to_html(include_plotlyjs=PLOTLY, config=PLOTLY_CONFIG)
-        write_text(folder / "figures" / f"{key}.html", page)
+        sections.append(section(f"{name}: {objective}".capitalize(), READING[name], figure, key=key))
+        write_text(folder / "figures" / f"{key}.html", figure.to_html(include_plotlyjs=PLOTLY, config=PLOTLY_CONFIG))
     write_text(folder / "figures" / PLOTLY, get_plotlyjs())
     frame = table(study)
-    frame.to_csv(folder / "trials.csv", index=False)
-    fields = {
-        "title": escape(f"Study {study.study_name}"),
-        "style": STYLE,
-        "plotly": get_plotlyjs(),
-        "verdict": escape(verdict(study)),
-        "table": frame.drop(columns="run").to_html(index=False, border=0, na_rep="–", float_format="%.4g"),
-        "sections": "\n".join(sections),
-    }
-    write_text(folder / "study.html", PAGE.format_map(defaultdict(str, fields)))
+    write_text(folder / "trials.csv", frame.to_csv(index=False))
+    rows = frame.drop(columns="run").to_html(index=False, border=0, na_rep="–", float_format="%.4g")
+    text = page(title=f"Study {study.study_name}", verdict=verdict(study), table=rows, sections=sections)
+    write_text(folder / "study.html", text)
     return folder / "study.html"
 
 

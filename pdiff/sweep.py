@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from pdiff import config, space, study_report, tracking
 from pdiff.crew import STOP_SECONDS, Crew, Display, last_line
 from pdiff.errors import UserError
+from pdiff.files import write_text
 from pdiff.launchers import Job, abandoned, launcher, pdiff
 from pdiff.processes import alive, this_process
 from pdiff.settings import Experiment
@@ -332,7 +333,7 @@ def finish(name: str, url: str) -> None:
                 tracking.record(run_id, metrics={f"std/{key}": value for key, value in metrics["std"].items()})
             rows.append(metrics.rename_axis("metric").reset_index().assign(trial=trial.number))
     path = tracking.work_folder() / "sweeps" / name / "final.csv"
-    pd.concat(rows).to_csv(path, index=False)
+    write_text(path, pd.concat(rows).to_csv(index=False))
 
 
 def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, seeds: int) -> pd.DataFrame:

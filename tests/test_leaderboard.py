@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from plotly.offline import get_plotlyjs
 
 from pdiff import config, leaderboard
 from pdiff.__main__ import main
@@ -137,7 +138,7 @@ def test_the_page_says_what_the_numbers_say_and_needs_nothing_from_outside():
             self.text += data
 
     page = Page()
-    page.feed(html.replace(leaderboard.get_plotlyjs(), ""))
+    page.feed(html.replace(get_plotlyjs(), ""))
     assert not {"src", "href", "srcset"} & page.attributes
     assert "1 of 3 tags were run here, 1 of them with changes." in page.text
     assert "In 1 of 1 published results generated networks are on average more accurate" in page.text

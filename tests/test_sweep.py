@@ -351,7 +351,8 @@ def test_a_sweep_from_beginning_to_end(workspace, capsys):
     assert pdiff(["studies"]) == 0
     assert re.search(r"s-tiny +finished", capsys.readouterr().out)
     storage = ["--storage", "sqlite:///optuna.db"]
-    listed = subprocess.run(["optuna", "studies", *storage, "-f", "json"], capture_output=True, text=True, check=True)
+    command = Path(sys.executable).with_name("optuna")  # where no environment is activated, too
+    listed = subprocess.run([command, "studies", *storage, "-f", "json"], capture_output=True, text=True, check=True)
     assert [row["name"] for row in json.loads(listed.stdout)] == ["s-tiny"]
 
 

@@ -28,6 +28,7 @@ LAUNCHERS = ("processes", "local", "slurm")
 ENTRY_POINTS = STAGES | {
     "sweep": "search for the best settings with Optuna",
     "leaderboard": "published results beside the latest ones of every tag, as a run of its own",
+    "overhead": "measure what a trial of a sweep costs beside its stages",
 }
 NEW_CHECKPOINTS = (
     "folder of .pth, .pt or .safetensors files, one state dict each; or a folder with them in checkpoint/ and a test.py"
@@ -98,6 +99,12 @@ def _add_sweeps(commands: argparse._SubParsersAction) -> None:
     work.add_argument("--storage", default="", help=url)
     work.add_argument("--role", choices=["trials", "final"], default="trials", help=argparse.SUPPRESS)
     work.set_defaults(run=_work)
+    text = ENTRY_POINTS["overhead"]
+    overhead = commands.add_parser("overhead", help=text, description=text, allow_abbrev=False)
+    overhead.add_argument("--storage", default="", help=url)
+    overhead.add_argument("--trials", type=int, default=100, help="of a study that is deleted afterwards")
+    overhead.add_argument("--sampler", choices=["tpe", "random"], default="tpe")
+    overhead.set_defaults(run=_overhead)
     studies = commands.add_parser("studies", help="list the studies of a storage")
     studies.add_argument("--storage", default="", help=url)
     studies.set_defaults(run=_studies)
@@ -210,6 +217,23 @@ def _studies(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     overrides(rest)
     table = studies.listed(arguments.storage or studies.default_storage())
     print("no study" if table.empty else table.to_string(index=False))
+
+
+def _overhead(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff import overhead, studies, tracking
+
+    overrides(rest)
+    if arguments.trials < 1:
+        raise UserError(f"--trials {arguments.trials}: expected a positive number")
+    url = arguments.storage or studies.default_storage()
+    with tracking.connected(), tracking.around("overhead") as run_id:
+        shown = {"storage": studies.without_password(url), "trials": arguments.trials, "sampler": arguments.sampler}
+        tracking.record(run_id, parameters=shown)
+        seconds = overhead.measure(url, trials=arguments.trials, sampler=arguments.sampler)
+        tracking.record(run_id, metrics=seconds)
+    for name, value in seconds.items():
+        print(f"{name:14} {1000 * value:.1f} ms")
+    print(f"run            {run_id}")
 
 
 def _print_evaluation(experiment: Experiment, folder: Path) -> None:

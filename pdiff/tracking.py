@@ -464,20 +464,25 @@ def main(experiment: Experiment, *, fresh: bool = False) -> Done:
 
 @contextmanager
 def around(
-    kind: str, experiment: Experiment, *, label: str, tags: Mapping[str, str], parent: str | None = None
+    kind: str,
+    experiment: Experiment | None = None,
+    *,
+    label: str = "",
+    tags: Mapping[str, str] | None = None,
+    parent: str | None = None,
 ) -> Iterator[str]:
-    """A run around others, such as a sweep or a trial; yields its identifier.
+    """A run of no stage, which may be around others, such as a sweep or a trial; yields its identifier.
 
     Args:
         kind: what takes the place of a stage in its tags.
-        experiment: the configuration to log.
+        experiment: the configuration to log, if it is a run of one.
         label: what its name says beside the tag.
         tags: more tags; those of pdiff are also given to the runs in it.
         parent: a run of another process in which it is nested.
     """
     if parent:
         mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
-    digest = config.digest(experiment, STAGES["evaluate"].sections)
+    tags, digest = tags or {}, config.digest(experiment, STAGES["evaluate"].sections) if experiment else ""
     with _run(kind, experiment, digest, label=label, parent=parent, tags=tags) as run:
         token = _inherited.set({name: value for name, value in tags.items() if name.startswith("pdiff.")})
         try:

@@ -48,7 +48,7 @@ def test_entry_points_are_those_of_the_command_line():
         assert entry["command"] == " ".join(["python -m pdiff", name, *words])
         if name in STAGES:
             assert entry["parameters"] == {"tag": "string"}
-        given = {"sweep": "s", "launcher": "processes"}
+        given = {"sweep": "s", "launcher": "processes", "sampler": "tpe"}
         values = [word.format_map(defaultdict(lambda: "1", given)) for word in words]
         assert parser().parse_args([name, *" ".join(values).split()]).command == name
 

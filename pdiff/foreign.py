@@ -54,91 +54,61 @@ def cores(workers: int) -> int:
 
 def run_command(
     command: str,
-    checkpoints: Iterable[Path],
+    states: Iterable[StateDict],
     *,
+    template: Template,
+    scratch: Path,
     folder: Path,
     pattern: str,
     workers: int = 0,
+    total: int | None = None,
     label: str = "evaluate",
     path: Path | None = None,
 ) -> list[float]:
-    """The accuracy that a command prints for each checkpoint file, a fraction, in the order of the files.
+    """The accuracy that a command prints for each network, a fraction.
 
-    The command is split into words as a shell does, but no shell runs it. Its standard output counts, or where no
-    accuracy is found there its standard error; the last match counts. With a % it is a percentage, as it is where it
-    or any other one of these files is above 1.
+    Each network is written as one of the user's own files, measured, and deleted. The command is split into words as a
+    shell does, but no shell runs it. Its standard output counts, or where no accuracy is found there its standard
+    error; the last match counts. With a % it is a percentage, as it is where it or any other one is above 1.
 
     Args:
         command: holds {checkpoint}, which the absolute path of a file takes the place of.
-        checkpoints: taken one after the other, never more than a few ahead.
-        folder: where it runs.
+        states: generated tensors of each network, taken one after the other, never more than a few ahead.
+        template: how the user's files are laid out; also gives all other tensors.
+        scratch: folder for the files; at most as many at a time as commands run.
+        folder: where the command runs.
         pattern: a regular expression of one group, the accuracy.
         workers: files at a time, 0: as many as there are cores. They share the cores (OMP_NUM_THREADS).
+        total: how many networks there are, if known.
         label: of the progress bar.
         path: where results are kept as they come, so that an interrupted evaluation goes on.
 
     Raises:
         UserError: the command fails, prints no accuracy, or none in 0 .. 100 %; with the last line that it printed.
     """
-    runner = _Runner(command, folder, pattern, cores(workers))
-    return _measured(runner, checkpoints, runner, total=_length(checkpoints), label=label, path=path)
+    runner, known = _Runner(command, folder, pattern, cores(workers)), _known(path)
 
-
-def run_command_on(
-    command: str, states: Iterable[StateDict], *, template: Template, scratch: Path, **options: Any
-) -> list[float]:
-    """`run_command` for networks in memory: each is written as one of the user's own files, measured, and deleted.
-
-    Args:
-        command: see `run_command`, as are the `options`, but for `total`: how many networks there are, if known.
-        states: generated tensors of each network.
-        template: how the user's files are laid out; also gives all other tensors.
-        scratch: folder for the files; at most as many at a time as commands run.
-    """
-    options = {"workers": 0, "label": "evaluate", "path": None, "total": _length(states)} | options
-    runner = _Runner(command, options["folder"], options["pattern"], cores(options["workers"]))
-
-    def measure(numbered: tuple[int, StateDict]) -> str:
-        file = scratch / f"{numbered[0]:05d}{template.suffix}"
-        template.write(file, numbered[1])
+    def measure(numbered: tuple[int, StateDict]) -> tuple[int, str]:
+        number, state = numbered
+        file = scratch / f"{number:05d}{template.suffix}"
+        template.write(file, state)
         try:
-            return runner(file)
+            return number, runner(file)
         finally:
             file.unlink(missing_ok=True)
 
-    kept = {name: options[name] for name in ("total", "label", "path")}
-    return _measured(measure, enumerate(states), runner, **kept)
-
-
-def _length(items: Iterable[Any]) -> int | None:
-    return len(items) if isinstance(items, Sized) else None
-
-
-def _measured(
-    measure: Callable[[Any], str],
-    items: Iterable[Any],
-    runner: _Runner,
-    *,
-    total: int | None,
-    label: str,
-    path: Path | None,
-) -> list[float]:
-    """Measure items in parallel, those that an interrupted run has measured excepted."""
-    known = _known(path)
+    todo = (numbered for numbered in enumerate(states) if numbered[0] not in known)
     bar = partial(tqdm, desc=label, unit="network", total=total, initial=len(known), disable=None)
-    todo = (item for k, item in enumerate(items) if k not in known)
-    missing = (k for k in range(sys.maxsize) if k not in known)
     with ThreadPoolExecutor(runner.workers) as pool:
         try:
-            found = in_order(pool, measure, todo, ahead=runner.workers)
-            for k, text in zip(missing, bar(found), strict=False):
-                known[k] = text
+            for number, text in bar(in_order(pool, measure, todo, ahead=runner.workers)):
+                known[number] = text
                 if path:
-                    append_line(path, json.dumps([k, text]))
+                    append_line(path, json.dumps([number, text]))
         except BaseException:
             runner.stop()
             raise
-    return _fractions([known[k] for k in sorted(known)])
+    return _fractions([known[number] for number in sorted(known)])
 
 
 def in_order(pool: Executor, function: Callable, items: Iterable[Any], *, ahead: int) -> Iterator[Any]:
@@ -232,12 +202,7 @@ class _Runner:
 
 def _words(command: str) -> list[str]:
     """The words of a command; the running interpreter where the first one is python."""
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"evaluate.command: {command!r} cannot be split into words: {error}") from None
-    if not words:
-        raise UserError("evaluate.command: is empty")
+    words = shlex.split(command)
     return [sys.executable, *words[1:]] if words[0] in PYTHONS else words
 
 
@@ -295,7 +260,7 @@ def run_function(
     Raises:
         UserError: the function fails, or returns something else; with its own message.
     """
-    total = _length(states)
+    total = len(states) if isinstance(states, Sized) else None
     rows: list[Tensor] = []
     labels = None
     with tqdm(total=total, desc=label, unit="network", disable=None) as bar:

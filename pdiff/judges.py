@@ -16,7 +16,7 @@ from pdiff.datasets import Part
 from pdiff.errors import UserError
 from pdiff.evaluation import batch_predictions
 from pdiff.files import read_tensors, write_tensors
-from pdiff.foreign import run_command_on, run_function
+from pdiff.foreign import run_command, run_function
 from pdiff.weights import Collection
 
 SAVE_SECONDS = 10.0
@@ -103,7 +103,7 @@ def by_command(command: str, template: Template, *, folder: Path, pattern: str, 
     def judge(groups: Mapping[str, Collection], state: Path) -> dict[str, Verdicts]:
         counts = [len(group) for group in groups.values()]
         states, places = chain.from_iterable(groups.values()), {"scratch": state, "path": state / "accuracies.jsonl"}
-        found = run_command_on(command, states, total=sum(counts), **places, **options)
+        found = run_command(command, states, total=sum(counts), **places, **options)
         accuracies = torch.tensor(found, dtype=torch.float64).split(counts)
         return {"test": dict(zip(groups, map(Verdict, accuracies), strict=True))}
 

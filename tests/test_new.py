@@ -18,7 +18,7 @@ from pdiff import baselines, config
 from pdiff.__main__ import main
 from pdiff.adopt import Template, adopt
 from pdiff.errors import UserError
-from pdiff.foreign import run_command_on
+from pdiff.foreign import run_command
 from pdiff.new import PAPERS, new, paper_settings, patterns_of
 from pdiff.settings import Dataset
 from pdiff.survey import _sketch, survey
@@ -463,7 +463,7 @@ def test_a_users_own_networks_from_training_to_their_own_test(here, capsys, monk
     collection = adopt(source, experiment.prepare.parameters, experiment.prepare.exclude)
     assert len(collection) == 40 and Standardizer.fit(collection).size == 64 * 16 + 16 + 160 + 10
     average = baselines.average(collection)
-    found = run_command_on(
+    found = run_command(
         experiment.evaluate.command,
         average,
         template=Template.read(source / "200.pth"),

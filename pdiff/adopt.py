@@ -104,9 +104,9 @@ def _by_value(path: Path) -> list[tuple[str, int, str]]:
     return [(text, int(digits or -1), digits) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", path.name)]
 
 
-def first_state(folder: Path, exclude: Sequence[str] = ()) -> StateDict:
-    """All tensors of the first checkpoint of a folder, those that are not generated included."""
-    return read_state(checkpoint_files(folder, exclude)[0])
+def first_file(folder: Path, exclude: Sequence[str] = ()) -> Template:
+    """The first checkpoint of a folder, with its tensors that are not generated, too."""
+    return Template.read(checkpoint_files(folder, exclude)[0])
 
 
 def read_state(path: Path) -> StateDict:

@@ -15,7 +15,7 @@ import torch
 from pdiff import config, small_networks, user_code
 from pdiff.architectures import build
 from pdiff.checkpoints import generated_size
-from pdiff.datasets import DATASETS
+from pdiff.datasets import known_sizes
 from pdiff.errors import UserError
 from pdiff.files import read_json, write_json
 from pdiff.settings import Experiment
@@ -100,15 +100,12 @@ def _described(experiment: Experiment) -> tuple[dict[str, Any], tuple[str, ...],
     """Everything that the size depends on: the network, what of it is generated, and the code that makes it."""
     if experiment.dataset is None or experiment.network is None:
         return None
-    name, known = experiment.network.architecture, DATASETS[experiment.dataset.name]
-    image_size = experiment.dataset.image_size or known.image_size
-    if not known.classes or not image_size:
+    name, sizes = experiment.network.architecture, known_sizes(experiment.dataset)
+    if not all(sizes.values()):
         return None
     code = user_code.source(name) if user_code.is_own(name) else Path(small_networks.__file__)
     versions = version("timm"), torch.__version__, code.read_bytes() if code.is_file() else b""
-    channels = experiment.dataset.channels or known.channels
-    network = {"name": name, "classes": known.classes, "channels": channels, "image_size": image_size}
-    return network, experiment.prepare.parameters, versions
+    return {"name": name, **sizes}, experiment.prepare.parameters, versions
 
 
 def _size(network: dict[str, Any], patterns: Sequence[str]) -> int | None:

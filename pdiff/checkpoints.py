@@ -18,7 +18,7 @@ from pdiff.log import Log, Point
 from pdiff.prefix import split
 from pdiff.settings import Collect, Pretrain
 from pdiff.training import Best, Trainer, follow
-from pdiff.weights import Collection, StateDict, is_generated, not_finite
+from pdiff.weights import Collection, StateDict, generated_numbers, is_generated, not_finite
 
 EVERYTHING = ("all",)
 IMPLIED = ("running_mean", "running_var", "num_batches_tracked")
@@ -49,7 +49,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 def generated_size(network: nn.Module, patterns: Sequence[str]) -> int:
     """How many numbers of a network are generated."""
     state = network.state_dict()
-    return sum(state[n].numel() for n in generated_names(network, patterns) if is_generated(n, state[n]))
+    return generated_numbers({name: state[name] for name in generated_names(network, patterns)})
 
 
 def snapshot(network: nn.Module, names: Sequence[str]) -> StateDict:

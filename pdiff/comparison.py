@@ -24,14 +24,16 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def evaluation_table(groups: Mapping[str, Collection], verdicts: Mapping[str, Verdicts]) -> pd.DataFrame:
+def evaluation_table(
+    groups: Mapping[str, Collection], verdicts: Mapping[str, Verdicts], standardizer: Standardizer
+) -> pd.DataFrame:
     """One row a network: group, index, accuracies, largest similarity to an original, distance to the nearest one.
 
     Args:
         groups: name -> networks, `original` among them.
         verdicts: part -> group -> verdict. Similarity is that on the last part that has predictions.
+        standardizer: of the originals; distances are in its units.
     """
-    standardizer = Standardizer.fit(groups["original"])
     originals = standardizer.encode(groups["original"])
     predicted = next((v for v in reversed(verdicts.values()) if v["original"].wrong is not None), None)
     frames = []

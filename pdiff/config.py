@@ -256,17 +256,18 @@ def put(tree: Tree, origins: dict[str, str], key: str, text: str, origin: str = 
     origins[key] = origin
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The keys of a schema, with those of its sections: dataset, dataset.name, ..."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
         for kind in (field.annotation, *get_args(field.annotation)):  # a section, or one that may be absent
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _known_keys(kind, f"{prefix}{name}.")
+                yield from known_keys(kind, f"{prefix}{name}.")
 
 
 def _problem(item: Any, origins: dict[str, str], path: str) -> str:
     """One validation error as: file: key: rule, value; `path` is the file of the tag, for what stands nowhere."""
-    known = list(_known_keys(Experiment))
+    known = list(known_keys(Experiment))
     parts = [str(part) for part in item["loc"]]
     while parts and ".".join(parts) not in known and item["type"] != "extra_forbidden":
         parts.pop()  # list positions and union branches

@@ -22,7 +22,7 @@ from pdiff.files import whole
 from pdiff.images import Batch, Files, Images, Part, Pixels
 from pdiff.settings import Dataset as Settings
 
-__all__ = ["DATASETS", "Batch", "Files", "Images", "Part", "Pixels", "Source", "data_root", "load"]
+__all__ = ["DATASETS", "Batch", "Files", "Images", "Part", "Pixels", "Source", "data_root", "known_sizes", "load"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 TRAIN_TEST = {"train": (True, False)}  # parts as some classes of torchvision name them, and as others do
@@ -161,6 +161,16 @@ DATASETS: dict[str, Source] = {
     "imagenet": Source(imagenet, 1000, 3, 0),
     "image_folder": Source(image_folder, None, 3, 0),
 }
+
+
+def known_sizes(settings: Settings) -> dict[str, int]:
+    """Classes, channels and image size as the settings and DATASETS tell them; 0 is known when the images are read."""
+    source = DATASETS[settings.name]
+    return {
+        "classes": source.classes or 0,
+        "channels": settings.channels or source.channels,
+        "image_size": settings.image_size or source.image_size,
+    }
 
 
 def default_root() -> Path:

@@ -30,7 +30,7 @@ from pdiff.checkpoints import generated_size, matching
 from pdiff.errors import UserError
 from pdiff.settings import Experiment
 from pdiff.training import Best, Trainer
-from pdiff.weights import is_generated
+from pdiff.weights import generated_numbers
 
 ENCODED = 256  # vectors that the stage train encodes at a time
 FIT, FLOAT32, BFLOAT16 = "fit", "train, float32", "train, bfloat16"  # on the CPU; on the CPU; on a GPU
@@ -148,21 +148,15 @@ def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -
 def _adopted(experiment: Experiment, file: Path) -> int:
     """D of one of somebody's files."""
     state = adopt.read_state(file)
-    names = matching(state, experiment.prepare.parameters)
-    return sum(state[name].numel() for name in names if is_generated(name, state[name]))
+    return generated_numbers({name: state[name] for name in matching(state, experiment.prepare.parameters)})
 
 
 def _generated(experiment: Experiment) -> int:
     """D of a network that has shapes and no numbers."""
-    settings, source = experiment.dataset, datasets.DATASETS[experiment.dataset.name]
-    facts = {
-        "classes": source.classes,
-        "channels": settings.channels or source.channels,
-        "image_size": settings.image_size or source.image_size,
-    }
+    facts = datasets.known_sizes(experiment.dataset)
     for name, value in facts.items():
         if not value:
-            raise UserError(f"dataset {settings.name}: its {name} is not known before its images are read")
+            raise UserError(f"dataset {experiment.dataset.name}: its {name} is not known before its images are read")
     with torch.device("meta"):
         network = build(experiment.network.architecture, pretrained=False, **facts)
     return generated_size(network, experiment.prepare.parameters)

@@ -354,13 +354,8 @@ def _mismatches(found: Survey, tree: Mapping[str, Any]) -> list[str]:
 
 
 def _sizes(settings: Dataset) -> dict[str, int]:
-    """Classes, channels and image size of a data set, as its registry knows them, or as its images show."""
-    entry = datasets.DATASETS[settings.name]
-    sizes = {
-        "classes": getattr(entry, "classes", None),
-        "channels": settings.channels or getattr(entry, "channels", None),
-        "image_size": settings.image_size or getattr(entry, "image_size", None),
-    }
+    """Classes, channels and image size of a data set, as far as they are known, or else as its images show."""
+    sizes = datasets.known_sizes(settings)
     if all(sizes.values()):
         return sizes
     images = datasets.load(settings)

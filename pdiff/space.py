@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff import config
 from pdiff.errors import UserError
@@ -279,16 +279,9 @@ def _problem(item: Any, path: Path) -> str:
     key = ".".join(str(part) for part in item["loc"])
     where = f"{path}: {key}".removesuffix(": ")
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {config.nearest(str(item['loc'][-1]), sorted(set(_fields(Sweep))))}"
+        known = sorted({name.rpartition(".")[2] for name in config.known_keys(Sweep)})
+        return f"{where}: unknown key; {config.nearest(str(item['loc'][-1]), known)}"
     return f"{where}: {config.rule(item)}"
-
-
-def _fields(model: type[BaseModel]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield name
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _fields(kind)
 
 
 def check(name: str, sweep: Sweep, tag: str, fixed: Mapping[str, str]) -> Experiment:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pdiff import baselines, config, datasets, figures, judges
-from pdiff.adopt import Template, adopt, checkpoint_files, first_state
+from pdiff import baselines, config, datasets, distributed, figures, judges
+from pdiff.adopt import Template, adopt, first_file
 from pdiff.architectures import build
 from pdiff.checkpoints import collect, generated_names, pretrain
 from pdiff.comparison import COLUMNS, evaluation_table, similarity_matrices, summary
@@ -30,7 +30,7 @@ from pdiff.judges import Judge, Verdicts
 from pdiff.log import Log, Point, measured
 from pdiff.settings import Experiment
 from pdiff.training import resolve_device
-from pdiff.weights import Collection, Standardizer, StateDict, not_finite
+from pdiff.weights import Collection, Standardizer, StateDict, generated_numbers, not_finite
 
 STATE = ".state"  # folder of a stage's own, for resuming; not an artifact
 HISTORY = "history.jsonl"  # in it: points of the log
@@ -94,7 +94,7 @@ def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
         _describe(experiment, images, out / "dataset.json")
     collection.save(out / "checkpoints.safetensors")
     history.save(out / "history.csv")
-    return {"checkpoints": len(collection), "generated_parameters": Standardizer.fit(collection).size}
+    return {"checkpoints": len(collection), "generated_parameters": generated_numbers(collection[0])}
 
 
 def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log) -> Collection:
@@ -104,7 +104,7 @@ def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log)
     if images:
         pretrained = experiment.network.pretrained
         network = _network(experiment, images, pretrained=pretrained)
-        _load_into(network, first_state(source, exclude), source, complete=not pretrained)
+        _load_into(network, first_file(source, exclude).state, source, complete=not pretrained)
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection
 
@@ -306,13 +306,18 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     `generate` looked at draws on their way.
     """
     history = History(out, log)
-    groups = _groups(experiment, prepare, generate)
+    originals = _originals(experiment, prepare)
+    standardizer = Standardizer.fit(originals)
+    groups = {"original": originals, "generated": Collection.load(generate / "generated.safetensors")}
+    groups |= _baselines(experiment, originals, standardizer)
     on_the_way = generate / "trajectory.safetensors"
     judged = groups | ({"trajectory": Collection.load(on_the_way)} if on_the_way.exists() else {})
     with measured(history, "evaluate"):
         verdicts = _judge(experiment, prepare)(judged, out / STATE)
+    if distributed.rank():  # these have judged their networks, and the first one has all verdicts
+        return {}
     with measured(history, "similarity"):
-        evaluation, matrices = evaluation_table(groups, verdicts), similarity_matrices(verdicts)
+        evaluation, matrices = evaluation_table(groups, verdicts, standardizer), similarity_matrices(verdicts)
         metrics = summary(evaluation, matrices)
     write_text(out / "evaluation.csv", evaluation.to_csv(index=False))
     if on_the_way.exists():
@@ -345,21 +350,19 @@ def _judge(experiment: Experiment, prepared: Path) -> Judge:
 def _template(experiment: Experiment, prepared: Path) -> Template:
     """How files of the networks are laid out: as somebody's own, or plainly with all tensors of the base network."""
     if experiment.prepare.source:
-        folder = Path(experiment.prepare.source).expanduser()
-        return Template.read(checkpoint_files(folder, experiment.prepare.exclude)[0])
+        return first_file(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude)
     return Template.of(read_tensors(prepared / "network.safetensors"))
 
 
-def _groups(experiment: Experiment, prepared: Path, generated: Path) -> dict[str, Collection]:
-    """Name -> networks to evaluate; the first two are `original` and `generated`."""
-    settings, original = experiment.evaluate, _originals(experiment, prepared)
-    groups = {"original": original, "generated": Collection.load(generated / "generated.safetensors")}
-    standardizer, some = Standardizer.fit(original), _spread(original, settings.noise_count)
+def _baselines(experiment: Experiment, originals: Collection, standardizer: Standardizer) -> dict[str, Collection]:
+    """Name -> networks that need no generator."""
+    settings, some = experiment.evaluate, _spread(originals, experiment.evaluate.noise_count)
+    groups = {}
     for k, scale in enumerate(settings.noise):
         seed = sample_seed(experiment.seed, 5 + k)
         groups[f"noise_{scale:g}"] = baselines.noisy(some, standardizer, scale=scale, seed=seed)
     if "average" in settings.baselines:
-        groups["average"] = baselines.average(original)
+        groups["average"] = baselines.average(originals)
     return groups
 
 

@@ -112,6 +112,18 @@ def is_generated(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > 1 and not name.endswith("num_batches_tracked")
 
 
+def generated_numbers(state: StateDict) -> int:
+    """How many numbers of one checkpoint are generated.
+
+    Raises:
+        UserError: none.
+    """
+    count = sum(tensor.numel() for name, tensor in state.items() if is_generated(name, tensor))
+    if not count:
+        raise UserError("nothing to generate: the checkpoints have no floating tensor of more than one element")
+    return count
+
+
 class Standardizer:
     """Checkpoints <-> vectors of mean about 0 and deviation about 1, one pair of scalars a tensor (method, section 2).
 
@@ -136,9 +148,8 @@ class Standardizer:
         Raises:
             UserError: nothing in the collection can be generated.
         """
+        generated_numbers(collection[0])
         generated = {name for name, tensor in collection.tensors.items() if is_generated(name, tensor[0])}
-        if not generated:
-            raise UserError("nothing to generate: the collection has no floating tensor of more than one element")
         slots = [_slot(name, collection.tensors[name]) for name in collection.tensors if name in generated]
         constants = {n: t[0].clone() for n, t in collection.tensors.items() if n not in generated}
         return cls(slots, constants, list(collection.tensors))

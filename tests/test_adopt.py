@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pdiff import adopt as module
-from pdiff.adopt import Template, adopt, checkpoint_files, first_state, read_state
+from pdiff.adopt import Template, adopt, checkpoint_files, first_file, read_state
 from pdiff.errors import UserError
 from pdiff.weights import Collection
 
@@ -91,7 +91,7 @@ def test_numbers_in_names_are_in_order(tmp_path):
     for k in (100, 9, 10, 1):
         torch.save(state(k), tmp_path / f"epoch_{k}.pth")
     assert adopt(tmp_path).tensors["num_batches_tracked"].tolist() == [1, 9, 10, 100]
-    assert first_state(tmp_path, ["epoch_1.pth"])["num_batches_tracked"] == 9
+    assert first_file(tmp_path, ["epoch_1.pth"]).state["num_batches_tracked"] == 9
 
 
 def test_many_files_by_many_threads(tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ def _overhead(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     url = arguments.storage or studies.default_storage()
     with tracking.connected(), tracking.around("overhead") as run_id:
         shown = {"storage": studies.without_password(url), "trials": arguments.trials, "sampler": arguments.sampler}
-        tracking.record(run_id, parameters=shown)
+        tracking.record(run_id, parameters={f"overhead.{name}": value for name, value in shown.items()})
         seconds = overhead.measure(url, trials=arguments.trials, sampler=arguments.sampler)
         tracking.record(run_id, metrics=seconds)
     for name, value in seconds.items():

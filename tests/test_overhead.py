@@ -28,7 +28,8 @@ def test_a_benchmark_is_a_run(workspace, capsys, monkeypatch, storage):
     metrics = {name: value for name, value in run.data.metrics.items() if name.startswith("seconds/")}
     assert len(asked) == 4 and 4 * metrics["seconds/trial"] >= 4 * seconds
     assert 0 < 4 * sum(metrics.values()) < wall
-    assert run.data.params == {"storage": storage, "trials": "4", "sampler": "random"}
+    shown = {"storage": storage, "trials": "4", "sampler": "random"}
+    assert run.data.params == {f"overhead.{name}": value for name, value in shown.items()}
     assert f"{1000 * metrics['seconds/trial']:.1f} ms" in capsys.readouterr().out
     assert pdiff(["studies", "--storage", storage]) == 0
     assert capsys.readouterr().out == "no study\n"

@@ -20,7 +20,7 @@ from pdiff.adopt import files_of
 from pdiff.architectures import ARCHITECTURES, known_architectures
 from pdiff.datasets import DATASETS, folder_state
 from pdiff.errors import UserError
-from pdiff.settings import Collect, Experiment, without_neutral
+from pdiff.settings import Autoencoder, Collect, Experiment, without_neutral
 
 FOLDERS = (Path("experiments"), Path(__file__).resolve().parent.parent / "experiments")
 COMMAND_LINE = "command line"
@@ -126,9 +126,19 @@ def digest(experiment: Experiment, sections: Sequence[str]) -> str:
 
 
 def pretraining_digest(experiment: Experiment) -> str:
-    """A fingerprint of what pretraining depends on: less than the whole of `prepare`."""
+    """A fingerprint of what pretraining depends on, less than the whole of `prepare`; empty where there is none."""
+    if experiment.prepare.source or not experiment.prepare.pretrain.epochs:
+        return ""
     only = experiment.prepare.model_copy(update={"parameters": ("all",), "collect": Collect()})
     return digest(experiment.model_copy(update={"prepare": only}), ("dataset", "network", "prepare"))
+
+
+def verdict_digest(experiment: Experiment) -> str:
+    """A fingerprint of what the verdict on the originals depends on: whatever is generated, it is the same."""
+    used = Autoencoder(checkpoints=experiment.autoencoder.checkpoints)
+    asked = experiment.evaluate.model_copy(update={"noise": (), "noise_count": 1, "baselines": ()})
+    only = experiment.model_copy(update={"autoencoder": used, "evaluate": asked})
+    return digest(only, ("dataset", "network", "prepare", "autoencoder", "evaluate"))
 
 
 def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,14 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@rank_zero_only
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all, to where none is yet."""
+    if not target.exists():
+        with whole(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 @rank_zero_only

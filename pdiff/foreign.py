@@ -61,15 +61,14 @@ def run_command(
     folder: Path,
     pattern: str,
     workers: int = 0,
-    total: int | None = None,
     label: str = "evaluate",
     path: Path | None = None,
-) -> list[float]:
-    """The accuracy that a command prints for each network, a fraction.
+) -> list[str]:
+    """The accuracy that a command prints for each network, as it is printed; see `fractions`.
 
     Each network is written as one of the user's own files, measured, and deleted. The command is split into words as a
     shell does, but no shell runs it. Its standard output counts, or where no accuracy is found there its standard
-    error; the last match counts. With a % it is a percentage, as it is where it or any other one is above 1.
+    error; the last match counts.
 
     Args:
         command: holds {checkpoint}, which the absolute path of a file takes the place of.
@@ -79,7 +78,6 @@ def run_command(
         folder: where the command runs.
         pattern: a regular expression of one group, the accuracy.
         workers: files at a time, 0: as many as there are cores. They share the cores (OMP_NUM_THREADS).
-        total: how many networks there are, if known.
         label: of the progress bar.
         path: where results are kept as they come, so that an interrupted evaluation goes on.
 
@@ -98,7 +96,7 @@ def run_command(
             file.unlink(missing_ok=True)
 
     todo = (numbered for numbered in enumerate(states) if numbered[0] not in known)
-    bar = partial(tqdm, desc=label, unit="network", total=total, initial=len(known), disable=None)
+    bar = partial(tqdm, desc=label, unit="network", total=_length(states), initial=len(known), disable=None)
     with ThreadPoolExecutor(runner.workers) as pool:
         try:
             for number, text in bar(in_order(pool, measure, todo, ahead=runner.workers)):
@@ -108,7 +106,11 @@ def run_command(
         except BaseException:
             runner.stop()
             raise
-    return _fractions([known[number] for number in sorted(known)])
+    return [known[number] for number in sorted(known)]
+
+
+def _length(items: Iterable[Any]) -> int | None:
+    return len(items) if isinstance(items, Sized) else None
 
 
 def in_order(pool: Executor, function: Callable, items: Iterable[Any], *, ahead: int) -> Iterator[Any]:
@@ -220,8 +222,8 @@ def _number(text: str) -> float | None:
     return value if 0 <= value <= 100 else None
 
 
-def _fractions(texts: Sequence[str]) -> list[float]:
-    """Accuracies as fractions: those with a % are percentages, as are all the others where one is above 1."""
+def fractions(texts: Sequence[str]) -> list[float]:
+    """Accuracies of `run_command` as fractions: those with a % are percentages, as are all others if one is above 1."""
     values = [_number(text) for text in texts]
     percent = any(value > 1 for value, text in zip(values, texts, strict=True) if "%" not in text)
     return [value / 100 if percent or "%" in text else value for value, text in zip(values, texts, strict=True)]
@@ -260,7 +262,7 @@ def run_function(
     Raises:
         UserError: the function fails, or returns something else; with its own message.
     """
-    total = len(states) if isinstance(states, Sized) else None
+    total = _length(states)
     rows: list[Tensor] = []
     labels = None
     with tqdm(total=total, desc=label, unit="network", disable=None) as bar:

@@ -16,7 +16,7 @@ from pdiff.datasets import Part
 from pdiff.errors import UserError
 from pdiff.evaluation import batch_predictions
 from pdiff.files import read_tensors, write_tensors
-from pdiff.foreign import run_command, run_function
+from pdiff.foreign import fractions, run_command, run_function
 from pdiff.weights import Collection
 
 SAVE_SECONDS = 10.0
@@ -36,7 +36,8 @@ class Verdict(NamedTuple):
 
 Verdicts = dict[str, Verdict]  # of every group
 Judge = Callable[[Mapping[str, Collection], Path], dict[str, Verdicts]]
-"""(groups, folder that keeps what an interrupted run knew) -> part -> group -> verdict."""
+"""(groups, folder) -> part -> group -> verdict. The folder keeps what an interrupted run knew; once a group is judged,
+all that is known of it is in a file of its name, and where that is given, the group is not judged again."""
 
 
 def on_images(
@@ -45,14 +46,30 @@ def on_images(
     """Judges networks by what they predict on images: the prefix of a batch is computed once for all groups."""
 
     def judge(groups: Mapping[str, Collection], folder: Path) -> dict[str, Verdicts]:
-        verdicts = {}
-        for name, part in parts.items():
-            options = {"batch_size": batch_size, "device": device, "label": f"evaluate {name}"}
-            wrong = _wrong(network, list(groups.values()), part, folder / f"{name}_{batch_size}", options)
-            verdicts[name] = dict(zip(groups, map(Verdict.of, wrong), strict=True))
-        return verdicts
+        paths = {name: folder / f"{name}.safetensors" for name in groups}
+        wrong = {name: read_tensors(path) for name, path in paths.items() if path.exists()}
+        for name, found in wrong.items():
+            _check(paths[name], found, {part: (len(groups[name]), len(images)) for part, images in parts.items()})
+        if todo := {name: group for name, group in groups.items() if name not in wrong}:
+            found = {part: judged(part, list(todo.values()), folder) for part in parts}
+            wrong |= {name: {part: rows[k] for part, rows in found.items()} for k, name in enumerate(todo)}
+        for name in todo:
+            write_tensors(paths[name], wrong[name])
+        return {part: {name: Verdict.of(wrong[name][part]) for name in groups} for part in parts}
+
+    def judged(part: str, groups: list[Collection], folder: Path) -> list[Tensor]:
+        blocks = folder / f"{part}_{batch_size}_{sum(map(len, groups))}"
+        options = {"batch_size": batch_size, "device": device, "label": f"evaluate {part}"}
+        return _wrong(network, groups, parts[part], blocks, options)
 
     return judge
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a file of other networks or images."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        raise UserError(f"{path}: holds verdicts {found} (networks, images), expected {shapes}")
 
 
 def _wrong(network: nn.Module, groups: list[Collection], part: Part, folder: Path, options: dict) -> list[Tensor]:
@@ -96,16 +113,18 @@ def by_function(spec: str, template: Template, *, workers: int) -> Judge:
 
 
 def by_command(command: str, template: Template, *, folder: Path, pattern: str, workers: int) -> Judge:
-    """Judges networks by the accuracy that somebody's command prints for their files: of all groups together, since
-    whether numbers up to 1 are percentages is told by the others."""
+    """Judges networks by the accuracy that somebody's command prints for their files; whether numbers up to 1 are
+    percentages is told by those of all groups together."""
     options = {"folder": folder, "pattern": pattern, "workers": workers, "template": template}
 
+    def printed(name: str, group: Collection, state: Path) -> list[str]:
+        places = {"scratch": state / name, "path": state / f"{name}.jsonl"}
+        return run_command(command, group, label=f"evaluate {name}", **places, **options)
+
     def judge(groups: Mapping[str, Collection], state: Path) -> dict[str, Verdicts]:
-        counts = [len(group) for group in groups.values()]
-        states, places = chain.from_iterable(groups.values()), {"scratch": state, "path": state / "accuracies.jsonl"}
-        found = run_command(command, states, total=sum(counts), **places, **options)
-        accuracies = torch.tensor(found, dtype=torch.float64).split(counts)
-        return {"test": dict(zip(groups, map(Verdict, accuracies), strict=True))}
+        texts = [printed(name, group, state) for name, group in groups.items()]
+        accuracies = torch.tensor(fractions(list(chain.from_iterable(texts))), dtype=torch.float64)
+        return {"test": dict(zip(groups, map(Verdict, accuracies.split(list(map(len, texts)))), strict=True))}
 
     return judge
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -24,7 +25,16 @@ from pdiff.diffusion import sample_seed
 from pdiff.distributed import rank_zero_first
 from pdiff.errors import UserError
 from pdiff.evaluation import accuracy, network_accuracy, predictions
-from pdiff.files import append_line, read_tensors, whole_lines, write_json, write_state, write_tensors, write_text
+from pdiff.files import (
+    append_line,
+    copy_file,
+    read_tensors,
+    whole_lines,
+    write_json,
+    write_state,
+    write_tensors,
+    write_text,
+)
 from pdiff.generator import Generator, fit_autoencoder, fit_denoiser, heldout_split, latent_scale, make_diffusion
 from pdiff.judges import Judge, Verdicts
 from pdiff.log import Log, Point, measured
@@ -34,6 +44,7 @@ from pdiff.weights import Collection, Standardizer, StateDict, generated_numbers
 
 STATE = ".state"  # folder of a stage's own, for resuming; not an artifact
 HISTORY = "history.jsonl"  # in it: points of the log
+VERDICTS = "verdicts"  # folder of an evaluation with what is known of the originals
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
 Metrics = dict[str, float]
 
@@ -302,8 +313,8 @@ def _drawn(generator: Generator, experiment: Experiment, rows: range, device: to
 def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, train: Path, generate: Path) -> Metrics:
     """Compare groups of networks.
 
-    Writes `evaluation.csv`, `similarity.safetensors`, `summary.json`, `report.html`, and `trajectory.csv` where
-    `generate` looked at draws on their way.
+    Writes `evaluation.csv`, `similarity.safetensors`, `summary.json`, `report.html`, the verdicts on the originals, and
+    `trajectory.csv` where `generate` looked at draws on their way.
     """
     history = History(out, log)
     originals = _originals(experiment, prepare)
@@ -313,7 +324,7 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     on_the_way = generate / "trajectory.safetensors"
     judged = groups | ({"trajectory": Collection.load(on_the_way)} if on_the_way.exists() else {})
     with measured(history, "evaluate"):
-        verdicts = _judge(experiment, prepare)(judged, out / STATE)
+        verdicts = _verdicts(_judge(experiment, prepare), judged, out)
     if distributed.rank():  # these have judged their networks, and the first one has all verdicts
         return {}
     with measured(history, "similarity"):
@@ -328,6 +339,18 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     write_json(out / "summary.json", {n: v if math.isfinite(v) else None for n, v in metrics.items()})
     _report(experiment, out, evaluation, matrices, metrics, [prepare, train, generate])
     return metrics
+
+
+def _verdicts(judge: Judge, groups: dict[str, Collection], out: Path) -> dict[str, Verdicts]:
+    """Verdicts on all groups; those on the originals are kept for other evaluations, or come from one."""
+    state, kept = out / STATE, out / VERDICTS
+    with rank_zero_first():
+        for path in sorted(kept.glob("original.*")):
+            copy_file(path, state / path.name)
+    verdicts = judge(groups, state)
+    for path in sorted(state.glob("original.*")):
+        copy_file(path, kept / path.name)
+    return verdicts
 
 
 def _judge(experiment: Experiment, prepared: Path) -> Judge:
@@ -423,23 +446,34 @@ def export(collection: Collection, base: Path, out: Path, *, form: str, index: l
     return paths
 
 
+class Shared(NamedTuple):
+    """A file or a folder that a stage takes from a finished run, where that has one of the same digest."""
+
+    name: str
+    digest: Callable[[Experiment], str]  # empty: there is nothing to share
+
+
 @dataclass(frozen=True)
 class Stage:
-    """A stage: what it does, which stages it reads, which sections of the configuration decide its result."""
+    """A stage: what it does, which stages it reads, which sections of the configuration decide its result, and what
+    of it depends on less."""
 
     run: Callable[..., Metrics]
     reads: tuple[str, ...]
     sections: tuple[str, ...]
+    shared: Shared | None = None
 
 
 PREPARED = ("dataset", "network", "prepare")
 TRAINED = (*PREPARED, "autoencoder", "diffusion")
 GENERATED = (*TRAINED, "generate")
 STAGES = {
-    "prepare": Stage(prepare, (), PREPARED),
+    "prepare": Stage(prepare, (), PREPARED, Shared("network.safetensors", config.pretraining_digest)),
     "train": Stage(train, ("prepare",), TRAINED),
     "generate": Stage(generate, ("train",), GENERATED),
-    "evaluate": Stage(evaluate, ("prepare", "train", "generate"), (*GENERATED, "evaluate")),
+    "evaluate": Stage(
+        evaluate, ("prepare", "train", "generate"), (*GENERATED, "evaluate"), Shared(VERDICTS, config.verdict_digest)
+    ),
 }
 
 

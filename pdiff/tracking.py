@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from pdiff import config, leaderboard
 from pdiff.distributed import launch
 from pdiff.errors import Pruned, UserError
-from pdiff.files import read_json, whole
+from pdiff.files import copy_file, read_json
 from pdiff.generator import Generator
 from pdiff.leaderboard import Result
 from pdiff.log import Log, Point
@@ -318,8 +318,8 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
         upstream = {name: known.get(name) or execute(name, experiment, known=known) for name in reads}
         mlflow.set_tags({f"pdiff.{name}_run": done.run_id for name, done in upstream.items()})
         tqdm.write(f"{stage}: run {run.info.run_id}" + (", resuming" if work.exists() else ""))
-        if stage == "prepare" and not fresh:
-            _share_pretraining(experiment, work)
+        if not fresh:
+            _share(stage, experiment, work)
         log, compute = RunLog(run.info.run_id), STAGES[stage].run
         if (count := processes(stage, experiment)) > 1:
             compute = partial(launch, compute, processes=count, device=resolve_device(experiment.device))
@@ -350,19 +350,20 @@ def _has_results(state: Path) -> bool:
     return any(path.is_file() and path.name != HISTORY for path in state.rglob("*"))
 
 
-def _share_pretraining(experiment: Experiment, work: Path) -> None:
-    """Tag a run of prepare with what its pretraining depends on, and take the base network of a finished run that
-    has the same tag: what is collected may differ, the pretrained network does not."""
-    if experiment.prepare.source or not experiment.prepare.pretrain.epochs:
+def _share(stage: str, experiment: Experiment, work: Path) -> None:
+    """Tag a run with what a part of its result depends on, and take that part from a finished run of the same tag:
+    what is collected may differ where the pretrained network does not."""
+    shared = STAGES[stage].shared
+    digest = shared.digest(experiment) if shared else ""
+    if not digest:
         return
-    pretrained = config.pretraining_digest(experiment)
-    mlflow.set_tag("pdiff.pretraining", pretrained)
-    target = work / "network.safetensors"
-    found = _latest(f"attributes.status = 'FINISHED' and tags.`pdiff.pretraining` = '{pretrained}'")
-    if found and not target.exists():
-        tqdm.write(f"prepare: the pretrained network of run {found.info.run_id}")
-        with whole(target) as temporary:
-            shutil.copyfile(_artifacts(found) / target.name, temporary)
+    mlflow.set_tag(f"pdiff.{shared.name}", digest)
+    found = _latest(f"attributes.status = 'FINISHED' and tags.`pdiff.{shared.name}` = '{digest}'")
+    source = _artifacts(found) / shared.name if found else None
+    if source and source.exists() and not (work / shared.name).exists():
+        for path in sorted(source.iterdir()) if source.is_dir() else [source]:
+            copy_file(path, work / path.relative_to(source.parent))
+        tqdm.write(f"{stage}: {shared.name} of run {found.info.run_id}")
 
 
 def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from pdiff import foreign
 from pdiff.adopt import Template
 from pdiff.errors import UserError
-from pdiff.foreign import run_command, run_function
+from pdiff.foreign import fractions, run_command, run_function
 from pdiff.settings import Evaluate
 from pdiff.weights import Collection
 
@@ -37,7 +37,7 @@ def run(home: Path, texts: list[str], command: str = "python echo.py {checkpoint
     """Run a command on files with an unusual path; `echo.py` prints what is in one."""
     (home / "echo.py").write_text("import sys\nprint(open(sys.argv[1]).read())\n")
     places = {"template": Texts(), "scratch": home / "it's; $HOME", "folder": home, "pattern": PATTERN}
-    return run_command(command, texts, **places | options)
+    return fractions(run_command(command, texts, **places | options))
 
 
 def test_results_come_in_order_whatever_takes_longest(tmp_path):
@@ -174,7 +174,7 @@ def test_networks_are_written_as_the_users_files_are_and_deleted(tmp_path):
     states = Collection({"w": torch.tensor([[0.25, 0.25, 0], [0.5, 0, 0.25], [0, 0, 0.125]])})
     options = {"template": Template.read(first), "scratch": tmp_path / "scratch", "folder": tmp_path}
     found = run_command("python t.py {checkpoint}", states, pattern=PATTERN, workers=2, **options)
-    assert found == [0.5, 0.75, 0.125]
+    assert found == ["0.5", "0.75", "0.125"]
     assert not list((tmp_path / "scratch").iterdir())
 
 

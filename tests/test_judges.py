@@ -1,5 +1,6 @@
 """Judging on images: the same verdicts, whatever was interrupted, and as few predictions as possible."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -56,7 +57,23 @@ def test_an_interrupted_judge_goes_on(scene, tmp_path, monkeypatch, batch_size, 
         found = judges.on_images(network, {"test": part}, batch_size=batch_size)(groups, tmp_path)
         for name in groups:
             assert torch.equal(found["test"][name].wrong, expected["test"][name].wrong)
-    assert starts == [0, goes_on_at, 25]
+    assert starts == [0, goes_on_at]
+
+
+def test_what_is_known_of_a_group_is_not_computed_again(scene, tmp_path, monkeypatch):
+    network, part, groups = scene
+    judge, known = judges.on_images(network, {"test": part}, batch_size=4), tmp_path / "known"
+    expected = judge(groups, tmp_path / "whole")
+    known.mkdir()
+    shutil.copy(tmp_path / "whole" / "original.safetensors", known)
+    run, judged = judges.batch_predictions, []
+    monkeypatch.setattr(judges, "batch_predictions", lambda *a, **o: judged.append(len(a[1])) or run(*a, **o))
+    found = judge(groups, known)
+    assert judged == [1], "the generated ones alone"
+    for name in groups:
+        assert torch.equal(found["test"][name].wrong, expected["test"][name].wrong)
+    with pytest.raises(UserError, match=r"original\.safetensors: holds verdicts .*\(3, 25\).*, expected .*\(2, 25\)"):
+        judge(groups | {"original": groups["original"].select([0, 1])}, known)
 
 
 def test_percentages_up_to_one_are_told_by_the_other_groups(tmp_path):

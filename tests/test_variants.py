@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from tracked import artifacts, runs
 
-from pdiff import config, stages
+from pdiff import config, judges, stages
 from pdiff.__main__ import main as pdiff
 from pdiff.diffusion import sample_seed
 from pdiff.generator import Generator
@@ -122,6 +122,8 @@ from safetensors.numpy import load_file
 data = np.load("digits.npz")
 
 def predict(state):
+    with open("calls", "a") as file:
+        file.write("x")
     weight, bias = (np.asarray(state[name]) for name in ("layer.weight", "layer.bias"))
     return (data["images"] @ weight.T + bias).argmax(1), data["labels"]
 
@@ -142,7 +144,10 @@ def test_networks_that_their_owner_measures(workspace, how, monkeypatch):
     np.savez("digits.npz", images=images.astype(np.float32), labels=labels)
     Path("measures.py").write_text(MEASURES)
     Path("own.yaml").write_text(OWN.replace("evaluate: {noise: [0.05]}", f"evaluate: {{noise: [], {how}}}"))
-    assert pdiff(["main", "--tag", "own.yaml", "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]) == 0
+    words = ["main", "--tag", "own.yaml", "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
+    assert pdiff(words) == 0
+    calls = Path("calls").read_text()
+    assert len(calls) == 3 + 3 + 1, "originals, generated networks, the average"
     monkeypatch.syspath_prepend(str(workspace))
     predict = importlib.import_module("measures").predict
     drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
@@ -151,6 +156,11 @@ def test_networks_that_their_owner_measures(workspace, how, monkeypatch):
         assert accuracy == pytest.approx((predicted == labels).mean(), abs=1e-6)
     assert ("similarity/generated_generated" in runs("main")[0].data.metrics) == how.startswith("function")
     assert "val_accuracy" not in table()
+    originals = table().query("group == 'original'")
+    Path("calls").write_text("")
+    assert pdiff([*words, "--generate.seed", "1"]) == 0
+    assert len(Path("calls").read_text()) == 3 + 1, "the originals are known"
+    assert table().query("group == 'original'").test_accuracy.equals(originals.test_accuracy)
 
 
 def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys):
@@ -158,7 +168,7 @@ def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys
     words = ["prepare", "--tag", "tiny.yaml", "--prepare.collect.checkpoints", "5"]
     assert pdiff([*words, "--prepare.parameters", "3.*"]) == 0
     first, second = runs("prepare")
-    assert f"the pretrained network of run {first.info.run_id}" in capsys.readouterr().out
+    assert f"prepare: network.safetensors of run {first.info.run_id}" in capsys.readouterr().out
     assert "pretrain/loss" in first.data.metrics and "pretrain/loss" not in second.data.metrics
     base, shared = (load_file(artifacts(run) / "network.safetensors") for run in (first, second))
     assert all(torch.equal(tensor, shared[name]) for name, tensor in base.items())
@@ -167,6 +177,31 @@ def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys
     assert pdiff([*words, "--prepare.pretrain.epochs", "2"]) == 0  # another pretraining
     assert pdiff(["prepare", "--tag", "tiny.yaml", "--fresh"]) == 0
     assert all("pretrain/loss" in run.data.metrics for run in runs("prepare")[2:])
+
+
+def test_originals_are_judged_once(workspace, monkeypatch, capsys):
+    """Whatever is generated, and whatever else it is compared with."""
+    judged, run = [], judges.batch_predictions
+
+    def counted(network, groups, *arguments, **options):
+        judged.append([len(group) for group in groups])
+        return run(network, groups, *arguments, **options)
+
+    monkeypatch.setattr(judges, "batch_predictions", counted)
+    evaluated()
+    first = table()
+    words = ["--autoencoder.latent_size", "3", "--generate.count", "5", "--evaluate.noise", "[0.1, 0.2]"]
+    evaluated(*words)
+    assert f"evaluate: verdicts of run {runs('evaluate')[0].info.run_id}" in capsys.readouterr().out
+    assert judged == [[20, 8, 4, 1]] * 2 + [[5, 4, 4, 1]] * 2, "on validation and on test images"
+    shared = table()
+    columns = ["val_accuracy", "test_accuracy", "max_similarity"]
+    assert shared[columns][:20].equals(first[columns][:20])
+    assert pdiff(["evaluate", "--tag", "tiny.yaml", "--fresh", *words]) == 0
+    assert judged[4:] == [[20, 5, 4, 4, 1]] * 2
+    assert table().equals(shared)
+    evaluated("--autoencoder.checkpoints", "7")  # other originals
+    assert judged[6:] == [[7, 8, 4, 1]] * 2
 
 
 @pytest.mark.parametrize(
@@ -191,7 +226,7 @@ def test_processes_share_what_is_computed_here(workspace, stage, text, shared):
 TEST = """
 import sys, pathlib
 from safetensors.numpy import load_file
-if pathlib.Path("full").exists() and "00004" in sys.argv[1]:
+if pathlib.Path("full").exists() and "generated/00000" in sys.argv[1]:
     raise OSError("no space left")
 with open("calls", "a") as file:
     file.write("x")

@@ -232,9 +232,9 @@ def launch(
         UserError, OSError: the first one that a process raised; or too few GPUs.
         ProcessError: a process failed otherwise.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     _check(processes, device)
     pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(processes)]
@@ -244,19 +244,9 @@ def launch(
     listener.start()
     failure = None
     with TemporaryDirectory() as logs, _quiet(), _signals_restored():
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )
+        start = elastic_launch(_launch_config(processes, logs), _work)
         try:
-            results = elastic_launch(config, _work)(writers, device.type, partial(function, *arguments, **options))
+            results = start(writers, device.type, partial(function, *arguments, **options))
         except SignalException:
             raise KeyboardInterrupt from None
         except ChildFailedError as error:
@@ -268,6 +258,24 @@ def launch(
     if failure or told:
         _raise(told, failure, processes)
     return results[0]
+
+
+def _launch_config(processes: int, logs: str) -> Any:
+    """One start of some processes on this machine, at a port that is free."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
+    )
 
 
 def _check(processes: int, device: torch.device) -> None:

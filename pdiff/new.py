@@ -85,23 +85,8 @@ def new(
     source, home = _places(checkpoints.expanduser())
     found = survey(source)
     chosen = _parameters(found, parameters)
-    tree: dict[str, Any] = {
-        "dataset": {"name": dataset} if dataset else {},
-        "network": {"architecture": architecture} if architecture else {},
-        "prepare": {
-            "source": _written(source),
-            "parameters": chosen if len(chosen) > 1 else chosen[0],
-            "exclude": [escape(n) for n in found.unusable],
-        },
-        "autoencoder": {"latent_size": "auto"},
-        "diffusion": {"steps": DiffusionSettings().steps},
-        "evaluate": _evaluation(command, function, home, known=bool(dataset)),
-    }
-    for key, text in (overrides or {}).items():
-        config.put(tree, {}, key, text)
-    tree = {section: _without_empty(values) for section, values in tree.items()}
-    if bool(tree["dataset"]) != bool(tree["network"]):
-        raise UserError("--dataset and --architecture belong together: one is given without the other")
+    evaluation = _evaluation(command, function, home, known=bool(dataset))
+    tree = _tree(found, chosen, dataset, architecture, evaluation, overrides or {})
     text = _yaml(tag, found, chosen, tree)
     _check(path, text)
     print(_report(found, chosen))
@@ -112,6 +97,35 @@ def new(
     named = tag if known and known.resolve() == path.resolve() else path
     print(f"\nwritten     {path}\nnext        pdiff main --tag {shlex.quote(str(named))}")
     return path
+
+
+def _tree(
+    found: Survey,
+    chosen: Sequence[str],
+    dataset: str,
+    architecture: str,
+    evaluation: Mapping[str, Any],
+    overrides: Mapping[str, str],
+) -> dict[str, Any]:
+    """The sections of the experiment, without what says nothing."""
+    tree: dict[str, Any] = {
+        "dataset": {"name": dataset} if dataset else {},
+        "network": {"architecture": architecture} if architecture else {},
+        "prepare": {
+            "source": _written(found.folder),
+            "parameters": list(chosen) if len(chosen) > 1 else chosen[0],
+            "exclude": [escape(name) for name in found.unusable],
+        },
+        "autoencoder": {"latent_size": "auto"},
+        "diffusion": {"steps": DiffusionSettings().steps},
+        "evaluate": dict(evaluation),
+    }
+    for key, text in overrides.items():
+        config.put(tree, {}, key, text)
+    tree = {section: _without_empty(values) for section, values in tree.items()}
+    if bool(tree["dataset"]) != bool(tree["network"]):
+        raise UserError("--dataset and --architecture belong together: one is given without the other")
+    return tree
 
 
 def _without_empty(values: Any) -> Any:

@@ -20,7 +20,17 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    NotSupportedError,
+    PendingRollbackError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from pdiff import config
 from pdiff.diffusion import sample_seed
@@ -72,8 +82,7 @@ def waiting_for_database(call: Callable[..., Any]) -> Callable[..., Any]:
                 return call(*arguments, **options)
             except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
                 cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-                away = isinstance(cause, DBAPIError) and not isinstance(cause, _lasting())
-                if not away or time.monotonic() > end:
+                if not _away(cause) or time.monotonic() > end:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
@@ -81,11 +90,11 @@ def waiting_for_database(call: Callable[..., Any]) -> Callable[..., Any]:
     return patient
 
 
-def _lasting() -> tuple[type[Exception], ...]:
-    """Errors of a database that waiting does not mend."""
-    from sqlalchemy.exc import DataError, IntegrityError, NotSupportedError, ProgrammingError
-
-    return DataError, IntegrityError, NotSupportedError, ProgrammingError
+def _away(error: BaseException | None) -> bool:
+    """Whether an error says that the connection to a database was refused or lost; a second statement after the one
+    that lost it, as Optuna tries it, is told to roll back first."""
+    lasting = (DataError, IntegrityError, NotSupportedError, ProgrammingError)  # waiting does not mend these
+    return isinstance(error, DBAPIError | PendingRollbackError) and not isinstance(error, lasting)
 
 
 def without_password(url: str) -> str:

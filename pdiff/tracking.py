@@ -29,8 +29,10 @@ from filelock import FileLock, Timeout
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, Run, RunStatus
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.git_utils import get_git_commit
+from mlflow.utils.rest_utils import http_request
 from tqdm.auto import tqdm
 
 from pdiff import config, leaderboard
@@ -91,10 +93,7 @@ def connect() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
-        try:
-            requests.get(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT)
-        except requests.RequestException as error:
-            raise UserError(f"MLFLOW_TRACKING_URI {uri}: no answer ({type(error).__name__})") from None
+        reach(uri)
     try:
         work_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(work_folder() / "store.lock"):
@@ -108,6 +107,19 @@ def connect() -> None:
         raise UserError(f"the tracking store {uri} or {work_folder()} cannot be written: {error}") from None
     mlflow.enable_system_metrics_logging()
     mlflow.set_system_metrics_sampling_interval(2)
+
+
+def reach(uri: str) -> None:
+    """Ask a tracking server whether it is there, by the certificates and passwords that MLflow is told of.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    try:
+        http_request(get_default_host_creds(uri), "/health", "GET", timeout=SERVER_TIMEOUT, max_retries=0)
+    except mlflow.MlflowException as error:
+        reason = type(error.__context__ or error).__name__
+        raise UserError(f"MLFLOW_TRACKING_URI {uri}: no answer ({reason})") from None
 
 
 def _experiments() -> list[str]:

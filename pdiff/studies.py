@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from pdiff import config
 from pdiff.diffusion import sample_seed
@@ -123,7 +123,7 @@ def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
             options["connect_args"] = {"timeout": 60, "isolation_level": None}
         make = waiting_for_database(RDBStorage) if patient else RDBStorage
         storage = make(url, options, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
-    except (ArgumentError, NoSuchModuleError, ImportError, sqlite3.Error, OSError, SQLAlchemyError) as error:
+    except (ImportError, OSError, RuntimeError, SQLAlchemyError, sqlite3.Error) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())
         raise UserError(f"--storage {_readable(url)}: cannot be opened: {reason}") from None
     if parsed.drivername.startswith("sqlite"):  # knows no SELECT FOR UPDATE: two workers would take the same trial

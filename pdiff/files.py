@@ -37,10 +37,9 @@ def whole(path: Path) -> Iterator[Path]:
 
 @rank_zero_only
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all, to where none is yet."""
-    if not target.exists():
-        with whole(target) as temporary:
-            shutil.copyfile(source, temporary)
+    """Copy a file, whole or not at all."""
+    with whole(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 @rank_zero_only

@@ -277,6 +277,14 @@ def test_verdicts_are_taken_from_the_latest_evaluation_of_the_same_checkpoints(w
     assert calls("evaluate", "--generate.seed", "4") == 8
 
 
+def test_whole_verdicts_of_others_replace_unfinished_ones(tmp_path):
+    for folder, lines in ((stages.STATE, "1\n"), (stages.VERDICTS, "1\n2\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "original.jsonl").write_text(lines)
+    known = stages._verdicts(lambda groups, state: (state / "original.jsonl").read_text(), {}, tmp_path)
+    assert known == "1\n2\n"
+
+
 def test_verdicts_that_were_taken_are_no_reason_to_keep_a_failed_evaluation(workspace, commanded, capsys):
     assert pdiff(["evaluate", *commanded]) == 0
     Path("full").touch()

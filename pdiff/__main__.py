@@ -152,6 +152,16 @@ def overrides(rest: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def no_overrides(rest: Sequence[str]) -> None:
+    """Refuse what is left of the words of a command that runs no experiment.
+
+    Raises:
+        UserError: anything.
+    """
+    for key in overrides(rest):
+        raise UserError(f"unknown option --{key}; `--help` lists all")
+
+
 def _stage(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import config
 
@@ -206,7 +216,7 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _work(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import studies, sweep
 
-    overrides(rest)
+    no_overrides(rest)
     role = sweep.finish if arguments.role == "final" else sweep.work
     role(arguments.study, arguments.storage or studies.default_storage())
 
@@ -214,7 +224,7 @@ def _work(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _studies(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import studies
 
-    overrides(rest)
+    no_overrides(rest)
     table = studies.listed(arguments.storage or studies.default_storage())
     print("no study" if table.empty else table.to_string(index=False))
 
@@ -222,7 +232,7 @@ def _studies(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _overhead(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import overhead, studies, tracking
 
-    overrides(rest)
+    no_overrides(rest)
     if arguments.trials < 1:
         raise UserError(f"--trials {arguments.trials}: expected a positive number")
     url = arguments.storage or studies.default_storage()
@@ -271,7 +281,7 @@ def _new(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _tags(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import catalogue
 
-    overrides(rest)
+    no_overrides(rest)
     for line in catalogue.lines(arguments.words):
         print(line)
 
@@ -294,7 +304,7 @@ def _memory(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _leaderboard(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import leaderboard, tracking
 
-    overrides(rest)
+    no_overrides(rest)
     with tracking.connected():
         done, board = tracking.log_leaderboard(arguments.words, only_ours=arguments.only == "ours")
     print("no tag to show" if board.empty else leaderboard.text(board))
@@ -304,7 +314,7 @@ def _leaderboard(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import tracking
 
-    overrides(rest)
+    no_overrides(rest)
     with tracking.connected():
         table = tracking.compare()
     print("no finished run of main" if table.empty else table.to_string(index=False, float_format=_rounded))
@@ -319,7 +329,7 @@ def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff import stages, tracking
     from pdiff.weights import Collection
 
-    overrides(rest)
+    no_overrides(rest)
     with tracking.connected():
         folder, tags = tracking.artifacts_of(arguments.run_id)
         if "pdiff.generate_run" in tags:

@@ -122,6 +122,10 @@ def digest(experiment: Experiment, sections: Sequence[str]) -> str:
         content["folder"] = folder_state(experiment.dataset)  # a root that is no mere place
     if contents := [_content(path) for path in _files(experiment, sections)]:
         content["contents"] = contents
+    return _fingerprint(content)
+
+
+def _fingerprint(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -134,24 +138,35 @@ def pretraining_digest(experiment: Experiment) -> str:
 
 
 def verdict_digest(experiment: Experiment) -> str:
-    """A fingerprint of what the verdict on the originals depends on: whatever is generated, it is the same."""
+    """A fingerprint of what the verdict on the originals depends on: whatever is generated, it is the same.
+
+    The modules beside a script count, which it may import: verdicts of two versions of them cannot be compared.
+    """
     used = Autoencoder(checkpoints=experiment.autoencoder.checkpoints)
     asked = experiment.evaluate.model_copy(update={"noise": (), "noise_count": 1, "baselines": ()})
     only = experiment.model_copy(update={"autoencoder": used, "evaluate": asked})
-    return digest(only, ("dataset", "network", "prepare", "autoencoder", "evaluate"))
+    scripts = [path for path in _scripts(experiment) if path.suffix == ".py"]
+    modules = sorted({module for path in scripts for module in path.parent.glob("*.py")})
+    own = digest(only, ("dataset", "network", "prepare", "autoencoder", "evaluate"))
+    return _fingerprint([own, *((module.name, _content(module)) for module in modules)])
 
 
 def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
     """The files that some sections name: weights, an architecture, a function and the script of a command."""
-    network, settings = experiment.network, experiment.evaluate
+    network = experiment.network
     found = [Path(network.weights).expanduser()] if network and network.weights else []
     if network and user_code.is_own(network.architecture):
         found.append(user_code.source(network.architecture))
-    if "evaluate" in sections:
-        folder = Path(settings.folder).expanduser()
-        scripts = (folder / word for word in _words(settings.command))
-        found += [user_code.source(settings.function)] if settings.function else [w for w in scripts if w.is_file()]
-    return found
+    return found + (_scripts(experiment) if "evaluate" in sections else [])
+
+
+def _scripts(experiment: Experiment) -> list[Path]:
+    """The file of a function that evaluates, or those that a command names."""
+    settings = experiment.evaluate
+    if settings.function:
+        return [user_code.source(settings.function)]
+    named = (Path(settings.folder).expanduser() / word for word in _words(settings.command))
+    return [path for path in named if path.is_file()]
 
 
 def _words(command: str) -> list[str]:

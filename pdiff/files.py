@@ -37,10 +37,9 @@ def whole(path: Path) -> Iterator[Path]:
 
 @rank_zero_only
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all, to where none is yet."""
-    if not target.exists():
-        with whole(target) as temporary:
-            shutil.copyfile(source, temporary)
+    """Copy a file, whole or not at all."""
+    with whole(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 @rank_zero_only
@@ -60,11 +59,14 @@ def append_line(path: Path, line: str) -> None:
 
 def whole_lines(path: Path) -> list[Any]:
     """The JSON values of a file of `append_line`, none where there is no file; what a killed process left of a last
-    line is cut off, so that the next one does not go on in it."""
+    line is cut off, so that the next one does not go on in it. A damaged file is the user's to mend."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):
         write_text(path, "".join(lines[:-1]))
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path}: not readable lines of JSON: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

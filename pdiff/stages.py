@@ -447,10 +447,12 @@ def export(collection: Collection, base: Path, out: Path, *, form: str, index: l
 
 
 class Shared(NamedTuple):
-    """A file or a folder that a stage takes from a finished run, where that has one of the same digest."""
+    """A file or a folder that a stage takes from a finished run, where that has one of the same digest and has read
+    the same runs."""
 
     name: str
     digest: Callable[[Experiment], str]  # empty: there is nothing to share
+    reads: tuple[str, ...] = ()  # stages that it depends on
 
 
 @dataclass(frozen=True)
@@ -472,7 +474,10 @@ STAGES = {
     "train": Stage(train, ("prepare",), TRAINED),
     "generate": Stage(generate, ("train",), GENERATED),
     "evaluate": Stage(
-        evaluate, ("prepare", "train", "generate"), (*GENERATED, "evaluate"), Shared(VERDICTS, config.verdict_digest)
+        evaluate,
+        ("prepare", "train", "generate"),
+        (*GENERATED, "evaluate"),
+        Shared(VERDICTS, config.verdict_digest, ("prepare",)),
     ),
 }
 

@@ -25,7 +25,6 @@ from sqlalchemy.exc import (
     DataError,
     DBAPIError,
     IntegrityError,
-    NoSuchModuleError,
     NotSupportedError,
     PendingRollbackError,
     ProgrammingError,
@@ -127,12 +126,14 @@ def open_storage(url: str, *, patient: bool = False) -> BaseStorage:
         parsed = make_url(url)
         options: dict[str, Any] = {"pool_pre_ping": True}
         if parsed.drivername.startswith("sqlite"):
-            with sqlite3.connect(parsed.database or "", timeout=60) as database:
+            if parsed.database in (None, "", ":memory:"):
+                raise UserError(f"--storage {url}: a database in memory is nobody else's, expected sqlite:///FILE")
+            with sqlite3.connect(parsed.database, timeout=60) as database:
                 database.execute("PRAGMA journal_mode=WAL")
             options["connect_args"] = {"timeout": 60, "isolation_level": None}
         make = waiting_for_database(RDBStorage) if patient else RDBStorage
         storage = make(url, options, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
-    except (ArgumentError, NoSuchModuleError, ImportError, sqlite3.Error, OSError, SQLAlchemyError) as error:
+    except (ImportError, OSError, RuntimeError, SQLAlchemyError, sqlite3.Error) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())
         raise UserError(f"--storage {_readable(url)}: cannot be opened: {reason}") from None
     if parsed.drivername.startswith("sqlite"):  # knows no SELECT FOR UPDATE: two workers would take the same trial

@@ -310,8 +310,7 @@ def _exclusively(digest: str, what: str) -> Iterator[None]:
 def _reuse(run: Run, stage: str, experiment: Experiment) -> Done:
     """Take a finished run's results; a run that `mlflow run` began for this tells whose they are."""
     tqdm.write(f"{stage}: reusing run {run.info.run_id} (--fresh repeats it)")
-    if run.data.tags.get("pdiff.commit") not in (commit(), "unknown"):
-        tqdm.write(f"warning: run {run.info.run_id} was made by commit {run.data.tags.get('pdiff.commit')}")
+    _warn_of_commit(run)
     if stage == "train" and experiment.log_models and not mlflow.get_run(run.info.run_id).outputs.model_outputs:
         with mlflow.start_run(run.info.run_id, nested=True):
             _log_beside(stage, experiment, _artifacts(run))
@@ -322,6 +321,12 @@ def _reuse(run: Run, stage: str, experiment: Experiment) -> Done:
     return Done(run.info.run_id, _artifacts(run), run.data.metrics)
 
 
+def _warn_of_commit(run: Run) -> None:
+    """Say so where other code than this made a run."""
+    if run.data.tags.get("pdiff.commit") not in (commit(), "unknown"):
+        tqdm.write(f"warning: run {run.info.run_id} was made by commit {run.data.tags.get('pdiff.commit')}")
+
+
 def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, Done], *, fresh: bool) -> Done:
     """Run a stage in its work folder, then upload what it wrote."""
     work = work_folder() / digest
@@ -330,8 +335,7 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
         upstream = {name: known.get(name) or execute(name, experiment, known=known) for name in reads}
         mlflow.set_tags({f"pdiff.{name}_run": done.run_id for name, done in upstream.items()})
         tqdm.write(f"{stage}: run {run.info.run_id}" + (", resuming" if work.exists() else ""))
-        if not fresh:
-            _share(stage, experiment, work)
+        _share(stage, experiment, work, upstream, fresh=fresh)
         log, compute = RunLog(run.info.run_id), STAGES[stage].run
         if (count := processes(stage, experiment)) > 1:
             compute = partial(launch, compute, processes=count, device=resolve_device(experiment.device))
@@ -340,7 +344,7 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
             for name, value in metrics.items():
                 log(Point(name, value))
         except UserError:
-            if not _has_results(work / STATE):  # a mistake at the start, not an interruption
+            if not _has_results(stage, work):  # a mistake at the start, not an interruption
                 shutil.rmtree(work, ignore_errors=True)
             raise
         except Pruned:  # nobody will ask for it again
@@ -357,25 +361,30 @@ def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, D
     return Done(run.info.run_id, _artifacts(ended), ended.data.metrics)
 
 
-def _has_results(state: Path) -> bool:
-    """Whether a stage has left anything to go on from: more than points of a log."""
-    return any(path.is_file() and path.name != HISTORY for path in state.rglob("*"))
+def _has_results(stage: str, work: Path) -> bool:
+    """Whether a stage has left anything to go on from: more than points of a log, and what it shares with others."""
+    shared = STAGES[stage].shared
+    given = {HISTORY} | ({path.name for path in (work / shared.name).glob("*")} if shared else set())
+    return any(path.is_file() and path.name not in given for path in (work / STATE).rglob("*"))
 
 
-def _share(stage: str, experiment: Experiment, work: Path) -> None:
-    """Tag a run with what a part of its result depends on, and take that part from a finished run of the same tag:
-    what is collected may differ where the pretrained network does not."""
+def _share(stage: str, experiment: Experiment, work: Path, upstream: Mapping[str, Done], *, fresh: bool) -> None:
+    """Tag a run with what a part of its result depends on, and take that part from a finished run of the same tag,
+    unless all shall be `fresh`: what is collected may differ where the pretrained network does not."""
     shared = STAGES[stage].shared
     digest = shared.digest(experiment) if shared else ""
     if not digest:
         return
-    mlflow.set_tag(f"pdiff.{shared.name}", digest)
-    found = _latest(f"attributes.status = 'FINISHED' and tags.`pdiff.{shared.name}` = '{digest}'")
+    value = " ".join([digest, *(upstream[name].run_id for name in shared.reads)])
+    mlflow.set_tag(f"pdiff.{shared.name}", value)
+    condition = f"attributes.status = 'FINISHED' and tags.`pdiff.{shared.name}` = '{value}'"
+    found = None if fresh else _latest(condition)
     source = _artifacts(found) / shared.name if found else None
     if source and source.exists() and not (work / shared.name).exists():
         for path in sorted(source.iterdir()) if source.is_dir() else [source]:
             copy_file(path, work / path.relative_to(source.parent))
-        tqdm.write(f"{stage}: {shared.name} of run {found.info.run_id}")
+        tqdm.write(f"{stage}: {shared.name} of run {found.info.run_id} (--fresh does without)")
+        _warn_of_commit(found)
 
 
 def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:

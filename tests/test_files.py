@@ -70,6 +70,12 @@ def test_tensors_round_trip_whatever_their_memory(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor.detach())
 
 
+def test_damaged_lines_are_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text("[1]\ngarbage\n")
+    with pytest.raises(UserError, match=r"broken\.jsonl: not readable lines of JSON"):
+        files.whole_lines(tmp_path / "broken.jsonl")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", None])
 @pytest.mark.parametrize("read", [read_json, read_tensors])
 def test_a_damaged_or_missing_file_is_named(tmp_path: Path, read: object, content: bytes | None) -> None:

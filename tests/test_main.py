@@ -38,6 +38,12 @@ def test_overrides() -> None:
             overrides(bad)
 
 
+@pytest.mark.parametrize("command", [["tags"], ["studies"], ["compare"], ["leaderboard"], ["overhead"]])
+def test_what_takes_no_settings_refuses_them(command, capsys) -> None:
+    assert main([*command, "--olny=ours"]) == 2
+    assert "unknown option --olny" in capsys.readouterr().err
+
+
 def test_nobody_reads_on(monkeypatch, capsys) -> None:
     """`pdiff show digits_mlp | true` says nothing."""
     read, written = os.pipe()

@@ -38,6 +38,11 @@ def test_a_benchmark_is_a_run(workspace, capsys, monkeypatch, storage):
 def test_mistakes(workspace, capsys):
     assert pdiff(["overhead", "--trials", "0"]) == 2
     assert "--trials 0: expected a positive number" in capsys.readouterr().err
+    assert pdiff(["overhead", "--trails", "5"]) == 2
+    assert "unknown option --trails" in capsys.readouterr().err
     assert not runs("overhead")
+    assert pdiff(["overhead", "--storage", "sqlite:///mlflow.db"]) == 2  # tables of the same name, and not Optuna's
+    assert "--storage sqlite:///mlflow.db: cannot be opened" in capsys.readouterr().err
+    assert [run.info.status for run in runs("overhead")] == ["FAILED"]
     with pytest.raises(SystemExit):
         pdiff(["overhead", "--sampler", "grid"])

@@ -294,6 +294,8 @@ def test_a_database_that_is_away_is_waited_for_and_a_wrong_statement_is_not(monk
         ("postgresql+psycopg://user:secret@127.0.0.1:1/x", ["127.0.0.1", "***"]),
         ("nonsense://x", ["nonsense"]),
         ("nonsense", ["nonsense"]),
+        ("sqlite://", ["memory", "sqlite:///FILE"]),
+        ("sqlite:///:memory:", ["memory", "sqlite:///FILE"]),
     ],
 )
 def test_storages_that_cannot_be_opened_are_one_line_without_password(url, hints):

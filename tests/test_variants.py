@@ -226,6 +226,7 @@ def test_processes_share_what_is_computed_here(workspace, stage, text, shared):
 TEST = """
 import sys, pathlib
 from safetensors.numpy import load_file
+import helper
 if pathlib.Path("full").exists() and "generated/00000" in sys.argv[1]:
     raise OSError("no space left")
 with open("calls", "a") as file:
@@ -234,15 +235,21 @@ print("acc", 1 / (1 + load_file(sys.argv[1])["w"][0] ** 2))
 """
 
 
-def test_a_command_that_fails_late_goes_on_where_it_was(workspace):
+@pytest.fixture
+def commanded(workspace):
+    """Words of an experiment whose networks a command measures, which fails while there is a file `full`."""
     Path("own").mkdir()
     for k in range(4):
         save_file({"w": torch.tensor([k, 1.0, k * k])}, f"own/{k}.safetensors")
     Path("own.yaml").write_text(OWN)
     Path("test.py").write_text(TEST)
+    Path("helper.py").touch()
+    return ["--tag", "own.yaml", "--evaluate.command", "python test.py {checkpoint}", "--evaluate.workers", "1"]
+
+
+def test_a_command_that_fails_late_goes_on_where_it_was(workspace, commanded):
     Path("full").touch()
-    words = ["main", "--tag", "own.yaml", "--evaluate.command", "python test.py {checkpoint}"]
-    words += ["--evaluate.workers", "1"]
+    words = ["main", *commanded]
     assert pdiff(words) == 2
     done = len(Path("calls").read_text())
     assert 4 <= done < 12
@@ -252,3 +259,35 @@ def test_a_command_that_fails_late_goes_on_where_it_was(workspace):
     expected = [1 / (1 + k * k) for k in range(4)]
     assert table().query("group == 'original'").test_accuracy.tolist() == pytest.approx(expected)
     assert not list(workspace.glob(".pdiff/*/")), "nothing is left"
+
+
+def test_verdicts_are_taken_from_the_latest_evaluation_of_the_same_checkpoints(workspace, commanded, capsys):
+    def calls(*words):
+        Path("calls").write_text("")
+        assert pdiff([*words[:1], *commanded, *words[1:]]) == 0
+        return len(Path("calls").read_text())
+
+    assert calls("evaluate") == calls("evaluate", "--fresh") == 12
+    assert calls("evaluate", "--generate.seed", "1") == 8
+    assert f"evaluate: verdicts of run {runs('evaluate')[1].info.run_id}" in capsys.readouterr().out
+    Path("helper.py").write_text("SCALE = 2")  # which the script imports
+    assert calls("evaluate", "--generate.seed", "2") == 12
+    assert calls("prepare", "--fresh") == 0
+    assert calls("evaluate", "--generate.seed", "3") == 12
+    assert calls("evaluate", "--generate.seed", "4") == 8
+
+
+def test_whole_verdicts_of_others_replace_unfinished_ones(tmp_path):
+    for folder, lines in ((stages.STATE, "1\n"), (stages.VERDICTS, "1\n2\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "original.jsonl").write_text(lines)
+    known = stages._verdicts(lambda groups, state: (state / "original.jsonl").read_text(), {}, tmp_path)
+    assert known == "1\n2\n"
+
+
+def test_verdicts_that_were_taken_are_no_reason_to_keep_a_failed_evaluation(workspace, commanded, capsys):
+    assert pdiff(["evaluate", *commanded]) == 0
+    Path("full").touch()
+    assert pdiff(["evaluate", *commanded, "--generate.seed", "1"]) == 2
+    assert "evaluate: verdicts of run" in capsys.readouterr().out
+    assert not list(workspace.glob(".pdiff/*/"))

@@ -247,22 +247,29 @@ def fail_dead(study: optuna.Study) -> None:
                 continue
 
 
-def requeue(study: optuna.Study) -> list[str]:
-    """Let trials wait again, with the same parameters, that failed for no reason of their own.
-
-    Those are all that say no reason: their workers were interrupted or died. Only one process of a study may do this.
-
-    Returns:
-        The runs of the trials that failed.
-    """
-    again, trials, runs = superseded(study), study.get_trials(deepcopy=False), []
+def unlucky(study: optuna.Study) -> list[FrozenTrial]:
+    """Copies of the trials that failed for no reason of their own, and were not begun again: those that say no reason,
+    since their workers were interrupted, or died a few times."""
+    again, trials, found = superseded(study), study.get_trials(deepcopy=False), []
     for trial in study.get_trials(states=(TrialState.FAIL,)):
         history = [trials[n] for n in (*RetryHeartbeatStaleTrialCallback.retry_history(trial), trial.number)]
         deaths = sum("interrupted" not in past.user_attrs for past in history)
         if trial.number not in again and "error" not in trial.user_attrs and deaths <= RETRIES:
-            runs += filter(None, [trial.user_attrs.get("run")])
-            trial.user_attrs = {}
-            RetryHeartbeatStaleTrialCallback()(study, trial)
+            found.append(trial)
+    return found
+
+
+def requeue(study: optuna.Study) -> list[str]:
+    """Let unlucky trials wait again, with the same parameters. Only one process of a study may do this.
+
+    Returns:
+        The runs of the trials that failed.
+    """
+    runs = []
+    for trial in unlucky(study):
+        runs += filter(None, [trial.user_attrs.get("run")])
+        trial.user_attrs = {}
+        RetryHeartbeatStaleTrialCallback()(study, trial)
     return runs
 
 
@@ -312,7 +319,8 @@ def listed(url: str) -> pd.DataFrame:
         study = optuna.load_study(study_name=name, storage=storage)
         states = [trial.state for trial in study.get_trials(deepcopy=False)]
         counts = {state.name.lower(): states.count(state) for state in TrialState}
-        state = "running" if counts["running"] else "unfinished" if counts["waiting"] else "finished"
+        left = counts["waiting"] or unlucky(study)
+        state = "running" if counts["running"] else "unfinished" if left else "finished"
         found = best(study)
         shown = values_text(study, found[0].values) if found and study.metric_names else ""
         rows.append({"study": name, "state": state, **counts, "best": shown})

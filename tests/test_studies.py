@@ -329,6 +329,17 @@ def test_studies_are_listed(tmp_path):
     assert "value" in table.best["b"] and "x" in table.best["b"]
 
 
+@pytest.mark.parametrize(("said", "state"), [("interrupted", "unfinished"), ("error", "finished")])
+def test_a_study_is_finished_when_no_trial_will_be_begun_again(tmp_path, said, state):
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = made(open_storage(url), name="a")
+    study.plan(1)
+    trial = study.ask()
+    trial.set_user_attr(said, "x")
+    study.tell(trial, state=TrialState.FAIL)
+    assert studies.listed(url).state.tolist() == [state]
+
+
 def test_the_default_storage_may_be_hidden_in_the_environment(monkeypatch):
     monkeypatch.delenv("PDIFF_STORAGE", raising=False)
     assert studies.default_storage() == "sqlite:///optuna.db"

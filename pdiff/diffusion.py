@@ -26,7 +26,7 @@ HELDOUT_BATCH = 256  # noisy latents that the denoiser takes at a time
 
 def sample_seed(seed: int, k: int) -> int:
     """The seed of network k of a draw: independent streams for every (seed, k), whatever the batch or the count."""
-    return int(np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, k)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def gaussian(latent_size: int, generators: Sequence[torch.Generator]) -> Tensor:

@@ -83,9 +83,12 @@ def gathered(part: Tensor, count: int) -> Tensor:
         return part
     most = -(-count // world())
     padded = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])]).contiguous()
+    if not padded.numel():  # old versions of gloo die of it
+        return part.new_zeros(count, *part.shape[1:])
     flat = padded.reshape(-1).view(torch.uint8)  # gloo does not know every type
-    parts = [torch.empty_like(flat) for _ in range(world())]
-    dist.all_gather(parts, flat)
+    with torch.inference_mode(False):  # before PyTorch 2.1 nothing could be received otherwise
+        parts = [torch.empty_like(flat) for _ in range(world())]
+        dist.all_gather(parts, flat)
     return torch.stack([p.view(part.dtype).view_as(padded) for p in parts], dim=1).flatten(0, 1)[:count]
 
 
@@ -262,9 +265,12 @@ def launch(
 
 def _launch_config(processes: int, logs: str) -> Any:
     """One start of some processes on this machine, at a port that is free."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic import multiprocessing as elastic
     from torch.distributed.launcher.api import LaunchConfig
 
+    place = {"log_dir": logs}
+    if hasattr(elastic, "DefaultLogsSpecs"):  # since PyTorch 2.3
+        place = {"logs_specs": elastic.DefaultLogsSpecs(log_dir=logs)}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -274,7 +280,7 @@ def _launch_config(processes: int, logs: str) -> Any:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=logs),
+        **place,
     )
 
 

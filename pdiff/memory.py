@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pdiff import adopt, datasets, generator
@@ -93,7 +93,7 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
                 self.seen[storage] = True
                 self._add(storage.nbytes())
@@ -244,7 +244,7 @@ def training(
     held = {
         "weights": _bytes(trainer.module.state_dict().values()),
         "gradients": _bytes(parameter.grad for parameter in parameters),
-        "optimizer": _bytes(tree_leaves(list(trainer.optimizer.state.values()))),
+        "optimizer": _bytes(tree_flatten(list(trainer.optimizer.state.values()))[0]),
         "copies": _bytes([*kept.state.values(), *(trainer.ema.state_dict().values() if trainer.ema else ())]),
         "data": _bytes([data]),
     }

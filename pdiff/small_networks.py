@@ -161,7 +161,7 @@ class SimpleViT(nn.Module):
 
 def positions(side: int, width: int) -> Tensor:
     """Sines and cosines of the place of each patch, (side * side, width) (arXiv 2205.01580, appendix)."""
-    place = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    place = torch.arange(side * side) // side, torch.arange(side).repeat(side)
     frequency = 10000 ** -(torch.arange(width // 4) / (width // 4 - 1))
     down, right = (coordinate[:, None] * frequency for coordinate in place)
     return torch.cat([right.sin(), right.cos(), down.sin(), down.cos()], dim=1)

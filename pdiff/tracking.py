@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -400,6 +401,9 @@ def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:
 
 def _log_models(generator: Generator) -> None:
     """Log the autoencoder and the denoiser as PyTorch models (exported programs, not pickles)."""
+    if find_spec("torch.export") is None:
+        tqdm.write("train: autoencoder and diffusion are logged as models by PyTorch 2.1 or newer alone")
+        return
     modules = {"autoencoder": (generator.autoencoder, generator.standardizer.size)}
     if generator.denoiser:
         modules["diffusion"] = (Denoising(generator.denoiser), len(generator.latent_mean) + 1)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim import swa_utils
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from pdiff import distributed
@@ -124,8 +125,7 @@ class Trainer:
         self.module, self.loss, self.batches, self.steps, self.seed = module, loss, batches, steps, seed
         self.optimizer = make_optimizer((p for p in module.parameters() if p.requires_grad), settings)
         self.schedule = make_schedule(self.optimizer, settings, steps)
-        average = get_ema_multi_avg_fn(ema)
-        self.ema = AveragedModel(module, multi_avg_fn=average, use_buffers=True) if ema else None
+        self.ema = AveragedModel(module, **_averaging(ema), use_buffers=True) if ema else None
         self.autocast = autocast
         self.batch_size = settings.batch_size
         self.step = 0
@@ -159,7 +159,9 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
-        return {"step": self.step} | {name: part.state_dict() for name, part in self._parts().items()}
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        schedule = {key: value for key, value in state["schedule"].items() if not callable(value)}  # as PyTorch 2.0 has
+        return {"step": self.step} | state | {"schedule": schedule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved step."""
@@ -240,3 +242,10 @@ def follow(trainer: Trainer, name: str, log: Log, *, path: Path | None = None, b
                 log(Point(name, value, step.number))
                 bar.set_postfix(loss=f"{value:.4g}", refresh=False)
             yield step
+
+
+def _averaging(decay: float) -> dict[str, Callable]:
+    """How `AveragedModel` takes the exponential moving average: all tensors at once where PyTorch can, since 2.1."""
+    if hasattr(swa_utils, "get_ema_multi_avg_fn"):
+        return {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(decay)}
+    return {"avg_fn": lambda averaged, now, count: decay * averaged + (1 - decay) * now}

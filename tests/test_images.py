@@ -89,7 +89,12 @@ def test_preprocessing_is_that_of_torchvision(shape, resize, size):
     pixels = noise(5, 3, *shape)
     part = Part(pixels, Dataset(name="any", resize=resize, image_size=size, mean=mean, std=std))
     oracle = v2.Compose(
-        [v2.Resize(resize or size), v2.CenterCrop(size), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        [
+            v2.Resize(resize or size, antialias=True),
+            v2.CenterCrop(size),
+            lambda image: image / 255,
+            v2.Normalize(mean, std),
+        ]
     )
     found = torch.cat([batch for batch, _ in part.batches(2)])
     assert found.shape == (5, 3, size, size)
@@ -166,7 +171,7 @@ def test_augmented_images_differ_every_time_and_only_in_training(make):
 
 def test_augmentation_is_that_of_torchvision(make):
     part = make(augment=True)
-    oracle = v2.Compose([v2.RandomResizedCrop(16), v2.RandomHorizontalFlip()])
+    oracle = v2.Compose([v2.RandomResizedCrop(16, antialias=True), v2.RandomHorizontalFlip()])
     for k, (batch, labels) in enumerate(islice(part.stream(4, seed=5), 2)):
         for image, i in zip(batch, labels.tolist(), strict=True):
             torch.manual_seed(images.sample_seed(5, k) ^ i)

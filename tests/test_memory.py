@@ -83,9 +83,9 @@ def test_what_is_held_is_what_real_tensors_hold(part):
     assert need.parameters == parameters
     assert need.gradients == 4 * parameters
     assert need.optimizer == pytest.approx(2 * need.gradients, rel=0.01)  # AdamW: two moments
-    assert need.weights == sum(t.nbytes for t in trainer.module.state_dict().values())
+    assert need.weights == sum(t.numel() * t.element_size() for t in trainer.module.state_dict().values())
     assert need.copies == pytest.approx(need.weights if part == "mlp" else 0, rel=0.01)
-    assert need.data == data.nbytes
+    assert need.data == data.numel() * data.element_size()
     assert counted(part, best=True).copies == pytest.approx(need.copies + need.weights, rel=0.01)
 
 

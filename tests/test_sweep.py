@@ -29,15 +29,11 @@ from pdiff.files import write_json
 from pdiff.log import Point
 from pdiff.stages import STAGES, STATE, History
 
-TINY = """
-dataset: {name: digits, validation_fraction: 0.2}
-network: {architecture: mlp}
-prepare:
-  pretrain: {epochs: 2, batch_size: 64, learning_rate: 3e-3}
-  collect: {learning_rate: 0.01, checkpoints: 12}
-diffusion: {steps: 20, width: 16, blocks: 1, evaluate_every: 10}
+SMALLER = """
+extends: base.yaml
+prepare: {pretrain: {epochs: 2}, collect: {checkpoints: 12}}
+diffusion: {steps: 20, width: 16, evaluate_every: 10}
 generate: {count: 4, sampling_steps: 4}
-evaluate: {noise: [0.05], noise_count: 4}
 """
 SPACE = {
     "objectives": {"val_accuracy/generated_mean": "maximize"},
@@ -65,7 +61,8 @@ def workspace(workspace, monkeypatch, stores):
     for name in ("mlflow.db", "optuna.db"):
         shutil.copy(stores / name, workspace)
     monkeypatch.delenv("PDIFF_STORAGE", raising=False)
-    (workspace / "tiny.yaml").write_text(TINY)
+    (workspace / "tiny.yaml").rename(workspace / "base.yaml")
+    (workspace / "tiny.yaml").write_text(SMALLER)
     return workspace
 
 

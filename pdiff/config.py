@@ -138,10 +138,12 @@ def pretraining_digest(experiment: Experiment) -> str:
 
 
 def verdict_digest(experiment: Experiment) -> str:
-    """A fingerprint of what the verdict on the originals depends on: whatever is generated, it is the same.
+    """A fingerprint of what the verdict on the originals depends on, whatever is generated; empty where nobody judges.
 
     The modules beside a script count, which it may import: verdicts of two versions of them cannot be compared.
     """
+    if not (experiment.dataset or experiment.evaluate.function or experiment.evaluate.command):
+        return ""
     used = Autoencoder(checkpoints=experiment.autoencoder.checkpoints)
     asked = experiment.evaluate.model_copy(update={"noise": (), "noise_count": 1, "baselines": ()})
     only = experiment.model_copy(update={"autoencoder": used, "evaluate": asked})

@@ -349,7 +349,8 @@ def _verdicts(judge: Judge, groups: dict[str, Collection], out: Path) -> dict[st
             copy_file(path, state / path.name)
     verdicts = judge(groups, state)
     for path in sorted(state.glob("original.*")):
-        copy_file(path, kept / path.name)
+        if not (kept / path.name).exists():
+            copy_file(path, kept / path.name)
     return verdicts
 
 

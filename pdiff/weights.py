@@ -112,16 +112,21 @@ def is_generated(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > 1 and not name.endswith("num_batches_tracked")
 
 
-def generated_numbers(state: StateDict) -> int:
-    """How many numbers of one checkpoint are generated.
+def generated_tensors(state: StateDict) -> StateDict:
+    """The tensors of one checkpoint that are generated.
 
     Raises:
-        UserError: none.
+        UserError: there is none.
     """
-    count = sum(tensor.numel() for name, tensor in state.items() if is_generated(name, tensor))
-    if not count:
+    found = {name: tensor for name, tensor in state.items() if is_generated(name, tensor)}
+    if not found:
         raise UserError("nothing to generate: the checkpoints have no floating tensor of more than one element")
-    return count
+    return found
+
+
+def generated_numbers(state: StateDict) -> int:
+    """How many numbers of one checkpoint are generated; see `generated_tensors`."""
+    return sum(tensor.numel() for tensor in generated_tensors(state).values())
 
 
 class Standardizer:
@@ -148,9 +153,8 @@ class Standardizer:
         Raises:
             UserError: nothing in the collection can be generated.
         """
-        generated_numbers(collection[0])
-        generated = {name for name, tensor in collection.tensors.items() if is_generated(name, tensor[0])}
-        slots = [_slot(name, collection.tensors[name]) for name in collection.tensors if name in generated]
+        generated = generated_tensors(collection[0])
+        slots = [_slot(name, collection.tensors[name]) for name in generated]
         constants = {n: t[0].clone() for n, t in collection.tensors.items() if n not in generated}
         return cls(slots, constants, list(collection.tensors))
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdiff.distributed import rank_zero_only
 from pdiff.errors import UserError
+from pdiff.parallel.ranks import rank_zero_only
 
 UMASK = os.umask(0)
 os.umask(UMASK)

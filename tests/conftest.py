@@ -7,10 +7,10 @@ import pytest
 import torch
 from tracked import TINY
 
-from pdiff import datasets
-from pdiff.datasets import Images
-from pdiff.settings import Dataset
-from pdiff.weights import Collection
+from pdiff.method.collection import Collection
+from pdiff.networks import datasets
+from pdiff.networks.datasets import Images
+from pdiff.networks.options import Dataset
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started pytest in the background has it ignored
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdiff.__main__ import ENTRY_POINTS, STAGES, parser
+from pdiff.cli.main import ENTRY_POINTS, STAGES, parser
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "pdiff").glob("*.py"))

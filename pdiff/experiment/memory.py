@@ -1,0 +1,332 @@
+"""What fitting a generator and drawing from it will need, without images, weights, a GPU, or that much memory.
+
+The real modules, losses and optimisers run on PyTorch's fake tensors, which have shapes and no numbers, and whoever
+makes a tensor is told on: so the peak is counted, not guessed. What libraries of kernels take for themselves (cuDNN's
+workspaces, blocks that an allocator keeps) comes on top; a GPU's own tools show that, too.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pdiff.errors import UserError
+from pdiff.experiment.schema import Experiment
+from pdiff.method import generators
+from pdiff.method.autoencoders import GRAM_BLOCK, PCA
+from pdiff.method.collection import generated_numbers
+from pdiff.method.training import Best, Trainer
+from pdiff.networks import datasets
+from pdiff.networks.architectures import build
+from pdiff.networks.imported import plain
+from pdiff.networks.populations import generated_size, matching
+
+ENCODED = 256  # vectors that the stage train encodes at a time
+FIT, FLOAT32, BFLOAT16 = "fit", "train, float32", "train, bfloat16"  # on the CPU; on the CPU; on a GPU
+STEPS = 2  # from the second on, a step also holds the gradients of the one before it and the state of the optimiser
+
+
+class Sizes(NamedTuple):
+    """What memory depends on: D, L, and how many checkpoints are used, are fitted, are held out."""
+
+    size: int
+    latent_size: int
+    checkpoints: int
+    fitted: int
+    heldout: int
+
+
+class Need(NamedTuple):
+    """What a part of the generator holds when it holds most, in bytes.
+
+    Attributes:
+        part: autoencoder or denoiser.
+        does: what it is doing.
+        rows: vectors or latents at a time.
+        parameters: how many numbers are learned.
+        weights: parameters and buffers.
+        gradients: of the parameters.
+        optimizer: the optimiser's state.
+        copies: the averaged weights, and the best ones so far.
+        data: what stays in memory of the collection.
+        activations: saved for the backward pass, or passing: all the rest, less what gradients take that are to come.
+    """
+
+    part: str
+    does: str
+    rows: int
+    parameters: int
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    copies: int = 0
+    data: int = 0
+    activations: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Bytes in all."""
+        return sum(self.kinds().values())
+
+    def kinds(self) -> dict[str, int]:
+        """Bytes by what they are for."""
+        return dict(list(self._asdict().items())[4:])
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors made inside it: `now` those that are alive, `peak` the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen[storage] = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, count: int) -> None:
+        self.now += count
+        self.peak = max(self.peak, self.now)
+
+
+class Fake(FakeTensorMode):
+    """Fake tensors that may be copied (as the averaged weights are), beside small real ones."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __deepcopy__(self, memo: dict) -> Fake:
+        return self
+
+
+@contextmanager
+def _fake() -> Iterator[None]:
+    """Tensors that are made here are fake."""
+    with warnings.catch_warnings(), Fake():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # when one is copied
+        yield
+
+
+def sizes(experiment: Experiment) -> Sizes:
+    """The sizes of an experiment; the latents of an automatic PCA are counted as many as there can be.
+
+    Raises:
+        UserError: a data set that tells its classes or its image size only when it is read; an unreadable source.
+    """
+    settings = experiment.prepare
+    files = plain.checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
+    size = _adopted(experiment, files[0]) if files else _generated(experiment)
+    checkpoints = experiment.autoencoder.checkpoints or len(files) or settings.collect.checkpoints
+    fitted, held = generators.heldout_split(checkpoints, experiment.diffusion.heldout_fraction, seed=0)
+    return latent_sizes(experiment, size, len(fitted), len(held))
+
+
+def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -> Sizes:
+    """The sizes that follow from D and the split of the checkpoints."""
+    settings = experiment.autoencoder
+    wanted = size if settings.latent_size == "auto" else settings.latent_size
+    latent_size = wanted if settings.kind == "conv" else max(1, min(wanted, size, fitted - 1))
+    return Sizes(size, latent_size, fitted + heldout, fitted, heldout)
+
+
+def _adopted(experiment: Experiment, file: Path) -> int:
+    """D of one of somebody's files."""
+    state = plain.read_state(file)
+    return generated_numbers({name: state[name] for name in matching(state, experiment.prepare.parameters)})
+
+
+def _generated(experiment: Experiment) -> int:
+    """D of a network that has shapes and no numbers."""
+    facts = datasets.known_sizes(experiment.dataset)
+    for name, value in facts.items():
+        if not value:
+            raise UserError(f"dataset {experiment.dataset.name}: its {name} is not known before its images are read")
+    with torch.device("meta"):
+        network = build(experiment.network.architecture, pretrained=False, **facts)
+    return generated_size(network, experiment.prepare.parameters)
+
+
+def needs(experiment: Experiment, sizes: Sizes) -> list[Need]:
+    """What every part needs for everything that it does; training in float32 and as on CUDA, in bfloat16 autocast."""
+    return [*_autoencoder(experiment, sizes), *(_denoiser(experiment, sizes) if experiment.diffusion.steps else [])]
+
+
+def _autoencoder(experiment: Experiment, sizes: Sizes) -> list[Need]:
+    """Fit, encode and decode."""
+    settings = experiment.autoencoder.model_copy(update={"steps": STEPS})
+    if settings.kind == "pca":
+        make, fits = partial(PCA, sizes.size, sizes.latent_size), [_pca_fit(sizes)]
+    else:
+        make = partial(generators.make_autoencoder, sizes.size, settings)
+        train = partial(generators.autoencoder_trainer, settings=settings, seed=0)
+        fits = _fits("autoencoder", make, train, (sizes.fitted, sizes.size), settings.batch_size)
+    kind, encoded = generators.AUTOENCODERS[settings.kind], min(ENCODED, sizes.checkpoints)
+    return [
+        *fits,
+        _inference("autoencoder", "encode", make, kind.encode, (encoded, sizes.size)),
+        _inference("autoencoder", "decode", make, kind.decode, (_drawn(experiment), sizes.latent_size)),
+    ]
+
+
+def _denoiser(experiment: Experiment, sizes: Sizes) -> list[Need]:
+    """Fit, look at the held-out checkpoints, draw."""
+    settings = experiment.diffusion.model_copy(update={"steps": STEPS})
+    diffusion, length = generators.make_diffusion(settings), sizes.latent_size
+    make = partial(generators.make_denoiser, length, settings)
+    train = partial(generators.denoiser_trainer, diffusion=diffusion, settings=settings, seed=0)
+    shape, best = (sizes.checkpoints - sizes.heldout, length), settings.patience > 0
+    fits = _fits("denoiser", make, train, shape, settings.batch_size, best=best)
+    if sizes.heldout:
+        fits.append(_inference("denoiser", "held-out loss", make, diffusion.heldout_loss, (sizes.heldout, length)))
+    return [*fits, _inference("denoiser", "draw", make, _call, (_drawn(experiment), length))]
+
+
+def _call(denoiser: nn.Module, z: Tensor) -> Tensor:
+    """A denoiser's prediction from latents (B, L)."""
+    return denoiser(z, torch.zeros(len(z)))
+
+
+def _drawn(experiment: Experiment) -> int:
+    return min(experiment.generate.batch_size, experiment.generate.count)
+
+
+def _fits(part: str, *arguments: Any, **options: Any) -> list[Need]:
+    """Training in both precisions."""
+    return [training(part, *arguments, **options, bfloat16=bfloat16) for bfloat16 in (False, True)]
+
+
+def training(
+    part: str,
+    make: Callable[[], nn.Module],
+    train: Callable[..., Trainer],
+    shape: tuple[int, int],
+    batch_size: int,
+    *,
+    best: bool = False,
+    bfloat16: bool = False,
+) -> Need:
+    """The peak of training.
+
+    Args:
+        part: what is trained.
+        make: makes it.
+        train: makes its trainer, of it and `batches`.
+        shape: of the data, (N, numbers).
+        batch_size: rows of a batch.
+        best: whether the best weights so far are kept, too.
+        bfloat16: compute the loss under autocast, as on CUDA; the CPU's does the same to these modules.
+    """
+    with _fake(), Alive() as alive:
+        data, kept = torch.zeros(shape), Best()
+        trainer = train(make().train(), batches=generators.shuffled_rows(data, batch_size, 0))
+        rows = len(next(trainer.batches(0)))
+        trainer.loss = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)(trainer.loss)
+        for step in trainer:
+            if best:
+                kept.update(step.number, trainer.averaged)
+    parameters = list(trainer.module.parameters())
+    held = {
+        "weights": _bytes(trainer.module.state_dict().values()),
+        "gradients": _bytes(parameter.grad for parameter in parameters),
+        "optimizer": _bytes(tree_flatten(list(trainer.optimizer.state.values()))[0]),
+        "copies": _bytes([*kept.state.values(), *(trainer.ema.state_dict().values() if trainer.ema else ())]),
+        "data": _bytes([data]),
+    }
+    return Need(
+        part,
+        BFLOAT16 if bfloat16 else FLOAT32,
+        rows,
+        _numbers(trainer.module),
+        **held,
+        activations=alive.peak - sum(held.values()),
+    )
+
+
+def _inference(part: str, does: str, make: Callable[[], nn.Module], call: Callable, shape: tuple[int, int]) -> Need:
+    """The peak of one call of a module with rows of a shape; what it does with the numbers at the end is left out."""
+    with _fake(), Alive() as alive, torch.no_grad():
+        module = make().eval()
+        with suppress(DataDependentOutputException):
+            call(module, torch.zeros(shape))
+    weights = _bytes(module.state_dict().values())
+    return Need(part, does, shape[0], _numbers(module), weights, activations=alive.peak - weights)
+
+
+def _pca_fit(sizes: Sizes) -> Need:
+    """The peak of `PCA.fit`, of main memory: the centred vectors in float64, and whichever is larger of those in
+    float32 before them and the components in float64 after them; the last block of the Gram matrix; that matrix, its
+    eigenvectors."""
+    vectors, components = sizes.fitted * sizes.size, sizes.latent_size * sizes.size
+    block = sizes.fitted * ((sizes.size - 1) % GRAM_BLOCK + 1)
+    working = 8 * vectors + max(4 * vectors, 8 * components) + 8 * block + 2 * 8 * sizes.fitted**2
+    weights = 4 * (components + sizes.size)
+    return Need("autoencoder", FIT, sizes.fitted, weights // 4, weights, data=4 * vectors, activations=working)
+
+
+def _numbers(module: nn.Module) -> int:
+    """Numbers that a module has learned: its parameters, or the buffers of one that has none."""
+    return sum(tensor.numel() for tensor in (list(module.parameters()) or module.buffers()))
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of what are tensors among some things."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def table(found: Iterable[Need]) -> pd.DataFrame:
+    """One row a need, in MB (2^20 bytes)."""
+    rows = [
+        {**need._asdict(), **{k: v / 2**20 for k, v in need.kinds().items()}, "peak": need.peak / 2**20}
+        for need in found
+    ]
+    return pd.DataFrame(rows)
+
+
+def text(experiment: Experiment, sizes: Sizes, found: list[Need]) -> str:
+    """For people: the sizes, the table in MB, and what dominates on either kind of device."""
+    settings = experiment.autoencoder
+    least = "at most " if settings.kind == "pca" and settings.latent_size == "auto" else ""
+    known = f" (pca: as many as explain {settings.variance:.2%} of the variance, known after the fit)" if least else ""
+    return "\n".join(
+        [
+            f"{experiment.tag}: {sizes.size} numbers are generated, from {sizes.checkpoints} checkpoints, "
+            f"{sizes.heldout} of them held out; {least}{sizes.latent_size} latents{known}",
+            "",
+            table(found).to_string(index=False, formatters=_formatters()),
+            "",
+            "in MB (2^20 bytes); training on a GPU is in bfloat16, all else in float32",
+            f"peak on a CPU  {_peak(need for need in found if need.does != BFLOAT16)}",
+            f"peak on a GPU  {_peak(need for need in found if need.does not in (FLOAT32, FIT))}",
+        ]
+    )
+
+
+def _peak(found: Iterable[Need]) -> str:
+    """What needs most, and what of it."""
+    need = max(found, key=lambda need: need.peak)
+    kind, most = max(need.kinds().items(), key=lambda item: item[1])
+    return f"{need.peak / 2**20:,.0f} MB: {need.part}, {need.does}; {most / need.peak:.0%} of it {kind}"
+
+
+def _formatters() -> dict[str, Callable[[Any], str]]:
+    """How the columns of the table are written."""
+    megabytes = [*Need._fields[4:], "peak"]
+    return {"parameters": "{:,}".format} | dict.fromkeys(megabytes, lambda v: f"{v:,.1f}" if v else "–")

@@ -1,0 +1,104 @@
+"""State dicts <-> standardised vectors: what is generated, and in which units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdiff.errors import UserError
+from pdiff.files import read_json, read_tensors, write_json, write_tensors
+
+StateDict = dict[str, Tensor]
+
+
+class Collection:
+    """N checkpoints of one layout, each tensor stacked along a first dimension.
+
+    Args:
+        tensors: name -> (N, *shape), in state-dict order.
+        names: what each checkpoint is called, N of them; numbered when absent.
+
+    Raises:
+        UserError: no checkpoints, or tensors that disagree about N.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str] | None = None) -> None:
+        self.tensors = dict(tensors)
+        counts = {tensor.shape[0] if tensor.ndim else 0 for tensor in self.tensors.values()}
+        if len(counts) != 1 or 0 in counts:
+            raise UserError(f"a collection needs tensors of one count, at least 1, but got counts {sorted(counts)}")
+        (self.count,) = counts
+        self.names = list(names) if names is not None else [f"{k:05d}" for k in range(self.count)]
+        if len(self.names) != self.count:
+            raise UserError(f"a collection of {self.count} checkpoints needs as many names, but got {len(self.names)}")
+
+    @classmethod
+    def stack(cls, states: Sequence[StateDict], names: Sequence[str] | None = None) -> Collection:
+        """Stack N state dicts of one layout."""
+        return cls({name: torch.stack([state[name] for state in states]) for name in states[0]}, names)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> StateDict:
+        """Checkpoint `index`, a state dict (views)."""
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def __iter__(self) -> Iterator[StateDict]:
+        return (self[index] for index in range(len(self)))
+
+    def select(self, index: Tensor | slice | Sequence[int]) -> Collection:
+        """The sub-collection of some checkpoints."""
+        rows = torch.arange(self.count)[index].tolist()
+        return Collection({n: t[index] for n, t in self.tensors.items()}, [self.names[row] for row in rows])
+
+    def save(self, path: Path) -> None:
+        """Write `path` (safetensors, each tensor (N, *shape)) and its index beside it (JSON)."""
+        write_tensors(path, self.tensors)
+        layout = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in self.tensors.items()}
+        write_json(path.with_suffix(".json"), {"count": self.count, "layout": layout, "checkpoints": self.names})
+
+    @classmethod
+    def load(cls, path: Path) -> Collection:
+        """Read what `save` wrote, checked against its index.
+
+        Raises:
+            UserError: a missing or damaged file, another layout than the index says, NaN or infinity.
+        """
+        index, tensors = read_json(path.with_suffix(".json")), read_tensors(path)
+        found = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
+        if not isinstance(index, dict) or found != index.get("layout") or "checkpoints" not in index:
+            raise UserError(f"{path}: its tensors are not those of its index {path.with_suffix('.json').name}")
+        if name := not_finite(tensors):
+            raise UserError(f"{path}: tensor {name!r} holds NaN or infinity, expected finite numbers")
+        return cls({name: tensors[name] for name in index["layout"]}, index["checkpoints"])
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, if one does."""
+    return next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
+
+
+def is_generated(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of one checkpoint is generated: floating, with more than one element (method, section 2)."""
+    return tensor.is_floating_point() and tensor.numel() > 1 and not name.endswith("num_batches_tracked")
+
+
+def generated_tensors(state: StateDict) -> StateDict:
+    """The tensors of one checkpoint that are generated.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = {name: tensor for name, tensor in state.items() if is_generated(name, tensor)}
+    if not found:
+        raise UserError("nothing to generate: the checkpoints have no floating tensor of more than one element")
+    return found
+
+
+def generated_numbers(state: StateDict) -> int:
+    """How many numbers of one checkpoint are generated; see `generated_tensors`."""
+    return sum(tensor.numel() for tensor in generated_tensors(state).values())

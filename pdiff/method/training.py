@@ -1,0 +1,251 @@
+"""The one training loop: it yields every step; callers log, stop, collect. Interrupted, it goes on where it was."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from pdiff.errors import UserError
+from pdiff.files import write_state
+from pdiff.method.log import Log, Point
+from pdiff.method.options import Optimization
+from pdiff.parallel import ranks, training
+from pdiff.seeds import sample_seed
+
+SAVE_SECONDS = float(os.environ.get("PDIFF_SAVE_SECONDS", "5"))
+SAVE_SHARE = 0.05  # at most this share of the time goes into saving
+LOGGED_POINTS = 200  # points of a loss curve
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: a device that this machine lacks.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    gpus = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= gpus[device.type]:
+        raise UserError(f"device: {name!r} is not on this machine, expected auto or cpu")
+    return device
+
+
+class Step(NamedTuple):
+    """One optimiser step done: how many are done, and its loss (a scalar on the device, detached).
+
+    The mean of the losses of all processes is that of the batch.
+    """
+
+    number: int
+    loss: Tensor
+
+
+class Stateful(Protocol):
+    """What can be saved beside a trainer."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+def shuffled(count: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Endless shuffled batches of indices below `count`, from batch `start` on; partial batches are dropped.
+
+    Where there are fewer indices than a batch holds, each batch consists of as many shuffles as fill it. Batch k
+    depends on (seed, k) alone, so an interrupted loop meets the same batches again.
+    """
+    shuffles = max(1, -(-batch_size // count))
+    per_epoch = shuffles * count // batch_size
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        generator = torch.Generator().manual_seed(sample_seed(seed, epoch))
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(shuffles)])
+        yield from order.split(batch_size)[skip:per_epoch]
+        epoch, skip = epoch + 1, 0
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optimization) -> torch.optim.Optimizer:
+    """The optimiser that the settings name."""
+    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, **options)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    return kinds[settings.optimizer](parameters, **options)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: Optimization, steps: int) -> Any:
+    """The learning-rate schedule that the settings name, over `steps` steps."""
+    schedulers = torch.optim.lr_scheduler
+    if settings.schedule == "one_cycle":
+        return schedulers.OneCycleLR(optimizer, settings.learning_rate, total_steps=steps + 1)
+    if settings.schedule == "cosine":
+        return schedulers.CosineAnnealingLR(optimizer, steps, eta_min=settings.final_learning_rate)
+    return schedulers.ConstantLR(optimizer, factor=1.0)
+
+
+class Trainer:
+    """Optimiser steps of a module; iterating it takes them one by one.
+
+    The randomness of step k depends on (seed, k) alone: batches, noise and dropout are the same after a resume.
+
+    Args:
+        module: what is trained; its parameters that require gradients.
+        loss: batch -> scalar, the mean over its rows.
+        batches: step -> endless batches from that step on; of each, this process's rows (`ranks.rows`).
+        settings: optimiser and schedule.
+        steps: steps in all.
+        seed: of the whole training.
+        ema: decay of the exponential moving average of the weights, 0 for none.
+        autocast: compute the loss in bfloat16 on CUDA.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: Callable[[Any], Tensor],
+        batches: Callable[[int], Iterator[Any]],
+        settings: Optimization,
+        *,
+        steps: int,
+        seed: int,
+        ema: float = 0.0,
+        autocast: bool = False,
+    ) -> None:
+        self.module, self.loss, self.batches, self.steps, self.seed = module, loss, batches, steps, seed
+        self.optimizer = make_optimizer((p for p in module.parameters() if p.requires_grad), settings)
+        self.schedule = make_schedule(self.optimizer, settings, steps)
+        self.ema = AveragedModel(module, **_averaging(ema), use_buffers=True) if ema else None
+        self.autocast = autocast
+        self.batch_size = settings.batch_size
+        self.step = 0
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The module whose weights are averaged, or the module itself."""
+        return self.ema.module if self.ema else self.module
+
+    def __iter__(self) -> Iterator[Step]:
+        kind = next(self.module.parameters()).device.type
+        autocast = self.autocast and kind == "cuda"
+        batches = self.batches(self.step)
+        objective = training.shared(self.module, lambda batch: self.loss(batch), self.batch_size)
+        while self.step < self.steps:
+            torch.manual_seed(sample_seed(self.seed, self.step))
+            self.optimizer.zero_grad()  # before the activations need memory
+            with torch.autocast(kind, torch.bfloat16, enabled=autocast):
+                loss = objective(next(batches))
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            if self.ema:
+                self.ema.update_parameters(self.module)
+            self.step += 1
+            yield Step(self.step, loss.detach())
+
+    def _parts(self) -> dict[str, Stateful]:
+        parts = {"module": self.module, "optimizer": self.optimizer, "schedule": self.schedule}
+        return parts | ({"ema": self.ema} if self.ema else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        schedule = {key: value for key, value in state["schedule"].items() if not callable(value)}  # as PyTorch 2.0 has
+        return {"step": self.step} | state | {"schedule": schedule}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved step."""
+        self.step = state["step"]
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+
+class Best:
+    """The best state of a module so far, by a score that shall be high.
+
+    Attributes:
+        score: the best score.
+        misses: scores since then that were no better.
+    """
+
+    def __init__(self) -> None:
+        self.score, self.misses, self.state = -math.inf, 0, {}
+
+    def update(self, score: float, module: nn.Module) -> bool:
+        """Tell the score of the module as it is now; whether it is the best."""
+        if not score > self.score:
+            self.misses += 1
+            return False
+        self.score, self.misses = score, 0
+        self.state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        return True
+
+    def restore(self, module: nn.Module) -> None:
+        """Put the best state back, if there was one."""
+        if self.state:
+            module.load_state_dict(self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Score, misses and the best state."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        vars(self).update(state)
+
+
+def resumable(trainer: Trainer, path: Path | None, *beside: Stateful) -> Iterator[Step]:
+    """The trainer's steps, from the last one saved in `path`; saved with what stands `beside` it, every few seconds.
+
+    A state is saved after the caller has dealt with the step, so that what it keeps in `beside` belongs to that step.
+    """
+    parts = (trainer, *beside)
+    if path and path.exists():
+        states = torch.load(path, map_location="cpu", weights_only=True)
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
+    saved, pause = time.monotonic(), SAVE_SECONDS
+    for step in trainer:
+        yield step
+        if path and (time.monotonic() - saved > pause or step.number == trainer.steps):
+            begin = time.monotonic()
+            write_state(path, [part.state_dict() for part in parts])
+            saved = time.monotonic()
+            pause = max(SAVE_SECONDS, (saved - begin) / SAVE_SHARE)
+
+
+def follow(trainer: Trainer, name: str, log: Log, *, path: Path | None = None, beside: tuple = ()) -> Iterator[Step]:
+    """Resumable steps with a progress bar, whose losses are logged under `name`.
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    every = max(1, trainer.steps // LOGGED_POINTS)
+    steps = resumable(trainer, path, *beside)
+    with tqdm(total=trainer.steps, desc=name.split("/")[0], unit="step", dynamic_ncols=True, disable=None) as bar:
+        for step in steps:
+            bar.update(step.number - bar.n)
+            if step.number % every == 0 or step.number == trainer.steps:
+                value = ranks.mean(step.loss.item())
+                if not math.isfinite(value):
+                    raise UserError(f"{name} is {value} at step {step.number}; a lower learning_rate may help")
+                log(Point(name, value, step.number))
+                bar.set_postfix(loss=f"{value:.4g}", refresh=False)
+            yield step
+
+
+def _averaging(decay: float) -> dict[str, Callable]:
+    """How `AveragedModel` takes the exponential moving average: all tensors at once where PyTorch can, since 2.1."""
+    if hasattr(swa_utils, "get_ema_multi_avg_fn"):
+        return {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(decay)}
+    return {"avg_fn": lambda averaged, now, count: decay * averaged + (1 - decay) * now}

@@ -1,0 +1,64 @@
+"""TODO networks.options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pdiff.method.options import NonNegative, Optimization, Positive, Rate, Section, Seed, Several, neutral
+
+
+class Dataset(Section):
+    """Images and their labels, split into train, validation and test.
+
+    `image_size` is the side to which images are brought, 0 for their own; `resize` the side before the centre crop,
+    0 for none; `augment` draws random resized crops and flips for training; `validation_fraction` of the training
+    images, split off with `split_seed`, are never trained on.
+    """
+
+    name: str
+    root: str = neutral("")
+    download: bool = neutral(True)
+    image_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    resize: Annotated[int, Field(ge=0, le=1024)] = 0
+    channels: Literal[0, 1, 3] = 0
+    augment: bool = False
+    mean: Annotated[tuple[float, ...], Several] = (0.5,)
+    std: Annotated[tuple[Rate, ...], Several] = (0.5,)
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    split_seed: Seed = 0
+
+
+class Network(Section):
+    """The classifier whose weights are generated: `architecture` is a name (`pdiff.architectures`, timm's) or
+    `path/to/file.py:function`; `pretrained` takes timm's weights, or those in the file `weights`."""
+
+    architecture: str
+    pretrained: bool = False
+    weights: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Network:
+        if self.weights and not self.pretrained:
+            raise ValueError("weights needs pretrained: true")
+        return self
+
+
+class Pretrain(Optimization):
+    """Training before checkpoints are collected; the epoch with the best validation accuracy is kept."""
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    learning_rate: Rate = 1e-3
+    weight_decay: NonNegative = 1e-4
+
+
+class Collect(Optimization):
+    """Fine-tuning of the generated parameters, saved every few steps until there are enough checkpoints;
+    `every_steps: auto` spreads them over one epoch."""
+
+    learning_rate: Rate = 0.03
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    checkpoints: Annotated[int, Field(ge=2)] = 300
+    every_steps: Positive | Literal["auto"] = 1

@@ -1,0 +1,91 @@
+"""TODO parallel.ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+
+
+def rank() -> int:
+    """The number of this process, from 0 on."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rows() -> slice:
+    """This process's rows of a global batch; they may be one fewer than another's."""
+    return slice(rank(), None, world())
+
+
+def own(draw: Callable[..., Tensor], like: Tensor, count: int | None = None) -> Tensor:
+    """Random numbers for this process's rows of a global batch, the same as one process draws for them.
+
+    Args:
+        draw: `torch.randn` or `torch.rand`.
+        like: this process's rows (b, ...).
+        count: rows of the global batch; of no matter where there is one process.
+    """
+    count = count if count and world() > 1 else len(like)
+    return draw((count, *like.shape[1:]), dtype=like.dtype, device=like.device)[rows()]
+
+
+def summed(value: float) -> float:
+    """The sum of a number over all processes."""
+    if world() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def mean(value: float) -> float:
+    """The mean of a number over all processes: the same on all of them."""
+    return summed(value) / world()
+
+
+def gathered(part: Tensor, count: int) -> Tensor:
+    """All rows (count, ...) of a tensor on the CPU, of which every process has its `rows()`."""
+    if world() == 1:
+        return part
+    most = -(-count // world())
+    padded = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])]).contiguous()
+    if not padded.numel():  # old versions of gloo die of it
+        return part.new_zeros(count, *part.shape[1:])
+    flat = padded.reshape(-1).view(torch.uint8)  # gloo does not know every type
+    with torch.inference_mode(False):  # before PyTorch 2.1 nothing could be received otherwise
+        parts = [torch.empty_like(flat) for _ in range(world())]
+        dist.all_gather(parts, flat)
+    return torch.stack([p.view(part.dtype).view_as(padded) for p in parts], dim=1).flatten(0, 1)[:count]
+
+
+def rank_zero_only(function: Callable[Arguments, Any]) -> Callable[Arguments, None]:
+    """A function that process 0 alone carries out, such as writing a file."""
+
+    @wraps(function)
+    def on_rank_zero(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        if rank() == 0:
+            function(*args, **kwargs)
+
+    return on_rank_zero
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """A block that process 0 is through with before the others enter it, such as a download."""
+    if rank() > 0:
+        summed(0.0)
+    yield
+    if rank() == 0:
+        summed(0.0)

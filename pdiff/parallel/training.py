@@ -1,0 +1,110 @@
+"""TODO parallel.training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+
+from pdiff.errors import UserError
+from pdiff.parallel.ranks import rows, world
+
+# -- training -----------------------------------------------------------------
+
+
+def shared(module: nn.Module, loss: Callable[[Any], Tensor], count: int) -> Callable[[Any], Tensor]:
+    """A loss of this process's rows whose gradients are those of the global batch's loss, on every process.
+
+    Its values are such that their mean over the processes is the loss of the global batch. Batch normalisation
+    measures the global batch. Dropout inside the module differs from that of one process.
+
+    Args:
+        module: what is trained.
+        loss: rows -> their mean loss.
+        count: rows of the global batch.
+
+    Raises:
+        UserError: fewer rows than processes.
+    """
+    if world() == 1:
+        return loss
+    if count < world():
+        raise UserError(f"processes {world()}: a batch has only {count} rows, expected at least one a process")
+    weight = len(range(count)[rows()]) * world() / count
+    objective = _Objective(module, lambda batch: weight * loss(batch))
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, static_graph=True)
+
+
+class _Objective(nn.Module):
+    """A loss as a module, as DistributedDataParallel wants it; of what is trained, for the rest is the same anyway."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(p for p in module.parameters() if p.requires_grad)
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        with _GlobalBatchNorm():
+            return self.loss(batch)
+
+
+class _GlobalBatchNorm(TorchFunctionMode):
+    """Within it, batch normalisation measures the global batch, whoever calls it; no module need be replaced."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replaced = global_batch_norm if function is F.batch_norm else function
+        return replaced(*args, **(kwargs or {}))
+
+
+def global_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` of rows (b, channels, ...) with the statistics of the global batch."""
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if x.is_cuda:  # what nn.SyncBatchNorm does; it has no kernels for the CPU
+        from torch.nn.modules._functions import SyncBatchNorm
+
+        group = dist.group.WORLD
+        return SyncBatchNorm.apply(x, weight, bias, running_mean, running_var, eps, momentum, group, world())
+    axes = [0, *range(2, x.ndim)]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    totals = _Sum.apply(torch.cat([x.sum(axes), x.new_tensor([x.numel() / x.shape[1]])]))
+    count = totals[-1].detach()
+    average = totals[:-1] / count
+    centered = x - average.view(shape)
+    variance = _Sum.apply(centered.square().sum(axes)) / count
+    with torch.no_grad():
+        for running, now in ((running_mean, average), (running_var, variance * count / (count - 1))):
+            if running is not None:
+                running.lerp_(now.to(running.dtype), momentum)
+    scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
+    normalised = centered * scale.view(shape)
+    return normalised if bias is None else normalised + bias.view(shape)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes, with its gradient: the sum of theirs."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)

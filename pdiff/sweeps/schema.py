@@ -1,0 +1,319 @@
+"""Sweep files: what a sweep searches for, where, and when a trial is not worth going on with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pdiff.errors import UserError
+from pdiff.experiment import config
+from pdiff.experiment.schema import Experiment
+from pdiff.method.options import Positive, Section, Several
+
+FIRST = "first_batch/"  # prefix of the metrics of the first networks
+ON_TEST = ("test_accuracy/", "similarity/")  # metrics that are measured on test images
+Direction = Literal["maximize", "minimize"]
+Scalar = None | bool | int | float | str
+NOT_ON_TEST = "is measured on test images, and nothing is ever selected on those; expected a metric such as {}"
+
+
+def _not_on_test(metric: str) -> str:
+    """The metric, unless it would select on test images."""
+    name = metric.removeprefix(FIRST)
+    if name.startswith(ON_TEST):
+        instead = name.replace("test_accuracy/", "val_accuracy/").replace("similarity/", "val_similarity/")
+        raise ValueError(f"{metric} {NOT_ON_TEST.format(instead)}")
+    return metric
+
+
+class Objective(Section):
+    """What to maximise or minimise: a metric, or the sum of several."""
+
+    direction: Direction
+    sum: tuple[str, ...] = ()
+
+
+class Parameter(Section):
+    """One dimension of the search.
+
+    It sets the configuration key of its name, or all `keys`. `choices` are values, or label -> value where a value
+    is no scalar. It is searched only where every key of `when` (a configuration key, or a parameter above it) has
+    one of the values listed there.
+    """
+
+    kind: Literal["float", "int", "categorical"]
+    low: float | None = None
+    high: float | None = None
+    step: Annotated[float, Field(gt=0)] | None = None
+    log: bool = False
+    choices: dict[str, Any] = {}
+    keys: Annotated[tuple[str, ...], Several] = ()
+    when: dict[str, Annotated[tuple[Scalar, ...], Several]] = {}
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _label(cls, choices: Any) -> Any:
+        return {json.dumps(value): value for value in choices} if isinstance(choices, list) else choices
+
+    @model_validator(mode="after")
+    def _check(self) -> Parameter:
+        if self.kind == "categorical":
+            if not self.choices or not self.low is self.high is self.step is None:
+                raise ValueError("kind categorical needs choices, and neither low, high nor step")
+            return self
+        if self.low is None or self.high is None or self.choices:
+            raise ValueError(f"kind {self.kind} needs low and high, and no choices")
+        if self.low > self.high:
+            raise ValueError(f"low <= high must hold, but got (low={self.low:g}, high={self.high:g})")
+        if self.log and (self.low <= 0 or self.step):
+            raise ValueError(f"log needs low > 0 and no step, but got (low={self.low:g}, step={self.step})")
+        if self.kind == "int" and not all(float(x or 0).is_integer() for x in (self.low, self.high, self.step)):
+            raise ValueError("kind int needs integers as low, high and step")
+        return self
+
+    def suggest(self, trial: Any, name: str) -> Any:
+        """Ask a trial of Optuna's for a value, or for the label of one."""
+        if self.kind == "categorical":
+            return trial.suggest_categorical(name, list(self.choices))
+        if self.kind == "int":
+            options = {"step": int(self.step or 1), "log": self.log}
+            return trial.suggest_int(name, int(self.low), int(self.high), **options)
+        return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
+
+    def grid(self) -> list[Any]:
+        """All values, or labels of them; none where they are too many to list."""
+        if self.kind == "categorical":
+            return list(self.choices)
+        if self.log or (self.kind == "float" and not self.step):
+            return []
+        step = self.step or 1
+        values = [self.low + k * step for k in range(int((self.high - self.low) / step + 1e-9) + 1)]
+        return [int(value) for value in values] if self.kind == "int" else values
+
+    def extremes(self) -> list[Any]:
+        """Values at the ends of the range, or all choices."""
+        ends = [self.low, self.high]
+        return list(self.choices) or ([int(end) for end in ends] if self.kind == "int" else ends)
+
+    def value(self, suggested: Any) -> Any:
+        """The value that a label stands for, or the suggested value itself."""
+        return self.choices.get(suggested, suggested) if self.choices else suggested
+
+
+class Sampler(Section):
+    """How values are chosen: `options` are those of Optuna's sampler."""
+
+    kind: Literal["tpe", "gp", "random", "grid", "cmaes", "nsga2", "qmc"] = "tpe"
+    seed: Annotated[int, Field(ge=0)] = 0
+    options: dict[str, Any] = {}
+
+
+class Pruner(Section):
+    """Which trials are ended early: one `metric`, whose values are compared among trials at equal steps; `options`
+    are those of Optuna's pruner. Metrics of different scales are never mixed in one pruner."""
+
+    kind: Literal["none", "median", "percentile", "hyperband", "successive_halving", "patient", "threshold"] = "none"
+    metric: str = ""
+    direction: Direction = "minimize"
+    options: dict[str, Any] = {}
+
+    _metric = field_validator("metric")(_not_on_test)
+
+    @model_validator(mode="after")
+    def _check(self) -> Pruner:
+        if self.kind != "none" and not self.metric:
+            raise ValueError(f"kind {self.kind} needs a metric, such as diffusion/heldout_loss")
+        return self
+
+
+class Gate(Section):
+    """A trial ends as pruned when a metric is `below` or `above` a limit, at `from_step` or later."""
+
+    metric: str
+    below: float | None = None
+    above: float | None = None
+    from_step: Annotated[int, Field(ge=0)] = 0
+
+    _metric = field_validator("metric")(_not_on_test)
+
+    @model_validator(mode="after")
+    def _check(self) -> Gate:
+        if (self.below is None) == (self.above is None):
+            raise ValueError("either below or above is needed")
+        return self
+
+    def shut(self, name: str, value: float, step: int) -> bool:
+        """Whether a value must not pass; NaN never does."""
+        passes = value >= self.below if self.below is not None else value <= self.above
+        return name == self.metric and step >= self.from_step and not passes
+
+
+class Final(Section):
+    """What is run again on test images in the end: the best `trials` of the front, each with so many new `seeds`."""
+
+    seeds: Annotated[int, Field(ge=0)] = 3
+    trials: Positive = 3
+
+
+class Sweep(Section):
+    """A sweep: what is searched, what for, how, and for how long (`timeout` in seconds, 0 for no limit)."""
+
+    objectives: Annotated[dict[str, Objective], Field(min_length=1)]
+    parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
+    set: dict[str, Any] = {}
+    sampler: Sampler = Sampler()
+    pruner: Pruner = Pruner()
+    prune_if: tuple[Gate, ...] = ()
+    first_batch: Annotated[int, Field(ge=0)] = 0
+    trials: Positive = 30
+    timeout: Annotated[float, Field(ge=0)] = 0
+    final: Final = Final()
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _direct(cls, objectives: Any) -> Any:
+        if not isinstance(objectives, dict):
+            return objectives
+        return {name: {"direction": what} if isinstance(what, str) else what for name, what in objectives.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Sweep:
+        for name, objective in self.objectives.items():
+            for metric in objective.sum or (name,):
+                _not_on_test(metric)
+        if len(self.objectives) > 1 and self.pruner.kind != "none":
+            raise ValueError("pruner: Optuna cannot prune a study of several objectives; prune_if can")
+        if len(self.objectives) > 1 and self.sampler.kind == "cmaes":
+            raise ValueError("sampler: cmaes knows one objective only; tpe, gp, nsga2, qmc and random know several")
+        watched = [gate.metric for gate in self.prune_if] + [self.pruner.metric]
+        if not self.first_batch and any(metric.startswith(FIRST) for metric in watched):
+            raise ValueError(f"metrics {FIRST}... need first_batch > 0, a number of networks")
+        return self
+
+    def suggest(self, trial: Any, given: Mapping[str, Any]) -> dict[str, str]:
+        """Ask a trial for its configuration.
+
+        Args:
+            trial: of Optuna's.
+            given: configuration key -> value of the experiment without a trial.
+
+        Returns:
+            Key -> value as text, in YAML, for `config.load`.
+        """
+        known, chosen = dict(given), {}
+        for name, parameter in self.parameters.items():
+            if applies(parameter, known):
+                suggested = parameter.suggest(trial, name)
+                value = parameter.value(suggested)
+                known[name] = suggested if parameter.keys else value
+                for key in parameter.keys or (name,):
+                    known[key] = value
+                    chosen[key] = as_text(value)
+        return chosen
+
+    def grid(self, given: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Parameter -> all its values, of those that apply.
+
+        Raises:
+            UserError: a parameter without a step, or one that depends on another.
+        """
+        found = {}
+        for name, parameter in self.parameters.items():
+            if not parameter.when.keys().isdisjoint(self.parameters):
+                raise UserError(f"parameters.{name}.when: a grid knows no parameter that depends on another")
+            if applies(parameter, given):
+                found[name] = parameter.grid()
+                if not found[name]:
+                    raise UserError(f"parameters.{name}: a grid needs choices or a step")
+        return found
+
+
+def applies(parameter: Parameter, known: Mapping[str, Any]) -> bool:
+    """Whether a parameter is searched, given the values of other keys."""
+    return all(known.get(key) in wanted for key, wanted in parameter.when.items())
+
+
+def as_text(value: Any) -> str:
+    """A value as YAML on one line."""
+    return json.dumps(value)
+
+
+def sweeps() -> dict[str, Path]:
+    """Name -> file, of every sweep in `experiments/sweeps`, here or beside the package."""
+    paths = (path for folder in reversed(config.FOLDERS) for path in sorted(folder.glob("sweeps/*.yaml")))
+    return {path.stem: path for path in paths}
+
+
+def load(name: str) -> Sweep:
+    """The sweep of a name, or of a path to a YAML file.
+
+    Raises:
+        UserError: all problems in one message.
+    """
+    tree = config.parse(find(name))
+    try:
+        return Sweep.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(_problem(item, find(name)) for item in error.errors())) from None
+
+
+def find(name: str) -> Path:
+    """The file of a sweep.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = sweeps()
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None:
+        raise UserError(f"unknown sweep {name!r}; {config.nearest(name, list(known))}")
+    return path
+
+
+def _problem(item: Any, path: Path) -> str:
+    """One validation error as: file: key: rule, value."""
+    key = ".".join(str(part) for part in item["loc"])
+    where = f"{path}: {key}".removesuffix(": ")
+    if item["type"] == "extra_forbidden":
+        known = sorted({name.rpartition(".")[2] for name in config.known_keys(Sweep)})
+        return f"{where}: unknown key; {config.nearest(str(item['loc'][-1]), known)}"
+    return f"{where}: {config.rule(item)}"
+
+
+def check(name: str, sweep: Sweep, tag: str, fixed: Mapping[str, str]) -> Experiment:
+    """The experiment of a sweep without a trial; what no trial could mend is told now.
+
+    Raises:
+        UserError: keys that the configuration does not know, values that it never takes, no parameter that applies.
+    """
+    path = str(find(name))
+    given = {key: as_text(value) for key, value in sweep.set.items()} | dict(fixed)
+    base = config.load(tag, given, origin=path)
+    known = config.flat(base)
+    problems = []
+    for parameter_name, parameter in sweep.parameters.items():
+        for key in parameter.when.keys() - sweep.parameters.keys() - known.keys():
+            problems.append(f"{path}: parameters.{parameter_name}.when: {config.nearest(key, list(known))}")
+        problems += _refused(parameter_name, parameter, lambda more: config.load(tag, given | more, origin=path), path)
+    if not any(applies(p, known) or not p.when.keys().isdisjoint(sweep.parameters) for p in sweep.parameters.values()):
+        conditions = {key: list(values) for p in sweep.parameters.values() for key, values in p.when.items()}
+        problems.append(f"{path}: no parameter applies to {tag}; they are searched where {conditions}")
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    return base
+
+
+def _refused(name: str, parameter: Parameter, load: Callable[[dict[str, str]], object], path: str) -> Iterator[str]:
+    """Problems with single values of a parameter; those with combinations are left to the trials."""
+    for value in parameter.extremes():
+        more = {key: as_text(parameter.value(value)) for key in parameter.keys or (name,)}
+        try:
+            load(more)
+        except UserError as error:
+            told = re.split(r"; (?=\S+\.ya?ml: )", str(error))
+            yield from (text for text in told if any(text.startswith(f"{path}: {key}: ") for key in more))

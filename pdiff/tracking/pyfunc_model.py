@@ -1,0 +1,31 @@
+"""A generator as an MLflow model, loaded from this file ("models from code"), never from a pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+
+from pdiff.method.generators import Generator
+from pdiff.seeds import sample_seed
+
+
+class NewWeights(mlflow.pyfunc.PythonModel):
+    """Draws networks: `predict` takes one row with columns `count` and `seed`, and returns name -> (count, *shape)."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the generator."""
+        self.generator = Generator.load(Path(context.artifacts["generator"]))
+        self.options = dict(context.model_config)
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> dict[str, np.ndarray]:
+        """Draw networks 0 .. count - 1 of a seed."""
+        count, seed = (int(model_input[name].iloc[0]) for name in ("count", "seed"))
+        drawn = self.generator.sample([sample_seed(seed, k) for k in range(count)], **self.options)
+        return {name: tensor.numpy() for name, tensor in drawn.tensors.items()}
+
+
+mlflow.models.set_model(NewWeights())

@@ -1,0 +1,91 @@
+"""TODO tracking.queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import mlflow
+import pandas as pd
+from mlflow.entities import Run
+
+from pdiff.experiment import config, leaderboard, published
+from pdiff.experiment.leaderboard import Result
+from pdiff.tracking.engine import Done
+from pdiff.tracking.runs import CONFIG, _run
+from pdiff.tracking.store import _artifacts, _runs
+
+
+def _finished(*stages: str) -> list[Run]:
+    """All finished runs of some stages, but not those of trials, the latest first."""
+    found = [
+        run for stage in stages for run in _runs(f"attributes.status = 'FINISHED' and tags.`pdiff.stage` = '{stage}'")
+    ]
+    own = [run for run in found if "pdiff.trial" not in run.data.tags]
+    return sorted(own, key=lambda run: run.info.start_time, reverse=True)
+
+
+COMPARED = {
+    "original mean": "test_accuracy/original_mean",
+    "max": "test_accuracy/original_max",
+    "min": "test_accuracy/original_min",
+    "generated mean": "test_accuracy/generated_mean",
+    "max ": "test_accuracy/generated_max",
+    "min ": "test_accuracy/generated_min",
+    "average": "test_accuracy/average_mean",
+    "original-original": "similarity/original_original",
+    "generated-generated": "similarity/generated_generated",
+    "original-generated(max)": "similarity/original_generated_max",
+}
+"""Column -> metric of the table that `compare` returns."""
+
+
+def compare() -> pd.DataFrame:
+    """Every finished run of all stages, one row each, the oldest first: test accuracy in %, similarity, seconds."""
+    rows = []
+    for run in reversed(_finished("main")):
+        metrics, parameters = run.data.metrics, run.data.params
+        row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
+        for column, name in COMPARED.items():
+            row[column] = metrics.get(name, math.nan) * (100 if name.startswith("test_accuracy") else 1)
+        row["fit s"] = sum(metrics.get(f"seconds/{part}", math.nan) for part in ("autoencoder", "diffusion"))
+        row["draw s"] = metrics.get("seconds/generate", math.nan)
+        rows.append(row | {"run": run.info.run_id[:8]})
+    return pd.DataFrame(rows)
+
+
+def log_leaderboard(names: Sequence[str] = (), *, only_ours: bool = False) -> tuple[Done, pd.DataFrame]:
+    """Published results and ours side by side, as a run of its own: `leaderboard.csv`, `leaderboard.html`.
+
+    Args:
+        names: a tag is shown that holds one of them; every tag when absent.
+        only_ours: leave out what was never run.
+
+    Returns:
+        The run, and the board as `leaderboard.table` makes it.
+    """
+    ours = _evaluations()
+    others = (
+        [] if only_ours else [Result(tag, published.published(tag)) for tag in config.runnable() if tag not in ours]
+    )
+    results = sorted([*ours.values(), *others], key=lambda result: (not result.ours, not result.published, result.tag))
+    shown = [result for result in results if not names or any(name in result.tag for name in names)]
+    board = leaderboard.table(shown)
+    with _run("leaderboard") as run:
+        mlflow.log_text(board.to_csv(index=False), "leaderboard.csv")
+        mlflow.log_text(leaderboard.page(board), "leaderboard.html")
+    return Done(run.info.run_id, _artifacts(run), {}), board
+
+
+def _evaluations() -> dict[str, Result]:
+    """The latest finished evaluation of every tag; one of the tag as it stands comes before any with changes."""
+    known, results = config.tags(), {}
+    own = cache(config.load)
+    for run in _finished("main", "evaluate"):
+        tag, parameters = run.data.tags["pdiff.tag"], run.data.params
+        values = {key.removeprefix(CONFIG): value for key, value in parameters.items() if key.startswith(CONFIG)}
+        changed = config.changed(own(tag), values) if tag in known else {}
+        if tag not in results or (results[tag].changed and not changed):
+            results[tag] = Result(tag, published.published(tag), run.data.metrics, changed, run.info.run_id)
+    return results

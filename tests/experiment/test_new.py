@@ -1,0 +1,479 @@
+"""From a folder of somebody's checkpoint files to an experiment: what is in it, what is wrong, what is written."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pdiff.cli.main import main
+from pdiff.errors import UserError
+from pdiff.experiment import config
+from pdiff.experiment.new import PAPERS, new, paper_settings, patterns_of
+from pdiff.method import baselines
+from pdiff.method.standardize import Standardizer
+from pdiff.networks.external import fractions, run_command
+from pdiff.networks.imported.plain import Template, adopt
+from pdiff.networks.inspect import _sketch, survey
+from pdiff.networks.options import Dataset
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def network(seed: int, *, scale: float = 0.1) -> State:
+    """A network near a common one: constants, BatchNorm, a counter, a single number."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "stem.weight": torch.ones(5, 3),
+        "norm.running_mean": 1 + scale * torch.randn(5, generator=g),
+        "norm.num_batches_tracked": torch.tensor(seed),
+        "head.weight": 2 + scale * torch.randn(4, 5, generator=g),
+        "head.bias": scale * torch.randn(4, generator=g),
+        "temperature": torch.randn(1, generator=g),
+    }
+
+
+def folder_of(states: dict[str, object], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, state in states.items():
+        torch.save(state, folder / name)
+    return folder
+
+
+def plain(folder: Path, count: int = 12, **options) -> Path:
+    return folder_of({f"{k:02d}.pth": network(k, **options) for k in range(count)}, folder)
+
+
+def test_layout_and_roles(here):
+    found = survey(plain(here / "mine"))
+    assert found.layout == {name: (tuple(t.shape), t.dtype) for name, t in network(0).items()}
+    assert found.roles == {
+        "stem.weight": "constant",
+        "norm.running_mean": "generated",
+        "norm.num_batches_tracked": "integer",
+        "head.weight": "generated",
+        "head.bias": "generated",
+        "temperature": "single",
+    }
+    assert (found.count(), found.count("constant")) == (5 + 20 + 4, 15)
+    assert [path.name for path in found.used] == [f"{k:02d}.pth" for k in range(12)]
+    assert not found.unusable and not found.reported
+
+
+class Code:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("ran",)
+
+
+def without(state: State, name: str) -> State:
+    return {n: t for n, t in state.items() if n != name}
+
+
+def cut(path: Path) -> None:
+    torch.save(network(1), path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], object] | object, str]] = {
+    "empty.pth": (lambda path: path.touch(), "is empty"),
+    "nothing.pth": ({}, "holds a dict, expected a state dict"),
+    "link.pth": (lambda path: path.symlink_to("absent"), "cannot be read: No such file"),
+    "sparse.pth": (network(1) | {"head.bias": torch.ones(4).to_sparse()}, "head.bias is a sparse tensor"),
+    "cut.pth": (cut, "not a readable checkpoint"),
+    "text.safetensors": (lambda path: path.write_text("hello"), "not a readable safetensors file"),
+    "code.pth": (network(1) | {"x": Code()}, "holds more than tensors"),
+    "whole.pt": (nn.Linear(2, 3), "holds more than tensors (torch.nn.modules.linear.Linear)"),
+    "less.pth": (without(network(1), "head.bias"), "other layout than most files: has no head.bias"),
+    "more.pth": (network(1) | {"gain": torch.ones(3)}, "other layout than most files: has gain, too"),
+    "shape.pth": (
+        network(1) | {"head.bias": torch.ones(7)},
+        "other layout than most files: head.bias is (7,) instead of (4,)",
+    ),
+    "half.pth": (
+        {n: t.half() if t.is_floating_point() else t for n, t in network(1).items()},
+        "other types than most files: float16 instead of float32 in stem.weight, norm.running_mean, head.weight and 2",
+    ),
+    "nan.pth": (network(1) | {"head.bias": torch.tensor([0, math.nan, 0, 0])}, "head.bias holds NaN or infinity"),
+    "inf.pth": (network(1) | {"temperature": torch.tensor([math.inf])}, "temperature holds NaN or infinity"),
+    "odd [1]#\n.pth": (network(1) | {"gain": torch.ones(3)}, "other layout"),
+}
+REPORTED = {
+    "far.pth": (network(1) | {"head.weight": network(1)["head.weight"] + 50}, "outlier: "),
+    "twin.pth": (network(3), "duplicate of 03.pth"),
+}
+
+
+def suspicious(folder: Path) -> Path:
+    plain(folder)
+    for name, (content, _) in (UNUSABLE | REPORTED).items():
+        content(folder / name) if callable(content) and not isinstance(content, nn.Module) else torch.save(
+            content, folder / name
+        )
+    (folder / "notes.txt").write_text("no checkpoint")
+    return folder
+
+
+def test_every_kind_of_suspicious_file(here, capsys):
+    found = survey(suspicious(here / "mine"))
+    assert set(found.unusable) == set(UNUSABLE)
+    for name, (_, reason) in UNUSABLE.items():
+        assert reason in found.unusable[name], name
+        assert "\n" not in found.unusable[name]
+    assert set(found.reported) == set(REPORTED)
+    for name, (_, reason) in REPORTED.items():
+        assert found.reported[name].startswith(reason)
+    assert not (here / "ran").exists()
+    path = new("odd", here / "mine")
+    printed, text = capsys.readouterr().out, path.read_text()
+    for name in [*UNUSABLE, *REPORTED]:
+        shown = " ".join(name.split())
+        assert f"  {shown}: " in printed and f"#   {shown}: " in text
+    experiment = config.load("odd")
+    collection = adopt(Path(experiment.prepare.source), experiment.prepare.parameters, experiment.prepare.exclude)
+    assert collection.names == [path.name for path in found.used]
+
+
+def test_the_majority_decides(here):
+    folder = plain(here / "mine", 3)
+    for k in range(4):
+        torch.save({"w": torch.randn(3)}, folder / f"0{k}x.pth")
+    found = survey(folder)
+    assert list(found.layout) == ["w"] and len(found.unusable) == 3
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        ({}, "holds 0 usable checkpoint files, expected at least 2"),
+        ({"a.pth": network(0)}, "holds 1 usable checkpoint files, expected at least 2"),
+        ({"a.pth": network(0), "b.pth": {}}, "holds 1 usable .*; b.pth holds a dict"),
+        ({"a.pth": network(0), "b.pth": {"w": torch.ones(2)}}, "no two files in .* have the same layout"),
+        ({"a.pth": network(0), "b.pth": network(0)}, "the 2 files in .* are all the same"),
+        ({"a.pth": {"n": torch.tensor(1)}, "b.pth": {"n": torch.tensor(2)}}, "nothing to generate"),
+    ],
+)
+def test_unusable_folders(here, states, message):
+    with pytest.raises(UserError, match=message):
+        survey(folder_of(states, here / "mine"))
+
+
+def test_absent_folder(here):
+    with pytest.raises(UserError, match="--checkpoints: absent is not a folder"):
+        new("mine", Path("absent"))
+
+
+@pytest.mark.parametrize("size", [1, 40, 5000])
+def test_outliers(here, size):
+    """What a training leaves behind are no outliers, be it a cloud, a path, a walk or an approach; a stray is."""
+    g = torch.Generator().manual_seed(size)
+    base, direction = torch.randn(2, size + 1, generator=g)
+    noise = torch.randn(60, size + 1, generator=g)
+    steps = torch.linspace(0, 1, 60)[:, None]
+    paths = {
+        "cloud": base + 0.1 * noise,
+        "straight": base + steps * direction,
+        "walk": base + noise.cumsum(0),
+        "some twice as far": base + 0.1 * noise * torch.where(torch.arange(60) % 20 == 3, 2, 1)[:, None],
+        "approach": base + 0.01 * noise + torch.exp(-steps) * direction,
+    }
+    for name, rows in paths.items():
+        for far in (False, True):
+            rows = rows.clone()
+            if far:
+                spread = (rows - rows.median(dim=0).values).norm(dim=1).median()
+                rows[7] += 12 * spread * noise[0] / noise[0].norm()
+            folder = folder_of({f"{k}.pth": {"w": row.clone()} for k, row in enumerate(rows)}, here / f"{name}{far}")
+            assert list(survey(folder).reported) == (["7.pth"] if far else []), name
+
+
+def test_an_outlier_in_a_small_tensor_is_not_hidden_by_a_large_one(here):
+    folder = here / "mine"
+    for k in range(20):
+        g = torch.Generator().manual_seed(k)
+        state = {"large": 100 * torch.randn(3000, generator=g), "small": torch.randn(100, generator=g) * 1e-3}
+        folder_of({f"{k}.pth": state}, folder)
+    assert list(survey(folder).reported) == []
+    torch.save(state | {"small": state["small"] * 40}, folder / "5.pth")  # 0.4 long, where the others' are 5 500
+    assert list(survey(folder).reported) == ["5.pth"]
+
+
+def test_sketches_keep_distances():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 300, 70, generator=g)
+    sketched = (_sketch({"w": a})["w"][0] - _sketch({"w": b})["w"][0]).norm()
+    assert sketched.item() == pytest.approx((a - b).norm().item(), rel=0.3)
+    shifted = (_sketch({"w": a + 0.5})["w"][0] - _sketch({"w": a})["w"][0]).norm()
+    assert shifted.item() == pytest.approx(0.5 * math.sqrt(21000), rel=0.3)
+    few = torch.randn(2, 50, generator=g)
+    exact = (_sketch({"w": few[0]})["w"][0] - _sketch({"w": few[1]})["w"][0]).norm()
+    assert exact.item() == pytest.approx((few[0] - few[1]).norm().item())
+
+
+def matched(roles: dict[str, str], patterns: list[str]) -> set[str]:
+    return {name for name in roles if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def test_patterns_leave_out_what_is_constant():
+    layers = [
+        f"layer{i}.{j}.{part}" for i in range(1, 5) for j in range(2) for part in ("conv1", "bn1", "conv2", "bn2")
+    ]
+    names = [*(f"{layer}.{p}" for layer in layers for p in ("weight", "bias")), "fc.weight", "fc.bias", "odd[1].w"]
+
+    def roles(generated: Callable[[str], bool]) -> dict[str, str]:
+        return {name: "generated" if generated(name) else "constant" for name in names}
+
+    cases = {
+        ("fc.*",): lambda name: name.startswith("fc."),
+        ("fc.bias",): lambda name: name == "fc.bias",
+        ("*.bias",): lambda name: name.endswith(".bias"),
+        ("layer4.1.bn*.*",): lambda name: name.startswith("layer4.1.bn"),
+        ("layer4.*", "fc.*"): lambda name: name.startswith(("layer4", "fc")),
+        ("layer*.1.bn2.weight",): lambda name: name.endswith(".1.bn2.weight"),
+        ("odd[[]1].*",): lambda name: name.startswith("odd"),
+        ("all",): lambda name: True,
+    }
+    for expected, generated in cases.items():
+        found = patterns_of(roles(generated))
+        assert sorted(found) == sorted(expected)
+        if expected != ("all",):
+            assert matched(roles(generated), found) == {name for name in names if generated(name)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_patterns_of_any_choice(seed):
+    g = torch.Generator().manual_seed(seed)
+    names = [f"a{i}.b{j}.{part}" for i in range(4) for j in range(3) for part in ("w", "b1", "b2")]
+    kinds = ("generated", "constant", "integer")
+    roles = {n: kinds[k] for n, k in zip(names, torch.randint(3, (len(names),), generator=g).tolist(), strict=True)}
+    found = matched(roles, patterns_of(roles))
+    assert {name for name in found if roles[name] != "integer"} == {n for n in names if roles[n] == "generated"}
+
+
+def test_settings_of_the_paper_are_the_medians_of_what_was_published():
+    facts = json.loads((Path(__file__).parents[1] / "helpers" / "tags.json").read_text())
+    default = facts["defaults"]["pdiff"]
+    runs = [default | run["pdiff"] for run in facts["tags"].values() if run["category"] in ("main", "full")]
+    assert len(runs) == 54
+    for row in PAPERS:
+        own = [run for run in runs if run["latent_size"] == row.latent_size]
+        assert row.autoencoder_steps == statistics.median(run["ae_steps"] for run in own)
+        assert row.diffusion_steps == statistics.median(run["diffusion_steps"] for run in own)
+    assert {run["latent_size"] for run in runs} == {row.latent_size for row in PAPERS}
+    sizes = {768: 128, 5120: 128, 10853: 256, 24000: 768, 80000: 768, 11_000_000: 768}
+    assert {size: paper_settings(size).latent_size for size in sizes} == sizes
+
+
+def test_the_yaml_loads_and_says_what_was_asked_for(here, tmp_path, capsys):
+    path = new("mine", plain(here / "data" / "mine"), overrides={"generate.count": "7", "seed": "3"})
+    assert path == Path("experiments/own/mine.yaml") and path.exists()
+    experiment = config.load("mine")
+    assert experiment.dataset is None and experiment.network is None
+    assert (experiment.generate.count, experiment.seed) == (7, 3)
+    assert experiment.prepare.source == "data/mine"
+    assert set(experiment.prepare.parameters) == {"norm.*", "head.*"} and not experiment.prepare.exclude
+    assert experiment == config.load(str(path))
+    printed = capsys.readouterr().out
+    assert printed.endswith("next        pdiff main --tag mine\n")
+    assert "29 of 46 numbers" in printed and "at most 10" in printed
+    for row in ("head.weight 4 x 5 float32 20 generated", "temperature 1 float32 1 single"):
+        assert row in [" ".join(line.split()) for line in printed.splitlines()]
+    text = path.read_text()
+    lines = [line[2:] for line in text.splitlines() if line.startswith(("# extends", "# autoenc", "# diffusion"))]
+    kept = [
+        line for line in text.splitlines() if not line.startswith(("autoencoder", "diffusion", "  latent", "  steps"))
+    ]
+    (here / "paper.yaml").write_text("\n".join([*lines, *kept]))
+    paper = config.load("paper.yaml")
+    assert (paper.autoencoder.kind, paper.autoencoder.latent_size, paper.diffusion.steps) == ("conv", 128, 1800)
+
+
+def test_places(here, tmp_path, capsys):
+    outside = plain(tmp_path / "it's ü: #1")
+    path = new("far", outside, out=tmp_path / "else where")
+    experiment = config.load(str(path))
+    assert experiment.prepare.source == str(outside)
+    assert f"pdiff main --tag '{tmp_path}/else where/far.yaml'" in capsys.readouterr().out
+    assert config.load(str(new("near", Path("../here") / "../it's ü: #1"))).prepare.source == str(outside)
+
+
+def test_nothing_is_written_over(here):
+    folder = plain(here / "mine")
+    path = new("mine", folder)
+    path.write_text(path.read_text() + "seed: 7\n")
+    with pytest.raises(UserError, match=r"experiments/own/mine\.yaml is there already; --force writes over it"):
+        new("mine", folder)
+    assert config.load("mine").seed == 7
+    new("mine", folder, force=True)
+    assert config.load("mine").seed == 0
+    with pytest.raises(UserError, match=r"the tag digits_mlp is taken by .*digits_mlp\.yaml"):
+        new("digits_mlp", folder, force=True)
+    for bad in ("a/b", "", "a b", "-a", "x.yaml", "../x"):
+        with pytest.raises(UserError, match="cannot be a tag"):
+            new(bad, folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parameters": ["head.*", "tail.*"]}, r"--parameters: 'tail\.\*' matches none of the files' 6 tensors"),
+        ({"parameters": ["stem.*"]}, r"--parameters: stem\.\* matches nothing that can be generated and varies"),
+        ({"dataset": "digits"}, "--dataset and --architecture belong together"),
+        ({"dataset": "digit", "architecture": "mlp"}, "unknown 'digit'; did you mean digits"),
+        ({"dataset": "digits", "architecture": "resnet81"}, "unknown 'resnet81'; did you mean"),
+        ({"command": "python test.py"}, "command must hold {checkpoint}, but got 'python test.py'"),
+        ({"command": "python 'test.py {checkpoint}"}, "cannot be split into words: No closing quotation"),
+        ({"function": "absent.py:predict"}, "--function: 'absent.py:predict' is not path/to/file.py:function"),
+        ({"function": "predict"}, "--function: 'predict' is not path/to/file.py:function"),
+        ({"overrides": {"generate.cuont": "3"}}, "generate.cuont: unknown key; did you mean generate.count"),
+        ({"overrides": {"network": "resnet18"}, "dataset": "digits"}, "network"),
+        ({"overrides": {"evaluate": "3"}}, "evaluate: input should be a valid dictionary"),
+    ],
+)
+def test_mistakes(here, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        new("mine", plain(here / "mine", 4), **options)
+    assert "\n" not in str(caught.value) and "/tmp" not in str(caught.value).replace(str(here), "")
+    assert not Path("experiments").exists()
+
+
+def test_own_function_and_command(here, tmp_path):
+    folder = plain(here / "mine", 4)
+    (tmp_path / "eval.py").write_text("def predict(state): ...")
+    (here / "near.py").write_text("def predict(state): ...")
+    assert config.load(str(new("a", folder, function=f"{tmp_path}/eval.py:predict"))).evaluate.function == (
+        f"{tmp_path}/eval.py:predict"
+    )
+    assert config.load(str(new("b", folder, function="near.py:predict"))).evaluate.function == "near.py:predict"
+    with_command = config.load(str(new("c", folder, command="sh 'my test.sh' {checkpoint} --top 1"))).evaluate
+    assert (with_command.command, with_command.folder) == ("sh 'my test.sh' {checkpoint} --top 1", "")
+
+
+def test_the_published_layout(here, tmp_path):
+    home = tmp_path / "published" / "cifar"
+    plain(home / "checkpoint")
+    folder_of({"generated_000.pth": {"other": torch.ones(2)}}, home / "generated")
+    (home / "test.py").write_text("...")
+    experiment = config.load(str(new("published", home)))
+    assert experiment.prepare.source == str(home / "checkpoint")
+    assert experiment.evaluate.command == "python test.py {checkpoint}"
+    assert experiment.evaluate.folder == str(home)
+    known = config.load(str(new("known", home, dataset="digits", architecture="mlp"))).evaluate
+    assert (known.command, known.folder) == ("", "")
+    asked = config.load(str(new("asked", home, command="python test.py {checkpoint} --fast"))).evaluate
+    assert (asked.command, asked.folder) == ("python test.py {checkpoint} --fast", str(home))
+    assert (asked.noise, asked.noise_count) == ((0.05,), 20)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_networks_that_are_known_are_compared(here, capsys, fits, digits):
+    from pdiff.networks.architectures import build
+
+    for k in range(3):
+        torch.manual_seed(k)
+        own = build("mlp", pretrained=False, classes=10, channels=1, image_size=8 if fits else 9)
+        folder_of({f"{k}.pth": own.state_dict()}, here / "mine")
+    experiment = config.load(str(new("mine", here / "mine", dataset="digits", architecture="mlp")))
+    assert experiment.dataset == Dataset(name="digits") and experiment.network.architecture == "mlp"
+    printed = capsys.readouterr().out
+    assert ("network     fits: all 4 tensors" in printed) == fits
+    assert ("does not fit: 1.weight is (32, 81) in the files, (32, 64) in the network" in printed) != fits
+
+
+KINDS: dict[str, Callable[[State, Path], object]] = {
+    ".pth": torch.save,
+    ".pt": lambda state, path: torch.save({"model": {f"module.{n}": t for n, t in state.items()}}, path),
+    ".safetensors": save_file,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", KINDS)
+def test_every_kind_of_file(here, suffix, dtype, capsys):
+    (here / "mine").mkdir()
+    for k in range(4):
+        state = {n: t.to(dtype) if n.startswith("head") else t for n, t in network(k).items()}
+        KINDS[suffix](state, here / "mine" / f"{k}{suffix}")
+    experiment = config.load(str(new("mine", here / "mine", parameters=["head.*"])))
+    collection = adopt(Path(experiment.prepare.source), experiment.prepare.parameters)
+    assert sorted(collection.tensors) == ["head.bias", "head.weight"]
+    assert {t.dtype for t in collection.tensors.values()} == {dtype}
+    assert Standardizer.fit(collection).size == 24
+    (types,) = [line[12:] for line in capsys.readouterr().out.splitlines() if line.startswith("types")]
+    expected = {"float32"} if dtype == torch.float32 else {"float32 (3)", f"{str(dtype)[6:]} (2)"}
+    assert set(types.split(", ")) == expected
+
+
+USER = """
+import torch
+from sklearn.datasets import load_digits
+data = load_digits()
+images, labels = torch.tensor(data.data / 16).float(), torch.tensor(data.target)
+network = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+for step in range(240):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(network(images), labels).backward()
+    optimizer.step()
+    if step >= 200: torch.save({"net": network.state_dict(), "step": step}, f"checkpoint/{step}.pth")
+"""
+TEST = """
+import sys, torch
+from sklearn.datasets import load_digits
+data = load_digits()
+images, labels = torch.tensor(data.data / 16).float(), torch.tensor(data.target)
+network = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+for path in sys.argv[1:]:
+    network.load_state_dict(torch.load(path)["net"])
+    outputs = network(images)
+    loss, acc = torch.nn.functional.cross_entropy(outputs, labels), (outputs.argmax(1) == labels).float().mean()
+    print(f"Loss: {loss:.4f} | Acc: {acc:.4f}")
+"""
+
+
+def test_a_users_own_networks_from_training_to_their_own_test(here, capsys, monkeypatch):
+    """A script of ten lines, `pdiff new`, and another network in such a file, measured by the user's own test.py."""
+    home = here / "own"
+    (home / "checkpoint").mkdir(parents=True)
+    (home / "test.py").write_text(TEST)
+    user: dict = {}
+    monkeypatch.chdir(home)
+    exec(compile(USER, "user.py", "exec"), user)
+    monkeypatch.chdir(here)
+    assert main(["new", "own", "--checkpoints", "own", "--generate.count", "4", "--autoencoder.latent_size=4"]) == 0
+    assert "next        pdiff main --tag own" in capsys.readouterr().out
+    assert yaml.safe_load(Path("experiments/own/own.yaml").read_text())["autoencoder"] == {"latent_size": 4}
+    experiment = config.load("own")
+    source = Path(experiment.prepare.source)
+    collection = adopt(source, experiment.prepare.parameters, experiment.prepare.exclude)
+    assert len(collection) == 40 and Standardizer.fit(collection).size == 64 * 16 + 16 + 160 + 10
+    average = baselines.average(collection)
+    found = run_command(
+        experiment.evaluate.command,
+        average,
+        template=Template.read(source / "200.pth"),
+        scratch=here / "scratch",
+        folder=Path(experiment.evaluate.folder),
+        pattern=experiment.evaluate.pattern,
+    )
+    user["network"].load_state_dict(average[0])
+    right = user["network"](user["images"]).argmax(dim=1) == user["labels"]
+    accuracies = fractions(found)
+    assert accuracies == pytest.approx([right.double().mean().item()], abs=1e-4)
+    assert accuracies[0] > 0.5

@@ -1,0 +1,188 @@
+"""Diffusion against the schedulers of diffusers and against denoisers that are ideal in closed form."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pdiff.method.denoisers import MLPDenoiser
+from pdiff.method.diffusion import SAMPLERS_OF, Diffusion
+from pdiff.seeds import sample_seed
+
+PAIRS = [(prediction, sampler) for prediction, samplers in SAMPLERS_OF.items() for sampler in samplers]
+SHORT = {"timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}  # reaches noise in fewer timesteps
+
+
+class Ideal(nn.Module):
+    """The best possible denoiser: what is predicted follows from the posterior mean of z_0.
+
+    Args:
+        diffusion: what is predicted.
+        posterior_mean: (z_t (B, L), signal (B, 1), spread (B, 1)) -> E[z_0 | z_t = signal z_0 + spread eps].
+    """
+
+    def __init__(self, diffusion: Diffusion, posterior_mean: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.diffusion, self.posterior_mean, self.times = diffusion, posterior_mean, []
+        betas = torch.linspace(diffusion.beta_start, diffusion.beta_end, diffusion.timesteps, dtype=torch.float64)
+        self.signals = (1 - betas).log().cumsum(0).mul(0.5).exp().float()
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        self.times.append(t[0].item())
+        prediction = self.diffusion.prediction
+        if prediction == "flow":
+            spread = t[:, None].float() / self.diffusion.timesteps
+            signal = 1 - spread
+        else:
+            signal = self.signals[t.long()][:, None]
+            spread = (1 - signal**2).sqrt()
+        z_0 = self.posterior_mean(z, signal, spread)
+        noise = (z - signal * z_0) / spread
+        return {"flow": noise - z_0, "epsilon": noise, "sample": z_0, "v_prediction": signal * noise - spread * z_0}[
+            prediction
+        ]
+
+
+def gaussian(mean: float, std: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Posterior mean where z_0 ~ N(mean, std^2)."""
+    return lambda z, a, b: mean + a * std**2 / (a**2 * std**2 + b**2) * (z - a * mean)
+
+
+def among(points: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Posterior mean where z_0 is one of some points (P, L), each as likely."""
+    return lambda z, a, b: (-((z[:, None] - a[..., None] * points) ** 2).sum(-1) / (2 * b**2)).softmax(1) @ points
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_corruption_is_that_of_diffusers(prediction: str) -> None:
+    from diffusers import DDPMScheduler
+
+    torch.manual_seed(0)
+    z, noise, u = torch.randn(50, 3), torch.randn(50, 3), torch.rand(50)
+    u[:2] = torch.tensor([0.0, 1 - 1e-6])
+    z_t, t, target = Diffusion(prediction).corrupt(z, noise, u)
+    scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
+    assert t.tolist() == [int(p * 1000) for p in u.tolist()] and t[:2].tolist() == [0, 999]
+    assert torch.allclose(z_t, scheduler.add_noise(z, noise, t), atol=1e-5)
+    targets = {"epsilon": noise, "sample": z, "v_prediction": scheduler.get_velocity(z, noise, t)}
+    assert torch.allclose(target, targets[prediction], atol=1e-5)
+
+
+def test_the_path_of_flow_is_straight() -> None:
+    z, noise = torch.tensor([[1.0, -2.0]]).repeat(3, 1), torch.tensor([[5.0, 2.0]]).repeat(3, 1)
+    z_t, t, target = Diffusion("flow", timesteps=200).corrupt(z, noise, torch.tensor([0.0, 0.25, 0.5]))
+    assert z_t.tolist() == [[1, -2], [2, -1], [3, 0]]
+    assert t.tolist() == [0, 50, 100] and target.tolist() == [[4, 4]] * 3
+
+
+@pytest.mark.parametrize("prediction", SAMPLERS_OF)
+def test_the_loss_of_an_ideal_denoiser_is_zero_on_one_point(prediction: str) -> None:
+    torch.manual_seed(0)
+    diffusion, point = Diffusion(prediction), torch.tensor([[1.0, -2.0, 0.5]])
+    ideal, z = Ideal(diffusion, among(point)), point.repeat(64, 1)
+    assert diffusion.loss(ideal, z).item() < 1e-4
+    assert diffusion.heldout_loss(ideal, z[:3]) < 1e-4
+
+
+@pytest.mark.parametrize("prediction", SAMPLERS_OF)
+def test_the_heldout_loss_is_always_drawn_alike(prediction: str) -> None:
+    torch.manual_seed(0)
+    diffusion, denoiser, z = Diffusion(prediction), Ideal(Diffusion(prediction), gaussian(0.0, 1.0)), torch.randn(40, 8)
+    first, state = diffusion.heldout_loss(denoiser, z), torch.get_rng_state()
+    assert diffusion.heldout_loss(denoiser, z) == first
+    assert torch.equal(torch.get_rng_state(), state)  # training goes on as if nothing had been evaluated
+    losses = torch.tensor([diffusion.loss(denoiser, z).item() for _ in range(50)])
+    assert first == pytest.approx(losses.mean().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [60, 100])  # 60 does not divide the timesteps
+@pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
+def test_ideal_denoisers_draw_a_gaussian(prediction: str, sampler: str, steps: int) -> None:
+    diffusion = Diffusion(prediction)
+    z = diffusion.sample(Ideal(diffusion, gaussian(3.0, 0.5)), 64, range(64), sampler=sampler, steps=steps)
+    assert z.dtype == torch.float32 and z.shape == (64, 64)
+    assert z.mean().item() == pytest.approx(3.0, abs=0.04)  # 0.0078 is its standard error
+    assert z.std().item() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
+def test_ideal_denoisers_draw_the_points(prediction: str, sampler: str) -> None:
+    diffusion, points = Diffusion(prediction, **SHORT), torch.tensor([[2.0, 0.0], [-2.0, 1.0], [0.0, -3.0]])
+    z = diffusion.sample(Ideal(diffusion, among(points)), 2, range(90), sampler=sampler, steps=50)
+    distance, nearest = torch.cdist(z, points).min(1)
+    assert distance.max() < 0.15
+    assert nearest.bincount(minlength=3).min() > 15  # 30 of each are expected
+
+
+@pytest.mark.parametrize("steps", [1, 7, 29, 50])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_ddim_against_its_formula(prediction: str, steps: int) -> None:
+    """Song et al. 2021, eq. 12 without noise, on timesteps evenly spaced from the last one."""
+    diffusion = Diffusion(prediction, timesteps=50, beta_start=1e-3, beta_end=0.3)
+    mean = gaussian(1.0, 0.7)
+    found = diffusion.sample(Ideal(diffusion, mean), 4, [5], sampler="ddim", steps=steps)
+    z = torch.randn(1, 4, generator=torch.Generator().manual_seed(5))
+    times = [round(50 * k / steps) - 1 for k in range(steps, -1, -1)]
+    for t, after in pairwise(times):
+        a, b = diffusion.alpha_bar[t], diffusion.alpha_bar[after] if after >= 0 else torch.tensor(1.0)
+        z_0 = mean(z, a.sqrt(), (1 - a).sqrt())
+        z = b.sqrt() * z_0 + (1 - b).sqrt() * (z - a.sqrt() * z_0) / (1 - a).sqrt()
+    assert torch.allclose(found, z, atol=1e-4)
+
+
+def test_heun_and_euler_are_of_second_and_first_order() -> None:
+    """Ideal flow to N(0, s^2) multiplies the start by s: the variance of z at time u is (1 - u)^2 s^2 + u^2."""
+    diffusion = Diffusion("flow")
+    start = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
+
+    def error(sampler: str, steps: int) -> float:
+        z = diffusion.sample(Ideal(diffusion, gaussian(0.0, 0.5)), 8, [0], sampler=sampler, steps=steps)
+        return (z - 0.5 * start).abs().max().item()
+
+    assert error("euler", 10) / error("euler", 20) == pytest.approx(2, rel=0.3)
+    assert error("heun", 11) < error("euler", 11) / 3
+    assert error("euler", 500) < 0.01 and error("heun", 99) < 0.005
+
+
+@pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
+def test_a_sample_depends_on_its_seed_alone(prediction: str, sampler: str) -> None:
+    torch.manual_seed(0)
+    denoiser = MLPDenoiser(5, width=16).eval()
+    nn.init.normal_(denoiser.output.weight, std=0.1)
+    diffusion = Diffusion(prediction, **SHORT)
+    seeds = [sample_seed(0, k) for k in range(6)]
+
+    def draw(chosen: list[int]) -> Tensor:
+        return diffusion.sample(denoiser, 5, [seeds[k] for k in chosen], sampler=sampler, steps=10)
+
+    together = draw([0, 1, 2, 3, 4, 5])
+    assert torch.allclose(torch.cat([draw([k]) for k in range(6)]), together, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(draw([4, 2]), together[[4, 2]], rtol=1e-3, atol=1e-4)
+    assert torch.cdist(together, together).fill_diagonal_(1).min() > 0.01
+
+
+@pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
+def test_no_more_calls_than_steps_and_only_known_timesteps(prediction: str, sampler: str) -> None:
+    diffusion = Diffusion(prediction, **SHORT)
+    for steps in (1, 2, 3, 7, 29, 62, 97, 100):
+        ideal = Ideal(diffusion, gaussian(0.0, 1.0))
+        z = diffusion.sample(ideal, 2, [0, 1], sampler=sampler, steps=steps)
+        assert z.isfinite().all()
+        assert steps - (sampler == "heun") <= len(ideal.times) <= steps
+        assert min(ideal.times) >= 0 and 98 <= ideal.times[0] <= 100
+        assert ideal.times == sorted(ideal.times, reverse=True)
+
+
+def test_progress_wraps_every_timestep() -> None:
+    diffusion, seen = Diffusion("epsilon"), []
+    denoiser = Ideal(diffusion, gaussian(0.0, 1.0))
+    diffusion.sample(denoiser, 2, [0], sampler="ddim", steps=5, progress=lambda ts: (seen.append(t) or t for t in ts))
+    assert [int(t) for t in seen] == denoiser.times == [999, 799, 599, 399, 199]
+
+
+def test_seeds_of_samples_are_distinct() -> None:
+    seeds = {sample_seed(seed, k) for seed in (0, 1, 2**31) for k in range(1000)}
+    assert len(seeds) == 3000 and all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(3, 4) == sample_seed(3, 4) != sample_seed(4, 3)

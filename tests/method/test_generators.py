@@ -1,0 +1,339 @@
+"""Generators on collections of a known distribution; files that come back the same or not at all."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pdiff.errors import UserError
+from pdiff.files import read_tensors, write_tensors
+from pdiff.method import training
+from pdiff.method.collection import Collection
+from pdiff.method.denoisers import ConvDenoiser, MLPDenoiser
+from pdiff.method.diffusion import Diffusion
+from pdiff.method.generators import (
+    AUTOENCODERS,
+    Generator,
+    fit_autoencoder,
+    fit_denoiser,
+    heldout_split,
+    latent_scale,
+    make_diffusion,
+)
+from pdiff.method.log import Point
+from pdiff.method.options import Autoencoder, DiffusionSettings
+from pdiff.method.standardize import Standardizer
+
+QUICK = {"width": 64, "blocks": 1, "steps": 400, "learning_rate": 5e-3, "batch_size": 128, "evaluate_every": 100}
+
+
+def gaussian_collection(count: int = 400) -> Collection:
+    """Networks with three degrees of freedom, each Gaussian, and a constant."""
+    g = torch.Generator().manual_seed(0)
+    factors = torch.randn(count, 3, generator=g) * torch.tensor([1.0, 0.5, 0.25])
+    offset, mixing = 3 * torch.randn(12, generator=g), torch.randn(3, 12, generator=g)
+    rows = offset + factors @ mixing
+    return Collection({"a": rows[:, :8].reshape(-1, 4, 2), "n": torch.arange(count), "b": 10 * rows[:, 8:]})
+
+
+def fit(collection: Collection, settings: DiffusionSettings, log: list[Point] | None = None) -> Generator:
+    """A generator by principal components."""
+    log, standardizer = [] if log is None else log, Standardizer.fit(collection)
+    vectors = standardizer.encode(collection)
+    autoencoder = fit_autoencoder(vectors, Autoencoder(), seed=0, log=log.append)
+    latents = autoencoder.encode(vectors)
+    mean, std = latent_scale(latents, standardize=settings.standardize_latents)
+    kept, held = heldout_split(len(collection), settings.heldout_fraction, seed=0)
+    latents, diffusion = (latents - mean) / std, make_diffusion(settings)
+    denoiser = fit_denoiser(diffusion, latents[kept], latents[held], settings, seed=0, log=log.append)
+    return Generator(standardizer, autoencoder, mean, std, denoiser, diffusion)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Generator:
+    """A generator of the collection above."""
+    return fit(gaussian_collection(50), DiffusionSettings(**QUICK | {"steps": 20}))
+
+
+@pytest.mark.parametrize(("prediction", "sampler"), [("flow", "heun"), ("v_prediction", "dpmsolver++")])
+def test_drawn_networks_are_distributed_like_the_originals(prediction: str, sampler: str) -> None:
+    originals, log = gaussian_collection(), []
+    generator = fit(originals, DiffusionSettings(prediction=prediction, **QUICK), log)
+    drawn = generator.sample(range(400), sampler=sampler, steps=20)
+    assert list(drawn.tensors) == ["a", "n", "b"] and set(drawn.tensors["n"].tolist()) == {0}
+    assert generator.autoencoder.latent_size <= 3  # it found the degrees of freedom
+    for name in ("a", "b"):
+        real, new = originals.tensors[name].flatten(1), drawn.tensors[name].flatten(1)
+        assert ((new.mean(0) - real.mean(0)) / real.std(0)).abs().max() < 0.25
+        assert (new.std(0) / real.std(0) - 1).abs().max() < 0.25
+    assert {point.name for point in log} == {"autoencoder/loss", "diffusion/loss", "diffusion/heldout_loss"}
+
+
+def test_the_first_networks_of_a_longer_draw_are_the_same(fitted: Generator) -> None:
+    few, many = (fitted.sample(range(count), sampler="heun", steps=7) for count in (2, 5))
+    for name in few.tensors:
+        assert torch.allclose(few.tensors[name], many.tensors[name][:2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_loaded_generator_draws_the_same(fitted: Generator, tmp_path: Path) -> None:
+    fitted.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generator.json", "generator.safetensors"]
+    expected = fitted.sample(range(3), sampler="euler", steps=5)
+    found = Generator.load(tmp_path).sample(range(3), sampler="euler", steps=5)
+    assert list(found.tensors) == list(expected.tensors)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+@pytest.mark.parametrize("denoiser", [ConvDenoiser(4), MLPDenoiser(4, width=8, blocks=1)])
+@pytest.mark.parametrize("kind", [{"kind": "conv"}, {"kind": "conv", "variational": True}, {"kind": "pca"}])
+def test_every_kind_is_built_again_from_its_files(kind, denoiser, mixed: Collection, tmp_path: Path) -> None:
+    standardizer, options = Standardizer.fit(mixed), dict(kind)
+    autoencoder = AUTOENCODERS[options.pop("kind")](standardizer.size, 4, **options)
+    torch.manual_seed(0)
+    for module in (autoencoder, denoiser):
+        for tensor in module.state_dict().values():
+            tensor.copy_(torch.rand(tensor.shape) + 0.1)
+    diffusion = Diffusion("v_prediction", timesteps=50)
+    generator = Generator(standardizer, autoencoder, torch.randn(4), torch.rand(4), denoiser, diffusion)
+    generator.save(tmp_path)
+    expected = generator.sample([7, 8], sampler="ddim", steps=3)
+    found = Generator.load(tmp_path).sample([7, 8], sampler="ddim", steps=3)
+    assert list(found.tensors) == list(mixed.tensors)
+    for name, tensor in expected.tensors.items():
+        assert found.tensors[name].dtype == mixed.tensors[name].dtype and torch.equal(found.tensors[name], tensor)
+
+
+def damage(folder: Path, how: str) -> None:
+    """Damage a saved generator."""
+    path, index = folder / "generator.safetensors", folder / "generator.json"
+    tensors, description = read_tensors(path), json.loads(index.read_text())
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+        return
+    if how == "no file":
+        path.unlink()
+        return
+    if how.startswith("without "):
+        tensors.pop(how.removeprefix("without "))
+    elif how == "nan":
+        tensors["denoiser.input.weight"][0, 0] = math.nan
+    elif how == "another shape":
+        tensors["autoencoder.center"] = tensors["autoencoder.center"][:-1].clone()
+    elif how == "another format":
+        description["format"] = 0
+    elif how == "foreign":
+        description = {"model": "resnet18"}
+    elif how == "a list":
+        description = [description]
+    elif how == "unknown kind":
+        description["denoiser"]["kind"] = "transformer"
+    elif how == "unknown option":
+        description["denoiser"]["heads"] = 8
+    elif how == "a part that is a text":
+        description["autoencoder"] = "pca"
+    elif how == "no slots":
+        del description["slots"]
+    elif how == "fewer slots":
+        description["slots"].pop()
+    elif how == "a larger slot":
+        description["slots"][0]["shape"] = [4, 3]
+    write_tensors(path, tensors)
+    index.write_text(json.dumps(description))
+
+
+HOW = ["truncated", "no file", "nan", "another shape", "another format", "foreign", "a list", "unknown kind"]
+PARTS = ["latent_mean", "denoiser.input.weight", "autoencoder.components", "constant.n"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *HOW,
+        "unknown option",
+        "a part that is a text",
+        "no slots",
+        "fewer slots",
+        "a larger slot",
+        *(f"without {part}" for part in PARTS),
+    ],
+)
+def test_damaged_and_foreign_files_are_refused(fitted: Generator, tmp_path: Path, how: str) -> None:
+    fitted.save(tmp_path)
+    damage(tmp_path, how)
+    with pytest.raises(UserError, match="generator"):
+        Generator.load(tmp_path)
+
+
+def test_the_convolutional_autoencoder_learns(tmp_path: Path) -> None:
+    collection = gaussian_collection(32)
+    vectors = Standardizer.fit(collection).encode(collection)
+    settings = Autoencoder(kind="conv", latent_size=8, steps=25, learning_rate=2e-3, batch_size=32, latent_noise=0.0)
+    log: list[Point] = []
+    autoencoder = fit_autoencoder(vectors, settings, seed=0, log=log.append)
+    assert autoencoder.options == {"size": 12, "latent_size": 8, "variational": False}
+    assert not autoencoder.training and autoencoder.encode(vectors).shape == (32, 8)
+    losses = [point.value for point in log]
+    assert len(losses) == 25 and sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_the_loss_of_principal_components_is_the_variance_left_over() -> None:
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    log: list[Point] = []
+    pca = fit_autoencoder(x, Autoencoder(latent_size=5), seed=0, log=log.append)
+    left = torch.linalg.svdvals(x - x.mean(0))[5:].square().sum() / x.numel()
+    assert pca.options == {"size": 8, "latent_size": 5}
+    assert log[0].name == "autoencoder/loss" and log[0].value == pytest.approx(left.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_early_stopping_restores_the_best(ema: float) -> None:
+    """Four latents are soon learnt by heart, which does not help on others."""
+    g = torch.Generator().manual_seed(0)
+    latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
+    options = QUICK | {"steps": 2000, "evaluate_every": 10, "schedule": "constant", "ema": ema, "patience": 3}
+    log: list[Point] = []
+    settings = DiffusionSettings(**options)
+    diffusion = make_diffusion(settings)
+    denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=log.append)
+    losses = [point.value for point in log if point.name == "diffusion/heldout_loss"]
+    assert len(losses) == losses.index(min(losses)) + 1 + 3 < 200  # three evaluations after the best
+    assert diffusion.heldout_loss(denoiser, heldout) == pytest.approx(min(losses), rel=1e-5)
+    assert not denoiser.training
+
+
+def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SHARE", math.inf)
+    g = torch.Generator().manual_seed(0)
+    latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
+    options = QUICK | {"steps": 2000, "evaluate_every": 10, "schedule": "constant", "ema": 0.0, "patience": 3}
+
+    def run(path: Path | None, stop: int = -1) -> tuple[dict[str, Tensor], list[Point]]:
+        log: list[Point] = []
+
+        def listen(point: Point) -> None:
+            if point.step == stop:
+                raise KeyboardInterrupt
+            if point.name == "diffusion/heldout_loss":
+                log.append(point)
+
+        settings = DiffusionSettings(**options)
+        diffusion = make_diffusion(settings)
+        denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=listen, path=path)
+        return denoiser.state_dict(), log
+
+    expected, log = run(None)
+    stop = log[-1].step  # the evaluation that ends the training, after two others without a better loss
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "state.pt", stop)
+    found, rest = run(tmp_path / "state.pt")
+    assert rest == log[-1:]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_without_patience_the_last_weights_count() -> None:
+    g = torch.Generator().manual_seed(0)
+    latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
+    settings = DiffusionSettings(**QUICK | {"steps": 60, "evaluate_every": 10, "patience": 0})
+    log: list[Point] = []
+    diffusion = make_diffusion(settings)
+    denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=log.append)
+    losses = [point.value for point in log if point.name == "diffusion/heldout_loss"]
+    assert len(losses) == 6 and diffusion.heldout_loss(denoiser, heldout) == pytest.approx(losses[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["autoencoder", "denoiser"])
+def test_an_interrupted_fit_ends_with_the_same_weights(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SHARE", math.inf)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    logged: list[int] = []
+
+    def run(path: Path | None, stop: int = -1) -> dict[str, Tensor]:
+        def log(point: Point) -> None:
+            logged.append(point.step)
+            if point.step == stop:
+                raise KeyboardInterrupt
+
+        if part == "autoencoder":
+            settings = Autoencoder(kind="conv", latent_size=2, steps=6, batch_size=5)
+            return fit_autoencoder(x, settings, seed=0, log=log, path=path).state_dict()
+        settings = DiffusionSettings(denoiser="conv", steps=6, batch_size=5, evaluate_every=2)
+        diffusion = make_diffusion(settings)
+        return fit_denoiser(diffusion, x[:12], x[12:], settings, seed=0, log=log, path=path).state_dict()
+
+    expected = run(None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "state.pt", stop=4)
+    logged.clear()
+    found = run(tmp_path / "state.pt")
+    assert logged[0] == 4  # step 4 was not saved yet
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["conv", "pca"])
+def test_one_checkpoint_is_enough(kind: str) -> None:
+    """All that can be learnt of one checkpoint is that checkpoint."""
+    collection = gaussian_collection(1)
+    standardizer = Standardizer.fit(collection)
+    vectors = standardizer.encode(collection)
+    settings = Autoencoder(kind=kind, latent_size=4, steps=60, learning_rate=2e-3, batch_size=8)
+    autoencoder = fit_autoencoder(vectors, settings, seed=0, log=[].append)
+    with torch.no_grad():
+        latents = autoencoder.encode(vectors)
+    mean, std = latent_scale(latents, standardize=True)
+    kept, held = heldout_split(1, 0.1, seed=0)
+    assert (kept.tolist(), held.tolist()) == ([0], [])
+    settings = DiffusionSettings(denoiser="mlp", **QUICK | {"steps": 100})
+    latents, diffusion = (latents - mean) / std, make_diffusion(settings)
+    denoiser = fit_denoiser(diffusion, latents[kept], latents[held], settings, seed=0, log=[].append)
+    generator = Generator(standardizer, autoencoder, mean, std, denoiser, diffusion)
+    drawn = standardizer.encode(generator.sample(range(4), sampler="heun", steps=10))
+    assert (drawn - vectors).square().mean().sqrt() < 0.3  # of the standard deviation within the checkpoint
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.37, 0.5])
+def test_heldout_checkpoints_are_disjoint_and_all_are_used(fraction: float) -> None:
+    for count in range(1, 60):
+        for seed in range(3):
+            kept, held = (part.tolist() for part in heldout_split(count, fraction, seed=seed))
+            assert sorted(kept + held) == list(range(count))
+            assert kept == sorted(kept) and held == sorted(held)
+            assert len(held) == min(round(count * fraction), max(count - 2, 0))
+    first, again, other = (heldout_split(300, 0.1, seed=seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and first.tolist() != (other.tolist() if fraction else [])
+
+
+def test_latents_are_scaled_by_component() -> None:
+    latents = torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
+    mean, std = latent_scale(latents, standardize=True)
+    assert mean.tolist() == [3, 5] and std.tolist() == [2, 1]  # a constant component is not divided by zero
+    mean, std = latent_scale(latents, standardize=False)
+    assert mean.tolist() == [0, 0] and std.tolist() == [1, 1]
+
+
+def test_sampling_undoes_scale_autoencoder_and_standardisation() -> None:
+    """A denoiser that always predicts one latent: the network drawn is the one that this latent stands for."""
+
+    class One(nn.Module):
+        def forward(self, z: Tensor, t: Tensor) -> Tensor:
+            return torch.tensor([[1.0, -1.0]]).expand(len(z), 2)
+
+    collection = gaussian_collection(10)
+    standardizer = Standardizer.fit(collection)
+    autoencoder = fit_autoencoder(
+        standardizer.encode(collection), Autoencoder(latent_size=2), seed=0, log=lambda point: None
+    )
+    settings = DiffusionSettings(prediction="sample")
+    mean, std = torch.tensor([0.5, 0.25]), torch.tensor([2.0, 4.0])
+    generator = Generator(standardizer, autoencoder, mean, std, One(), make_diffusion(settings))
+    (drawn,) = generator.sample([0], sampler="ddim", steps=4)
+    vector = autoencoder.center + 2.5 * autoencoder.components[0] - 3.75 * autoencoder.components[1]
+    a, b = standardizer.slots
+    assert torch.allclose(drawn["a"].flatten(), vector[:8] * a.std + a.mean, atol=1e-3)
+    assert torch.allclose(drawn["b"], vector[8:] * b.std + b.mean, atol=1e-3)

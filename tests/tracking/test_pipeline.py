@@ -1,0 +1,304 @@
+"""The platform as its user meets it: commands, runs, reuse, kills, two at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from tracked import STAGES, artifacts, runs, start, statuses, wait_for
+
+from pdiff.cli.main import main as pdiff
+from pdiff.method.generators import Generator
+from pdiff.networks import architectures
+
+
+def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
+    assert pdiff(["main", "--tag", "tiny.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert all(group in printed for group in ("original", "generated", "noise_0.05", "average"))
+
+    assert sorted(statuses()) == sorted((stage, "FINISHED") for stage in ["main", *STAGES])
+    (parent,) = runs("main")
+    for stage in STAGES:
+        (run,) = runs(stage)
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert {"pdiff.tag": "tiny", "pdiff.stage": stage}.items() <= run.data.tags.items()
+        assert run.data.params["config.diffusion.steps"] == "60"
+        assert (artifacts(run) / "config.yaml").exists()
+    written = {
+        "prepare": {"checkpoints.safetensors", "checkpoints.json", "network.safetensors"},
+        "train": {"generator"},
+        "generate": {"generated.safetensors", "generated.json"},
+        "evaluate": {"evaluation.csv", "similarity.safetensors", "report.html", "summary.json"},
+    }
+    for stage, names in written.items():
+        there = {path.name for path in artifacts(runs(stage)[0]).iterdir()}
+        assert names <= there
+        assert not any(name.startswith(".") for name in there)
+    (prepared,) = runs("prepare")
+    assert prepared.inputs.dataset_inputs[0].dataset.name == "digits"
+    models = {model.name for model in mlflow.search_logged_models(output_format="list")}
+    programs = {"autoencoder", "diffusion"} if find_spec("torch.export") else set()  # since PyTorch 2.1
+    assert {"generator", *programs} <= models
+
+    evaluation = pd.read_csv(artifacts(runs("evaluate")[0]) / "evaluation.csv")
+    assert evaluation.groupby("group").size().to_dict() == {
+        "original": 20,
+        "generated": 8,
+        "noise_0.05": 4,
+        "average": 1,
+    }
+    generated = evaluation[evaluation.group == "generated"]
+    assert parent.data.metrics["test_accuracy/generated_mean"] == pytest.approx(generated.test_accuracy.mean())
+    expected = {
+        f"{part}_accuracy/{g}_{s}"
+        for part in ("val", "test")
+        for g in ("original", "noise_0.05", "average")
+        for s in ("mean", "max", "min", "std", "median")
+    }
+    expected |= {
+        f"similarity/{pair}"
+        for pair in ("original_original", "generated_generated", "original_generated", "original_generated_max")
+    }
+    expected |= {"pretrain/loss", "pretrain/val_accuracy", "collect/loss", "autoencoder/loss", "diffusion/loss"}
+    expected |= {
+        "autoencoder/reconstruction_val_accuracy",
+        "diffusion/heldout_loss",
+        "seconds/diffusion",
+        "memory_mb/diffusion",
+    }
+    assert expected <= parent.data.metrics.keys()
+    assert list((workspace / ".pdiff").glob("*/")) == [], "work folders are removed"
+    assert pdiff(["compare"]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[0] == "tiny" and float(row[5]) == pytest.approx(100 * generated.test_accuracy.mean(), abs=0.006)
+
+    assert pdiff(["main", "--tag", "tiny.yaml", "--generate.count", "5"]) == 0
+    assert capsys.readouterr().out.count("reusing run") == 2
+    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 2, 2]
+    assert pdiff(["generate", "--tag", "tiny.yaml", "--fresh"]) == 0
+    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 3, 2]
+    same = [load_file(artifacts(runs("generate")[k]) / "generated.safetensors") for k in (0, 1, 2)]
+    for name, tensor in same[0].items():
+        torch.testing.assert_close(same[1][name], tensor[:5])  # network k depends on the seed and on k alone
+        assert torch.equal(same[2][name], tensor)
+
+
+def test_a_run_whose_artifacts_are_gone_is_not_reused(workspace):
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
+    shutil.rmtree(artifacts(runs("prepare")[0]))
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
+    assert [(artifacts(run) / "checkpoints.safetensors").exists() for run in runs("prepare")] == [False, True]
+
+
+def test_export_writes_what_a_network_loads(workspace):
+    assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
+    (run,) = runs("generate")
+    for form in ("pth", "safetensors"):
+        words = ["export", "--run", run.info.run_id, "--out", "exported", "--format", form, "--index", "0", "3"]
+        assert pdiff(words) == 0
+    paths = sorted(Path("exported").iterdir())
+    assert [path.name for path in paths] == [f"generated_{k:05d}.{s}" for k in (0, 3) for s in ("pth", "safetensors")]
+    network = architectures.build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
+    plain, safe = torch.load(paths[2], weights_only=True), load_file(paths[3])
+    assert network.load_state_dict(plain, strict=False).unexpected_keys == []
+    drawn = load_file(artifacts(run) / "generated.safetensors")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, drawn[name][3]) and torch.equal(safe[name], drawn[name][3])
+    assert pdiff(["export", "--run", run.info.run_id, "--out", "exported", "--index", "8"]) == 2
+    assert pdiff(["export", "--run", "nonsense", "--out", "exported"]) == 2
+
+
+def test_registered_model_returns_new_weights(workspace):
+    assert pdiff(["train", "--tag", "tiny.yaml"]) == 0
+    for _ in range(2):  # a finished run is registered, too, and once
+        assert pdiff(["train", "--tag", "tiny.yaml", "--register", "true"]) == 0
+    assert [version.version for version in mlflow.search_model_versions()] == [1]
+    assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
+    model = mlflow.pyfunc.load_model("models:/pdiff-tiny/1")
+    weights = model.predict(pd.DataFrame({"count": [8], "seed": [0]}))
+    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    for name, tensor in drawn.items():
+        torch.testing.assert_close(torch.from_numpy(weights[name]), tensor)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train"])
+def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
+    """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
+    longer = {
+        "prepare": ["--prepare.pretrain.epochs", "150"],
+        "train": ["--diffusion.steps", "1500", "--diffusion.patience", "0"],
+    }
+    words = [stage, "--tag", "tiny.yaml", *longer[stage]]
+    result = {"prepare": "checkpoints.safetensors", "train": "generator/generator.safetensors"}[stage]
+    state = {"prepare": "pretrain.pt", "train": "diffusion.pt"}[stage]
+    process = start(*words, PDIFF_SAVE_SECONDS="0.2")
+    wait_for(lambda: list(workspace.glob(f".pdiff/*/.state/{state}")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (killed,) = runs(stage)
+    assert killed.info.status == "RUNNING"  # nobody was left to say otherwise
+    saved = torch.load(next(workspace.glob(f".pdiff/*/.state/{state}")), weights_only=True)[0]["step"]
+
+    again = start(*words)
+    printed = again.communicate()[0]
+    assert again.returncode == 0, printed
+    assert "resuming" in printed
+    assert [run.info.status for run in runs(stage)] == ["KILLED", "FINISHED"]
+    loss = {"prepare": "pretrain/loss", "train": "diffusion/loss"}[stage]
+    history = mlflow.MlflowClient().get_metric_history(runs(stage)[1].info.run_id, loss)
+    steps = sorted(point.step for point in history)
+    assert steps[0] < saved < steps[-1], "the curve is whole, before and after the kill"
+
+    whole = start(*words, PDIFF_WORK=str(workspace / "other"), MLFLOW_TRACKING_URI=f"sqlite:///{workspace}/other.db")
+    assert whole.wait() == 0, whole.communicate()[0]
+    resumed, uninterrupted = (load_file(path) for path in workspace.glob(f"mlruns/*/*/artifacts/{result}"))
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in resumed.items())
+
+
+def test_two_at_once_on_a_fresh_database(workspace):
+    both = [start("main", "--tag", "tiny.yaml") for _ in range(2)]
+    for process in both:
+        assert process.wait() == 0, process.communicate()[0]
+    expected = [("main", "FINISHED")] * 2 + [(stage, "FINISHED") for stage in STAGES]
+    assert sorted(statuses()) == sorted(expected)
+
+
+def test_terminated_runs_are_closed(workspace):
+    mlflow.search_experiments()  # creates the store, before two processes look at it
+    process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.patience", "0")
+    wait_for(lambda: any(stage == "train" for stage, _ in statuses()), process)
+    process.terminate()
+    assert process.wait() == 130
+    assert dict(statuses()) == {"main": "KILLED", "prepare": "FINISHED", "train": "KILLED"}
+
+
+def test_a_tracking_server(workspace):
+    """Through a server, artifacts are up- and downloaded instead of read in place."""
+    command = [sys.executable, "-m", "mlflow", "server", "--port", "5057", "--workers", "1", "--backend-store-uri"]
+    command += [f"sqlite:///{workspace}/server.db", "--artifacts-destination", str(workspace / "store")]
+    with (workspace / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: "startup complete" in (workspace / "server.log").read_text(), server)
+        mlflow.set_tracking_uri("http://127.0.0.1:5057")
+        assert pdiff(["main", "--tag", "tiny.yaml"]) == 0
+        assert sorted(statuses()) == sorted((stage, "FINISHED") for stage in ["main", *STAGES])
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+    assert pdiff(["main", "--tag", "tiny.yaml"]) == 2  # the server is away now
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["main", "--tag", "tyni"], "tyni"),
+        (["main", "--tag", "digits_mpl"], "digits_mlp"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.stesp", "3"], "diffusion.steps"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.steps", "many"], "many"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.steps", "-1"], "diffusion.steps"),
+        (["train", "--tag", "tiny.yaml", "--diffusion.steps"], "--diffusion.steps"),
+        (["train", "--tag", "tiny.yaml", "surplus"], "surplus"),
+        (["prepare", "--tag", "tiny.yaml", "--device", "cuda:99"], "cuda:99"),
+        (["prepare", "--tag", "tiny.yaml", "--prepare.parameters", "[nonsense.*]"], "nonsense"),
+        (["prepare", "--tag", "tiny.yaml", "--prepare.source", "absent"], "absent"),
+        (["main", "--tag", "cifar100_resnet18", "--dataset.download", "false"], "cifar-100-python"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_running_run(workspace, capfd, words, hint, monkeypatch):
+    monkeypatch.setenv("PDIFF_DATA", str(workspace / "data"))
+    assert pdiff(words) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pdiff:")]
+    assert len(lines) == 1 and hint in lines[0]
+    if Path("mlflow.db").exists():
+        assert all(run.info.status == "FAILED" and run.data.tags["pdiff.error"] for run in runs())
+
+
+def test_a_full_disk_is_one_line(workspace, capfd, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "checkpoints.safetensors")
+
+    monkeypatch.setattr("pdiff.method.collection.write_tensors", full)
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 2
+    assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
+    (run,) = runs("prepare")
+    assert run.info.status == "FAILED"
+    assert not list(artifacts(run).glob("checkpoints*"))
+
+
+def test_a_server_that_refuses_the_password_is_one_line(workspace, capfd):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/health" else 401)
+            self.end_headers()
+            self.wfile.write(b"You are not authenticated.")
+
+        do_POST = do_GET
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{server.server_port}")
+        assert pdiff(["compare"]) == 2
+        server.shutdown()
+    assert [line for line in capfd.readouterr().err.splitlines() if "401" in line and line.startswith("pdiff: MLflow:")]
+
+
+def test_no_permission_is_one_line(workspace, capfd, monkeypatch):
+    Path("file").touch()
+    monkeypatch.setenv("PDIFF_WORK", str(workspace / "file" / "work"))
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 2
+    assert "cannot be written" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupted_draw_resumes_with_another_batch_size(workspace, monkeypatch):
+    """Interrupted in the second batch of four, resumed in batches of two: the same networks."""
+    assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
+    draw, calls = Generator.sample, []
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "sample", interrupted)
+        assert pdiff(["generate", "--tag", "tiny.yaml", "--fresh", "--generate.batch_size", "4"]) == 130
+    mlflow.MlflowClient().delete_run(runs("generate")[0].info.run_id)  # or it would be reused
+    assert pdiff(["generate", "--tag", "tiny.yaml", "--generate.batch_size", "2"]) == 0
+    first, second = (load_file(path) for path in workspace.glob("mlruns/*/*/artifacts/generated.safetensors"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor)
+
+
+def test_own_checkpoints_bring_their_frozen_layers(workspace, capfd):
+    """Only the last layer is generated; the others come from the files, not from a random network."""
+    network = architectures.build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
+    Path("own").mkdir()
+    for k in range(4):
+        state = {n: t + 0.01 * torch.randn(t.shape) * n.startswith("3.") for n, t in network.state_dict().items()}
+        torch.save({"state_dict": state}, f"own/{k}.pth")
+    words = ["prepare", "--tag", "tiny.yaml", "--prepare.source", "own", "--prepare.parameters"]
+    assert pdiff([*words, "[3.*]"]) == 0
+    (run,) = runs("prepare")
+    base = load_file(artifacts(run) / "network.safetensors")
+    assert all(torch.equal(base[name], network.state_dict()[name]) for name in ("1.weight", "1.bias"))
+    assert set(load_file(artifacts(run) / "checkpoints.safetensors")) == {"3.weight", "3.bias"}
+    for k in range(4):
+        torch.save({n: t for n, t in network.state_dict().items() if n.startswith("3.")}, f"own/{k}.pth")
+    assert pdiff([*words, "all"]) == 2
+    assert "1.weight" in capfd.readouterr().err.splitlines()[-1]

@@ -1,0 +1,294 @@
+"""What an experiment can leave out or add: diffusion, checkpoints, test images, trajectories, data set, pretraining."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from tracked import artifacts, runs
+
+from pdiff.cli.main import main as pdiff
+from pdiff.experiment import config, evaluate, history, stages
+from pdiff.method.generators import Generator
+from pdiff.networks import evaluators
+from pdiff.seeds import sample_seed
+
+
+def evaluated(*words: str) -> dict[str, float]:
+    """Metrics of a run of main on the tiny experiment."""
+    assert pdiff(["main", "--tag", "tiny.yaml", *words]) == 0
+    return runs("main")[-1].data.metrics
+
+
+def table() -> pd.DataFrame:
+    return pd.read_csv(artifacts(runs("evaluate")[-1]) / "evaluation.csv")
+
+
+VAE = ["--diffusion.steps", "0", "--diffusion.standardize_latents", "false", "--autoencoder.kind", "conv"]
+VAE += ["--autoencoder.latent_size", "4", "--autoencoder.kl_weight", "1", "--autoencoder.steps", "3"]
+
+
+def test_without_diffusion_latents_are_gaussian(workspace):
+    metrics = evaluated(*VAE)
+    assert "diffusion/loss" not in metrics and "autoencoder/loss" in metrics
+    generator = Generator.load(artifacts(runs("train")[0]) / "generator")
+    assert generator.denoiser is None
+    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    seeds = [sample_seed(0, k) for k in range(8)]
+    z = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    with torch.no_grad():  # decode(N(0, I)), as the VAE variant has it
+        expected = generator.standardizer.decode(generator.autoencoder.decode(z))
+    for name, tensor in drawn.items():
+        torch.testing.assert_close(tensor, expected.tensors[name])
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_only_the_first_checkpoints_are_used(workspace, count):
+    words = ["--autoencoder.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
+    evaluated(*words)
+    assert table().groupby("group").size()["original"] == count
+    generator = Generator.load(artifacts(runs("train")[0]) / "generator")
+    collected = load_file(artifacts(runs("prepare")[0]) / "checkpoints.safetensors")
+    for slot in generator.standardizer.slots:
+        assert slot.mean == pytest.approx(collected[slot.name][:count].mean().item(), abs=1e-6)
+    assert pdiff(["train", "--tag", "tiny.yaml", "--autoencoder.checkpoints", "21"]) == 2
+    assert len(runs("prepare")) == 1, "all share the collection"
+
+
+def test_validation_images_alone(workspace):
+    metrics = evaluated("--evaluate.test", "false")
+    assert not any(name.startswith(("test_accuracy/", "similarity/")) for name in metrics)
+    assert {"val_accuracy/generated_mean", "val_similarity/generated_generated"} <= metrics.keys()
+    assert "test_accuracy" not in table() and table().max_similarity.notna().all()
+    again = evaluated()
+    shared = [name for name in again if name.startswith(("val_", "nearest_distance/"))]
+    assert len(shared) > 20
+    assert all(again[name] == metrics[name] for name in shared)
+    assert "test_accuracy/generated_mean" in again
+
+
+def test_a_trajectory_ends_at_the_draws(workspace):
+    evaluated("--generate.trajectory_every", "2", "--generate.trajectory_count", "3")
+    folder = artifacts(runs("generate")[0])
+    passed, drawn = (load_file(folder / f"{name}.safetensors") for name in ("trajectory", "generated"))
+    names = [name.split() for name in json.loads((folder / "trajectory.json").read_text())["checkpoints"]]
+    timesteps = sorted({float(t) for t, _ in names}, reverse=True)
+    assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == 4  # 5 calls of Heun's, and the end
+    assert [int(k) for _, k in names] == [0, 1, 2] * 4
+    for name, tensor in passed.items():
+        torch.testing.assert_close(tensor[-3:], drawn[name][:3])
+    path = pd.read_csv(artifacts(runs("evaluate")[0]) / "trajectory.csv")
+    last, generated = path[path.timestep == 0], table().query("group == 'generated'")[:3]
+    assert last.test_accuracy.tolist() == generated.test_accuracy.tolist()
+    assert "trajectory" not in set(table().group)
+    assert "Accuracy on the way" in (artifacts(runs("evaluate")[0]) / "report.html").read_text()
+
+
+OWN = """
+prepare: {source: own}
+diffusion: {steps: 20, width: 16, blocks: 1, evaluate_every: 10}
+generate: {count: 3, sampling_steps: 4}
+evaluate: {noise: [0.05]}
+"""
+
+
+def test_networks_that_only_their_owner_knows(workspace):
+    """Neither data set nor architecture: networks are drawn, and compared in weight space alone."""
+    Path("own").mkdir()
+    for k in range(6):
+        torch.manual_seed(k)
+        torch.save({"layer.weight": torch.randn(3, 4), "layer.bias": torch.randn(3)}, f"own/{k}.pth")
+    Path("own.yaml").write_text(OWN)
+    assert pdiff(["main", "--tag", "own.yaml"]) == 0
+    metrics = runs("main")[0].data.metrics
+    assert not any(name.startswith(("val_", "test_", "similarity/")) for name in metrics)
+    assert metrics["nearest_distance/average_mean"] > 0
+    assert set(table().columns) == {"group", "index", "nearest_distance"}
+    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    assert drawn["layer.weight"].shape == (3, 3, 4)
+
+
+MEASURES = """
+import sys
+import numpy as np
+from safetensors.numpy import load_file
+
+data = np.load("digits.npz")
+
+def predict(state):
+    with open("calls", "a") as file:
+        file.write("x")
+    weight, bias = (np.asarray(state[name]) for name in ("layer.weight", "layer.bias"))
+    return (data["images"] @ weight.T + bias).argmax(1), data["labels"]
+
+if __name__ == "__main__":
+    predicted, labels = predict(load_file(sys.argv[1]))
+    print(f"Acc: {100 * (predicted == labels).mean():.4f}%")
+"""
+
+
+@pytest.mark.parametrize("how", ["function: measures.py:predict", "command: 'python measures.py {checkpoint}'"])
+def test_networks_that_their_owner_measures(workspace, how, monkeypatch):
+    """By a function, which also gives similarity, or by a command that is given files like the owner's."""
+    Path("own").mkdir()
+    for k in range(3):
+        torch.manual_seed(k)
+        save_file({"layer.weight": torch.randn(10, 64), "layer.bias": torch.randn(10)}, f"own/{k}.safetensors")
+    images, labels = (array[:50] for array in load_digits(return_X_y=True))
+    np.savez("digits.npz", images=images.astype(np.float32), labels=labels)
+    Path("measures.py").write_text(MEASURES)
+    Path("own.yaml").write_text(OWN.replace("evaluate: {noise: [0.05]}", f"evaluate: {{noise: [], {how}}}"))
+    words = ["main", "--tag", "own.yaml", "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
+    assert pdiff(words) == 0
+    calls = Path("calls").read_text()
+    assert len(calls) == 3 + 3 + 1, "originals, generated networks, the average"
+    monkeypatch.syspath_prepend(str(workspace))
+    predict = importlib.import_module("measures").predict
+    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    for k, accuracy in enumerate(table().query("group == 'generated'").test_accuracy):
+        predicted, labels = predict({name: tensor[k] for name, tensor in drawn.items()})
+        assert accuracy == pytest.approx((predicted == labels).mean(), abs=1e-6)
+    assert ("similarity/generated_generated" in runs("main")[0].data.metrics) == how.startswith("function")
+    assert "val_accuracy" not in table()
+    originals = table().query("group == 'original'")
+    Path("calls").write_text("")
+    assert pdiff([*words, "--generate.seed", "1"]) == 0
+    assert len(Path("calls").read_text()) == 3 + 1, "the originals are known"
+    assert table().query("group == 'original'").test_accuracy.equals(originals.test_accuracy)
+
+
+def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys):
+    assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
+    words = ["prepare", "--tag", "tiny.yaml", "--prepare.collect.checkpoints", "5"]
+    assert pdiff([*words, "--prepare.parameters", "3.*"]) == 0
+    first, second = runs("prepare")
+    assert f"prepare: network.safetensors of run {first.info.run_id}" in capsys.readouterr().out
+    assert "pretrain/loss" in first.data.metrics and "pretrain/loss" not in second.data.metrics
+    base, shared = (load_file(artifacts(run) / "network.safetensors") for run in (first, second))
+    assert all(torch.equal(tensor, shared[name]) for name, tensor in base.items())
+    whole, last = (load_file(artifacts(run) / "checkpoints.safetensors") for run in (first, second))
+    assert set(last) == {"3.weight", "3.bias"} and len(last["3.bias"]) == 5 and len(whole["3.bias"]) == 20
+    assert pdiff([*words, "--prepare.pretrain.epochs", "2"]) == 0  # another pretraining
+    assert pdiff(["prepare", "--tag", "tiny.yaml", "--fresh"]) == 0
+    assert all("pretrain/loss" in run.data.metrics for run in runs("prepare")[2:])
+
+
+def test_originals_are_judged_once(workspace, monkeypatch, capsys):
+    """Whatever is generated, and whatever else it is compared with."""
+    judged, run = [], evaluators.batch_predictions
+
+    def counted(network, groups, *arguments, **options):
+        judged.append([len(group) for group in groups])
+        return run(network, groups, *arguments, **options)
+
+    monkeypatch.setattr(evaluators, "batch_predictions", counted)
+    evaluated()
+    first = table()
+    words = ["--autoencoder.latent_size", "3", "--generate.count", "5", "--evaluate.noise", "[0.1, 0.2]"]
+    evaluated(*words)
+    assert f"evaluate: verdicts of run {runs('evaluate')[0].info.run_id}" in capsys.readouterr().out
+    assert judged == [[20, 8, 4, 1]] * 2 + [[5, 4, 4, 1]] * 2, "on validation and on test images"
+    shared = table()
+    columns = ["val_accuracy", "test_accuracy", "max_similarity"]
+    assert shared[columns][:20].equals(first[columns][:20])
+    assert pdiff(["evaluate", "--tag", "tiny.yaml", "--fresh", *words]) == 0
+    assert judged[4:] == [[20, 5, 4, 4, 1]] * 2
+    assert table().equals(shared)
+    evaluated("--autoencoder.checkpoints", "7")  # other originals
+    assert judged[6:] == [[7, 8, 4, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "shared"),
+    [
+        ("prepare", "", True),
+        ("prepare", "prepare: {source: own}", False),
+        ("train", "prepare: {source: own}", True),
+        ("generate", "", False),
+        ("evaluate", "", True),
+        ("evaluate", "evaluate: {command: 'python test.py {checkpoint}'}", False),
+        ("evaluate", "evaluate: {function: 'own.py:predict'}", False),
+    ],
+)
+def test_processes_share_what_is_computed_here(workspace, stage, text, shared):
+    Path("other.yaml").write_text(f"extends: tiny.yaml\nprocesses: 3\n{text}")
+    assert stages.processes(stage, config.load("other.yaml")) == (3 if shared else 1)
+    Path("unknown.yaml").write_text("processes: 3\nprepare: {source: own}")
+    assert stages.processes("evaluate", config.load("unknown.yaml")) == 1
+
+
+TEST = """
+import sys, pathlib
+from safetensors.numpy import load_file
+import helper
+if pathlib.Path("full").exists() and "generated/00000" in sys.argv[1]:
+    raise OSError("no space left")
+with open("calls", "a") as file:
+    file.write("x")
+print("acc", 1 / (1 + load_file(sys.argv[1])["w"][0] ** 2))
+"""
+
+
+@pytest.fixture
+def commanded(workspace):
+    """Words of an experiment whose networks a command measures, which fails while there is a file `full`."""
+    Path("own").mkdir()
+    for k in range(4):
+        save_file({"w": torch.tensor([k, 1.0, k * k])}, f"own/{k}.safetensors")
+    Path("own.yaml").write_text(OWN)
+    Path("test.py").write_text(TEST)
+    Path("helper.py").touch()
+    return ["--tag", "own.yaml", "--evaluate.command", "python test.py {checkpoint}", "--evaluate.workers", "1"]
+
+
+def test_a_command_that_fails_late_goes_on_where_it_was(workspace, commanded):
+    Path("full").touch()
+    words = ["main", *commanded]
+    assert pdiff(words) == 2
+    done = len(Path("calls").read_text())
+    assert 4 <= done < 12
+    Path("full").unlink()
+    assert pdiff(words) == 0
+    assert len(Path("calls").read_text()) == 4 + 3 + 4 + 1 + (done - 4), "only those after the failure are repeated"
+    expected = [1 / (1 + k * k) for k in range(4)]
+    assert table().query("group == 'original'").test_accuracy.tolist() == pytest.approx(expected)
+    assert not list(workspace.glob(".pdiff/*/")), "nothing is left"
+
+
+def test_verdicts_are_taken_from_the_latest_evaluation_of_the_same_checkpoints(workspace, commanded, capsys):
+    def calls(*words):
+        Path("calls").write_text("")
+        assert pdiff([*words[:1], *commanded, *words[1:]]) == 0
+        return len(Path("calls").read_text())
+
+    assert calls("evaluate") == calls("evaluate", "--fresh") == 12
+    assert calls("evaluate", "--generate.seed", "1") == 8
+    assert f"evaluate: verdicts of run {runs('evaluate')[1].info.run_id}" in capsys.readouterr().out
+    Path("helper.py").write_text("SCALE = 2")  # which the script imports
+    assert calls("evaluate", "--generate.seed", "2") == 12
+    assert calls("prepare", "--fresh") == 0
+    assert calls("evaluate", "--generate.seed", "3") == 12
+    assert calls("evaluate", "--generate.seed", "4") == 8
+
+
+def test_whole_verdicts_of_others_replace_unfinished_ones(tmp_path):
+    for folder, lines in ((history.STATE, "1\n"), (evaluate.VERDICTS, "1\n2\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "original.jsonl").write_text(lines)
+    known = evaluate._verdicts(lambda groups, state: (state / "original.jsonl").read_text(), {}, tmp_path)
+    assert known == "1\n2\n"
+
+
+def test_verdicts_that_were_taken_are_no_reason_to_keep_a_failed_evaluation(workspace, commanded, capsys):
+    assert pdiff(["evaluate", *commanded]) == 0
+    Path("full").touch()
+    assert pdiff(["evaluate", *commanded, "--generate.seed", "1"]) == 2
+    assert "evaluate: verdicts of run" in capsys.readouterr().out
+    assert not list(workspace.glob(".pdiff/*/"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_evaluation import one_by_one, perturbed, pictures
+from oracle import one_by_one, perturbed, pictures
 
 from pdiff.errors import UserError
 from pdiff.experiment import config
@@ -13,8 +13,8 @@ from pdiff.experiment.schema import Evaluate
 from pdiff.experiment.stages import processes
 from pdiff.method.collection import Collection
 from pdiff.networks import evaluators
-from pdiff.networks.small import mlp
 from pdiff.networks.imported.plain import Template
+from pdiff.networks.small import mlp
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pdiff.method.collection import Collection, StateDict, generated_numbers
 from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
 from pdiff.networks import datasets
-from pdiff.networks.datasets import Images
+from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import adopt, first_file
 from pdiff.networks.populations import collect, generated_names, pretrain
 from pdiff.networks.predict import network_accuracy

@@ -14,7 +14,7 @@ from pdiff.files import (
 )
 from pdiff.method.collection import Collection
 from pdiff.networks.architectures import build
-from pdiff.networks.datasets import Images
+from pdiff.networks.images import Images
 
 
 def _network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:

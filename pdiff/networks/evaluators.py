@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pdiff.errors import UserError
 from pdiff.files import read_tensors, write_tensors
 from pdiff.method.collection import Collection
-from pdiff.networks.datasets import Part
 from pdiff.networks.external import fractions, run_command, run_function
+from pdiff.networks.images import Part
 from pdiff.networks.imported.plain import Template
 from pdiff.networks.predict import batch_predictions
 

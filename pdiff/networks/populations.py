@@ -15,7 +15,7 @@ from pdiff.errors import UserError
 from pdiff.method.collection import Collection, StateDict, generated_numbers, is_generated, not_finite
 from pdiff.method.log import Log, Point
 from pdiff.method.training import Best, Trainer, follow
-from pdiff.networks.datasets import Batch, Images, Part
+from pdiff.networks.images import Batch, Images, Part
 from pdiff.networks.options import Collect, Pretrain
 from pdiff.networks.split import split
 from pdiff.parallel import ranks

@@ -12,7 +12,7 @@ from torch.func import functional_call, vmap
 from tqdm.auto import tqdm
 
 from pdiff.method.collection import Collection, StateDict
-from pdiff.networks.datasets import Part
+from pdiff.networks.images import Part
 from pdiff.networks.split import shrink, split
 from pdiff.parallel import ranks
 

@@ -30,8 +30,9 @@ from sklearn.datasets import load_digits
 from pdiff.errors import UserError
 from pdiff.experiment import digests
 from pdiff.experiment.schema import Experiment
-from pdiff.networks import datasets
-from pdiff.networks.datasets import DATASETS, Images, Pixels, Source
+from pdiff.networks import datasets, loaders
+from pdiff.networks.datasets import DATASETS, Source
+from pdiff.networks.images import Images, Part, Pixels
 from pdiff.networks.options import Dataset, Network
 
 TRAIN, TEST = 20, 6  # images that are written here
@@ -45,7 +46,7 @@ Known = list[tuple[np.ndarray, int]]  # images as they were written, (c, h, w), 
 @pytest.fixture(autouse=True)
 def no_debian_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Only what a test writes is there."""
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr(loaders, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
     monkeypatch.delenv("PDIFF_DATA", raising=False)
 
 
@@ -220,7 +221,7 @@ def described(name: str, known: Known) -> list[tuple]:
     return [(image.tobytes(), label) for image, label in known]
 
 
-def found(name: str, part: datasets.Part, known: Known) -> list[tuple]:
+def found(name: str, part: Part, known: Known) -> list[tuple]:
     """The same of images that were read; colours are compared with the written ones, within what JPEG loses."""
     rows = []
     for batch, labels in part.batches(3):
@@ -666,7 +667,7 @@ def debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder.mkdir()
     for path in files_below(tmp_path / "source"):
         (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", folder)
+    monkeypatch.setattr(loaders, "DEBIAN_FASHION_MNIST", folder)
     monkeypatch.setenv("PDIFF_DATA", str(tmp_path / "root"))
     return folder
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pdiff.errors import UserError
 from pdiff.experiment.schema import Experiment, without_neutral
 from pdiff.networks import user_code
-from pdiff.networks.architectures import ARCHITECTURES, known_architectures
+from pdiff.networks.architectures import is_known, known_architectures
 from pdiff.networks.datasets import DATASETS
 
 FOLDERS = (Path("experiments"), Path(__file__).resolve().parents[2] / "experiments")
@@ -210,19 +210,23 @@ def rule(item: Any) -> str:
 
 
 def _unknown_names(tree: Tree, origins: dict[str, str]) -> list[str]:
-    """Problems with the names that stand in registries; other values than text are left to the schema."""
+    """Problems with the names of data set and architecture; other values than text are left to the schema."""
     problems = []
-    for section, key, registry in (("dataset", "name", DATASETS), ("network", "architecture", ARCHITECTURES)):
+    for section, key, check in (("dataset", "name", _dataset), ("network", "architecture", _architecture)):
         values = tree.get(section)
         name = values.get(key) if isinstance(values, dict) else None
-        if not isinstance(name, str) or name in registry:
-            continue
-        where = f"{origins.get(f'{section}.{key}', COMMAND_LINE)}: {section}.{key}"
-        if section == "network" and user_code.is_own(name):
-            if not user_code.source(name).is_file():
-                problems.append(f"{where}: {user_code.source(name)} is not a file")
-            continue
-        known = list(registry) if section == "dataset" else known_architectures()
-        if name not in known:
-            problems.append(f"{where}: unknown {name!r}; {nearest(name, known)}")
+        if isinstance(name, str) and (problem := check(name)):
+            problems.append(f"{origins.get(f'{section}.{key}', COMMAND_LINE)}: {section}.{key}: {problem}")
     return problems
+
+
+def _dataset(name: str) -> str:
+    """What is wrong with the name of a data set."""
+    return "" if name in DATASETS else f"unknown {name!r}; {nearest(name, list(DATASETS))}"
+
+
+def _architecture(name: str) -> str:
+    """What is wrong with the name of an architecture."""
+    if user_code.is_own(name):
+        return "" if user_code.source(name).is_file() else f"{user_code.source(name)} is not a file"
+    return "" if is_known(name) else f"unknown {name!r}; {nearest(name, known_architectures())}"

@@ -10,7 +10,7 @@ from pytest import MonkeyPatch, fixture, mark, raises
 from safetensors.torch import save_file
 
 from pdiff.errors import UserError
-from pdiff.networks.architectures import ARCHITECTURES, build, known_architectures
+from pdiff.networks.architectures import ARCHITECTURES, build, is_known, known_architectures
 from pdiff.networks.populations import generated_names
 from pdiff.networks.small import positions
 from pdiff.networks.split import split
@@ -116,9 +116,28 @@ def test_attention_against_its_formula():
 # -- timm's
 
 
+def test_names_of_timm_are_known_without_importing_it():
+    listed, known = timm.list_models(), known_architectures()
+    assert {name for name in known if "." not in name} == {*ARCHITECTURES, *listed}
+    assert all(map(is_known, [*listed, *timm.list_pretrained()]))
+    tagged = {name for name in known if "." in name}
+    assert len(tagged & set(timm.list_pretrained())) > 0.9 * len(timm.list_pretrained())
+    for name in tagged - set(timm.list_pretrained()):  # a network that timm makes, but has no weights for
+        assert timm.models.get_pretrained_cfg(name, allow_unregistered=False) and not timm.is_model_pretrained(name)
+    loops = {name.partition(".")[0] for name in set(timm.list_pretrained()) - tagged}
+    wrong = [f"{name}.of_mine" for name in ("resnet18", "resnet81", *sorted(loops)[:2])]
+    assert not any(map(is_known, [*wrong, "resnet81", "of_mine"]))
+
+
+def test_a_registered_function_is_an_architecture(monkeypatch):
+    def flat(*, classes: int, channels: int, image_size: int):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * image_size**2, classes))
+
+    monkeypatch.setitem(ARCHITECTURES, "flat", flat)
+    assert is_known("flat") and make("flat", image_size=4)[1].in_features == 48
+
+
 def test_timm_by_name():
-    assert set(timm.list_models()) <= set(known_architectures())
-    assert "resnet18.a1_in1k" in known_architectures()
     network = make("resnet18", classes=1000)
     assert sum(p.numel() for p in network.parameters()) == 11_689_512  # as torchvision documents
     assert make("resnet10t", channels=1).conv1[0].in_channels == 1

@@ -12,7 +12,7 @@ from torch import nn
 from pdiff.errors import UserError
 from pdiff.method import training
 from pdiff.networks import datasets
-from pdiff.networks.architectures import ARCHITECTURES
+from pdiff.networks.architectures import build
 from pdiff.networks.options import Collect, Dataset, Pretrain
 from pdiff.networks.populations import check_state, collect, generated_names, pretrain
 
@@ -21,7 +21,7 @@ LAST_NORM = ["5.weight", "5.bias"]  # of cnn_small
 
 def cnn() -> nn.Module:
     torch.manual_seed(0)
-    return ARCHITECTURES["cnn_small"](classes=10, channels=1, image_size=8)
+    return build("cnn_small", pretrained=False, classes=10, channels=1, image_size=8)
 
 
 def state(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,8 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from pdiff.method.diffusion import SAMPLERS_OF
-from pdiff.method.options import Autoencoder, DiffusionSettings, NonNegative, Positive, Section, Seed, Several, neutral
+from pdiff.method.options import (
+    SAMPLERS_OF,
+    Autoencoder,
+    DiffusionSettings,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Several,
+    neutral,
+)
 from pdiff.networks.options import Collect, Dataset, Network, Pretrain
 
 warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which nobody calls here

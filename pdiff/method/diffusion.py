@@ -11,15 +11,6 @@ from torch import Tensor, nn
 
 from pdiff.parallel.ranks import own
 
-SAMPLERS_OF = {
-    "flow": ("heun", "euler", "dpmsolver++"),
-    "epsilon": ("ddpm", "ddim", "dpmsolver++"),
-    "sample": ("ddpm", "ddim", "dpmsolver++"),
-    "v_prediction": ("ddpm", "ddim", "dpmsolver++"),
-}
-"""Prediction -> samplers that can follow it; the first is the default."""
-
-
 HELDOUT_BATCH = 256  # noisy latents that the denoiser takes at a time
 
 

@@ -12,6 +12,14 @@ Rate = Annotated[float, Field(gt=0)]
 Several = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))  # one is several, too
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+SAMPLERS_OF = {
+    "flow": ("heun", "euler", "dpmsolver++"),
+    "epsilon": ("ddpm", "ddim", "dpmsolver++"),
+    "sample": ("ddpm", "ddim", "dpmsolver++"),
+    "v_prediction": ("ddpm", "ddim", "dpmsolver++"),
+}
+"""Prediction -> samplers that can follow it; the first is the default."""
+
 
 def neutral(default: Any, **options: Any) -> Any:
     """A field that cannot change a result (a place, a device, a batch size of inference): not part of any digest."""

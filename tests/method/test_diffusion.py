@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pdiff.method.denoisers import MLPDenoiser
-from pdiff.method.diffusion import SAMPLERS_OF, Diffusion
+from pdiff.method.diffusion import Diffusion
+from pdiff.method.options import SAMPLERS_OF
 from pdiff.seeds import sample_seed
 
 PAIRS = [(prediction, sampler) for prediction, samplers in SAMPLERS_OF.items() for sampler in samplers]

@@ -12,7 +12,7 @@ from torch import Tensor
 from pdiff.method.collection import Collection
 from pdiff.method.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
 from pdiff.method.standardize import Standardizer
-from pdiff.networks.evaluators import Verdicts
+from pdiff.networks.evaluators import Evaluation, Evaluations
 
 COLUMNS = {"validation": "val_accuracy", "test": "test_accuracy"}
 SIMILARITIES = {"validation": "val_similarity", "test": "similarity"}
@@ -26,7 +26,7 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def evaluation_table(
-    groups: Mapping[str, Collection], verdicts: Mapping[str, Verdicts], standardizer: Standardizer
+    groups: Mapping[str, Collection], verdicts: Evaluations, standardizer: Standardizer
 ) -> pd.DataFrame:
     """One row a network: group, index, accuracies, largest similarity to an original, distance to the nearest one.
 
@@ -49,13 +49,13 @@ def evaluation_table(
     return pd.concat(frames, ignore_index=True)
 
 
-def _nearest_similarity(verdicts: Verdicts, name: str) -> Tensor:
+def _nearest_similarity(verdicts: Mapping[str, Evaluation], name: str) -> Tensor:
     """Each network's largest similarity to an original, to another one for the originals themselves."""
     similarity = wrong_iou(verdicts[name].wrong, verdicts["original"].wrong)
     return maxima_without_self(similarity) if name == "original" else similarity.amax(dim=1)
 
 
-def similarity_matrices(verdicts: Mapping[str, Verdicts]) -> dict[str, Tensor]:
+def similarity_matrices(verdicts: Evaluations) -> dict[str, Tensor]:
     """Part -> similarity of originals and generated networks, (n, n), of every part that has predictions."""
     matrices = {}
     for part, verdict in verdicts.items():

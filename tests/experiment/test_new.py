@@ -20,7 +20,7 @@ from pdiff.experiment import config
 from pdiff.experiment.new import PAPERS, new, paper_settings, patterns_of
 from pdiff.method import baselines
 from pdiff.method.standardize import Standardizer
-from pdiff.networks.external import fractions, run_command
+from pdiff.networks.evaluators.command import fractions, run_command
 from pdiff.networks.imported.plain import Template, adopt
 from pdiff.networks.inspect import _sketch, survey
 from pdiff.networks.options import Dataset

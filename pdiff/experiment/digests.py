@@ -15,7 +15,7 @@ from pdiff.experiment.schema import Experiment, without_neutral
 from pdiff.method.options import Autoencoder
 from pdiff.networks import user_code
 from pdiff.networks.datasets import folder_state
-from pdiff.networks.imported.plain import files_of
+from pdiff.networks.imported.files import files_of
 from pdiff.networks.options import Collect
 
 

@@ -28,7 +28,8 @@ from pdiff.method.standardize import Standardizer
 from pdiff.method.training import resolve_device
 from pdiff.networks import datasets, evaluators
 from pdiff.networks.evaluators import EVALUATORS, Context, Evaluations, Evaluator
-from pdiff.networks.imported.plain import Template, first_file
+from pdiff.networks.imported.plain import first_template
+from pdiff.networks.imported.template import Template
 from pdiff.parallel import ranks
 from pdiff.parallel.ranks import rank_zero_first
 from pdiff.seeds import sample_seed
@@ -97,7 +98,7 @@ def _evaluator(experiment: Experiment, prepared: Path) -> Evaluator:
 def _template(experiment: Experiment, prepared: Path) -> Template:
     """How files of the networks are laid out: as somebody's own, or plainly with all tensors of the base network."""
     if experiment.prepare.source:
-        return first_file(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude)
+        return first_template(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude)
     return Template.of(read_tensors(prepared / "network.safetensors"))
 
 

@@ -105,12 +105,12 @@ def _ours(name: str, *, state: StateDict | None = None, **sizes: int) -> nn.Modu
 
 def _read(weights: str) -> StateDict:
     """The tensors of a file of weights; nothing else in it is unpickled."""
-    from pdiff.networks.imported.plain import read_state
+    from pdiff.networks.imported.template import Template
 
     path = Path(weights).expanduser()
     if not path.is_file():
         raise UserError(f"network.weights: {path} is not a file")
-    return read_state(path)
+    return Template.read(path).state
 
 
 @contextmanager

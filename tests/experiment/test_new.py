@@ -21,8 +21,9 @@ from pdiff.experiment.new import PAPERS, new, paper_settings, patterns_of
 from pdiff.method import baselines
 from pdiff.method.standardize import Standardizer
 from pdiff.networks.evaluators.command import fractions, run_command
-from pdiff.networks.imported.plain import Template, adopt
-from pdiff.networks.inspect import _sketch, survey
+from pdiff.networks.imported.plain import read_collection
+from pdiff.networks.imported.template import Template
+from pdiff.networks.inspect import inspect_folder, sketches
 from pdiff.networks.options import Dataset
 
 State = dict[str, Tensor]
@@ -62,7 +63,7 @@ def plain(folder: Path, count: int = 12, **options) -> Path:
 
 
 def test_layout_and_roles(here):
-    found = survey(plain(here / "mine"))
+    found = inspect_folder(plain(here / "mine"))
     assert found.layout == {name: (tuple(t.shape), t.dtype) for name, t in network(0).items()}
     assert found.roles == {
         "stem.weight": "constant",
@@ -131,7 +132,7 @@ def suspicious(folder: Path) -> Path:
 
 
 def test_every_kind_of_suspicious_file(here, capsys):
-    found = survey(suspicious(here / "mine"))
+    found = inspect_folder(suspicious(here / "mine"))
     assert set(found.unusable) == set(UNUSABLE)
     for name, (_, reason) in UNUSABLE.items():
         assert reason in found.unusable[name], name
@@ -146,7 +147,9 @@ def test_every_kind_of_suspicious_file(here, capsys):
         shown = " ".join(name.split())
         assert f"  {shown}: " in printed and f"#   {shown}: " in text
     experiment = config.load("odd")
-    collection = adopt(Path(experiment.prepare.source), experiment.prepare.parameters, experiment.prepare.exclude)
+    collection = read_collection(
+        Path(experiment.prepare.source), experiment.prepare.parameters, experiment.prepare.exclude
+    )
     assert collection.names == [path.name for path in found.used]
 
 
@@ -154,7 +157,7 @@ def test_the_majority_decides(here):
     folder = plain(here / "mine", 3)
     for k in range(4):
         torch.save({"w": torch.randn(3)}, folder / f"0{k}x.pth")
-    found = survey(folder)
+    found = inspect_folder(folder)
     assert list(found.layout) == ["w"] and len(found.unusable) == 3
 
 
@@ -171,7 +174,7 @@ def test_the_majority_decides(here):
 )
 def test_unusable_folders(here, states, message):
     with pytest.raises(UserError, match=message):
-        survey(folder_of(states, here / "mine"))
+        inspect_folder(folder_of(states, here / "mine"))
 
 
 def test_absent_folder(here):
@@ -200,7 +203,7 @@ def test_outliers(here, size):
                 spread = (rows - rows.median(dim=0).values).norm(dim=1).median()
                 rows[7] += 12 * spread * noise[0] / noise[0].norm()
             folder = folder_of({f"{k}.pth": {"w": row.clone()} for k, row in enumerate(rows)}, here / f"{name}{far}")
-            assert list(survey(folder).reported) == (["7.pth"] if far else []), name
+            assert list(inspect_folder(folder).reported) == (["7.pth"] if far else []), name
 
 
 def test_an_outlier_in_a_small_tensor_is_not_hidden_by_a_large_one(here):
@@ -209,20 +212,20 @@ def test_an_outlier_in_a_small_tensor_is_not_hidden_by_a_large_one(here):
         g = torch.Generator().manual_seed(k)
         state = {"large": 100 * torch.randn(3000, generator=g), "small": torch.randn(100, generator=g) * 1e-3}
         folder_of({f"{k}.pth": state}, folder)
-    assert list(survey(folder).reported) == []
+    assert list(inspect_folder(folder).reported) == []
     torch.save(state | {"small": state["small"] * 40}, folder / "5.pth")  # 0.4 long, where the others' are 5 500
-    assert list(survey(folder).reported) == ["5.pth"]
+    assert list(inspect_folder(folder).reported) == ["5.pth"]
 
 
 def test_sketches_keep_distances():
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 300, 70, generator=g)
-    sketched = (_sketch({"w": a})["w"][0] - _sketch({"w": b})["w"][0]).norm()
+    sketched = (sketches({"w": a})["w"][0] - sketches({"w": b})["w"][0]).norm()
     assert sketched.item() == pytest.approx((a - b).norm().item(), rel=0.3)
-    shifted = (_sketch({"w": a + 0.5})["w"][0] - _sketch({"w": a})["w"][0]).norm()
+    shifted = (sketches({"w": a + 0.5})["w"][0] - sketches({"w": a})["w"][0]).norm()
     assert shifted.item() == pytest.approx(0.5 * math.sqrt(21000), rel=0.3)
     few = torch.randn(2, 50, generator=g)
-    exact = (_sketch({"w": few[0]})["w"][0] - _sketch({"w": few[1]})["w"][0]).norm()
+    exact = (sketches({"w": few[0]})["w"][0] - sketches({"w": few[1]})["w"][0]).norm()
     assert exact.item() == pytest.approx((few[0] - few[1]).norm().item())
 
 
@@ -411,7 +414,7 @@ def test_every_kind_of_file(here, suffix, dtype, capsys):
         state = {n: t.to(dtype) if n.startswith("head") else t for n, t in network(k).items()}
         KINDS[suffix](state, here / "mine" / f"{k}{suffix}")
     experiment = config.load(str(new("mine", here / "mine", parameters=["head.*"])))
-    collection = adopt(Path(experiment.prepare.source), experiment.prepare.parameters)
+    collection = read_collection(Path(experiment.prepare.source), experiment.prepare.parameters)
     assert sorted(collection.tensors) == ["head.bias", "head.weight"]
     assert {t.dtype for t in collection.tensors.values()} == {dtype}
     assert Standardizer.fit(collection).size == 24
@@ -461,7 +464,7 @@ def test_a_users_own_networks_from_training_to_their_own_test(here, capsys, monk
     assert yaml.safe_load(Path("experiments/own/own.yaml").read_text())["autoencoder"] == {"latent_size": 4}
     experiment = config.load("own")
     source = Path(experiment.prepare.source)
-    collection = adopt(source, experiment.prepare.parameters, experiment.prepare.exclude)
+    collection = read_collection(source, experiment.prepare.parameters, experiment.prepare.exclude)
     assert len(collection) == 40 and Standardizer.fit(collection).size == 64 * 16 + 16 + 160 + 10
     average = baselines.average(collection)
     found = run_command(

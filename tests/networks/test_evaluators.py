@@ -17,7 +17,7 @@ from pdiff.experiment.stages import processes
 from pdiff.method.collection import Collection
 from pdiff.networks.evaluators import EVALUATORS, Context, Evaluation, EvaluatorOptions, automatic_kind, images
 from pdiff.networks.evaluators.images import ImagesEvaluator
-from pdiff.networks.imported.plain import Template
+from pdiff.networks.imported.template import Template
 from pdiff.networks.small import mlp
 
 

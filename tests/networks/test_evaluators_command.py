@@ -17,7 +17,7 @@ from pdiff.errors import UserError
 from pdiff.method.collection import Collection
 from pdiff.networks.evaluators import ByCommand
 from pdiff.networks.evaluators.command import CommandEvaluator, fractions, run_command
-from pdiff.networks.imported.plain import Template
+from pdiff.networks.imported.template import Template
 
 PATTERN = ByCommand.model_fields["pattern"].default
 

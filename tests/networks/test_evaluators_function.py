@@ -11,7 +11,7 @@ from pdiff.errors import UserError
 from pdiff.method.collection import Collection
 from pdiff.networks.evaluators import function
 from pdiff.networks.evaluators.function import FunctionEvaluator, run_function
-from pdiff.networks.imported.plain import Template
+from pdiff.networks.imported.template import Template
 
 LABELS = torch.arange(40) % 10
 USER = """

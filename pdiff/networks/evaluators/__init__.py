@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pdiff.method.collection import Collection
     from pdiff.networks.images import Images
-    from pdiff.networks.imported.plain import Template
+    from pdiff.networks.imported.template import Template
 
 CHECKPOINT = "{checkpoint}"
 

@@ -30,7 +30,7 @@ from pdiff.files import append_line, whole_lines
 from pdiff.method.collection import Collection, StateDict
 from pdiff.networks.evaluators import CHECKPOINT, Evaluation, Evaluations
 from pdiff.networks.evaluators.pools import in_order, known_length, pool_size
-from pdiff.networks.imported.plain import Template
+from pdiff.networks.imported.template import Template
 
 PYTHONS = ("python", "python3")  # these words stand for the running interpreter
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL

@@ -32,7 +32,7 @@ from pdiff.networks.user_code import describe, load_function
 
 if TYPE_CHECKING:  # a worker process imports this module, and these would take it seconds
     from pdiff.method.collection import Collection, StateDict
-    from pdiff.networks.imported.plain import Template
+    from pdiff.networks.imported.template import Template
 
 PROCESS_SECONDS = 5.0  # cost of starting worker processes: importing PyTorch, and what the user's file prepares
 TIMED = 2  # networks that are evaluated in this process to time the function: the first call often reads the images

@@ -138,7 +138,7 @@ class ByCommand(EvaluatorOptions):
     workers: Annotated[int, Field(ge=0)] = neutral(0)
 
     @model_validator(mode="after")
-    def _check(self) -> ByCommand:
+    def _check_command(self) -> ByCommand:
         if CHECKPOINT not in self.command:
             raise ValueError(f"command must hold {CHECKPOINT}, but got {self.command!r}")
         try:

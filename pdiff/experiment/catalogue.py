@@ -104,7 +104,7 @@ def _described(experiment: Experiment) -> tuple[dict[str, Any], tuple[str, ...],
     name, sizes = experiment.network.architecture, known_sizes(experiment.dataset)
     if not all(sizes.values()):
         return None
-    code = user_code.source(name) if user_code.is_own(name) else Path(small.__file__)
+    code = user_code.source(name) if user_code.is_reference(name) else Path(small.__file__)
     versions = version("timm"), torch.__version__, code.read_bytes() if code.is_file() else b""
     return {"name": name, **sizes}, experiment.prepare.parameters, versions
 

@@ -68,7 +68,7 @@ def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
     """The files that some sections name: weights, an architecture, a function and the script of a command."""
     network = experiment.network
     found = [Path(network.weights).expanduser()] if network and network.weights else []
-    if network and user_code.is_own(network.architecture):
+    if network and user_code.is_reference(network.architecture):
         found.append(user_code.source(network.architecture))
     return found + (_scripts(experiment) if "evaluate" in sections else [])
 

@@ -15,7 +15,7 @@ from typing import Any
 from pdiff.errors import UserError
 
 
-def is_own(name: str) -> bool:
+def is_reference(name: str) -> bool:
     """Whether a name has the form `path/to/file.py:function`."""
     return ".py:" in name
 

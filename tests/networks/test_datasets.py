@@ -136,7 +136,7 @@ def paint(path: Path, colour: np.ndarray, k: int) -> None:
 
 def write_flowers102(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> tuple:
     folder, parts = root / "flowers-102", drawn(random, 102, 3)
-    ids = 1 + random.permutation(TRAIN + TEST + 3)  # three for validation, which nobody reads
+    ids = 1 + random.permutation(TRAIN + TEST + 3)  # three for validation, which is not read
     labels = np.full(len(ids), 77, dtype=np.uint8)
     for number, (colour, label) in zip(ids, [*parts[0], *parts[1]], strict=False):
         paint(folder / "jpg" / f"image_{number:05}.jpg", colour, number)
@@ -439,7 +439,7 @@ def test_truncated_files(monkeypatch, tmp_path, name, file, keep):
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     if name == "pets":
-        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\nGreat_Dane")  # nobody can tell a lack of lines
+        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\nGreat_Dane")  # missing lines cannot be noticed
     trust(name, tmp_path, monkeypatch)
     message = refused(settings_of(name, tmp_path))
     assert message.startswith(f"dataset {name} in {tmp_path}: ")

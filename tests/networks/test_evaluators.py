@@ -135,6 +135,7 @@ def test_every_kind_is_made_of_its_options_and_finds_what_it_found_before(kind, 
     options = EVALUATORS[kind](**OPTIONS[kind])
     assert [path.name for path in options.scripts()] == (["f.py"] if kind == "function" else [])
     found = options.make(context(**parts))(groups, tmp_path / "state")
+    assert options.measures == bool(found)
     assert list(found) == {"images": ["validation"], "none": []}.get(kind, ["test"])
     if kind in ("function", "command"):
         assert found["test"]["original"].accuracy.tolist() == [0.5] * 3

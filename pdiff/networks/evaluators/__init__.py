@@ -82,9 +82,11 @@ class EvaluatorOptions(Section):
     Attributes:
         distributed: whether every process of an experiment (`processes`) evaluates its share of the networks; other
             kinds run in one process, which may start workers.
+        measures: whether there is something to measure.
     """
 
     distributed: ClassVar[bool] = False
+    measures: ClassVar[bool] = True
 
     def make(self, context: Context) -> Evaluator:
         """The evaluator with these options."""
@@ -169,6 +171,8 @@ class ByCommand(EvaluatorOptions):
 
 class NotEvaluated(EvaluatorOptions):
     """Nothing is measured: there are neither images nor a function or command."""
+
+    measures: ClassVar[bool] = False
 
     def make(self, context: Context) -> Evaluator:
         """An evaluator that finds nothing."""

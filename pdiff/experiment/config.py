@@ -247,6 +247,6 @@ def _dataset(name: str) -> str:
 
 def _architecture(name: str) -> str:
     """What is wrong with the name of an architecture."""
-    if user_code.is_own(name):
+    if user_code.is_reference(name):
         return "" if user_code.source(name).is_file() else f"{user_code.source(name)} is not a file"
     return "" if is_known(name) else f"unknown {name!r}; {nearest(name, known_architectures())}"

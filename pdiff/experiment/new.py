@@ -23,10 +23,10 @@ from pdiff.method.generators import heldout_split
 from pdiff.method.options import DiffusionSettings
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
-from pdiff.networks.imported.plain import files_of
-from pdiff.networks.inspect import Survey, survey
+from pdiff.networks.imported.files import files_of
+from pdiff.networks.inspect import Inspection, inspect_folder
 from pdiff.networks.options import Dataset
-from pdiff.networks.populations import EVERYTHING, matching
+from pdiff.networks.patterns import EVERYTHING, matching
 
 OWN = Path("experiments") / "own"
 SUBFOLDERS = ("checkpoint", "checkpoints")  # beside a script that tests them, as the published code lays it out
@@ -85,7 +85,7 @@ def new(
     """
     path = _free(tag, out, force)
     source, home = _places(checkpoints.expanduser())
-    found = survey(source)
+    found = inspect_folder(source)
     chosen = _parameters(found, parameters)
     evaluation = _evaluation(command, function, home, known=bool(dataset))
     tree = _tree(found, chosen, dataset, architecture, evaluation, overrides or {})
@@ -102,7 +102,7 @@ def new(
 
 
 def _tree(
-    found: Survey,
+    found: Inspection,
     chosen: Sequence[str],
     dataset: str,
     architecture: str,
@@ -178,7 +178,7 @@ def _evaluation(command: str, function: str, home: Path, *, known: bool) -> dict
     return {"command": command, "folder": _written(home) if there else "", **few}
 
 
-def _parameters(found: Survey, asked: Sequence[str]) -> list[str]:
+def _parameters(found: Inspection, asked: Sequence[str]) -> list[str]:
     """What to generate: as asked for, else everything but what is constant, where few patterns say so."""
     for pattern in asked:
         if tuple(asked) != EVERYTHING and not matching(found.roles, [pattern]):
@@ -228,19 +228,19 @@ def _numbered(parts: Sequence[str]) -> list[str]:
     return whole + [".".join([*parts[:k], opened[k], *parts[k + 1 :]]) for k in numbered]
 
 
-def _numbers(found: Survey, chosen: Sequence[str]) -> int:
+def _numbers(found: Inspection, chosen: Sequence[str]) -> int:
     """D: how many numbers of a checkpoint are generated."""
     names = set(matching(found.roles, chosen))
     return sum(torch.Size(found.layout[n][0]).numel() for n in names if found.roles[n] in ("generated", "constant"))
 
 
-def _types(found: Survey) -> str:
+def _types(found: Inspection) -> str:
     """The floating types of the tensors, with their numbers where there are several."""
     types = Counter(str(dtype)[6:] for _, dtype in found.layout.values() if dtype.is_floating_point)
     return next(iter(types)) if len(types) == 1 else ", ".join(f"{name} ({count})" for name, count in types.items())
 
 
-def _report(found: Survey, chosen: Sequence[str]) -> str:
+def _report(found: Inspection, chosen: Sequence[str]) -> str:
     """What is in the files, as text."""
     names = set(matching(found.roles, chosen))
     rows = [
@@ -266,7 +266,7 @@ def _report(found: Survey, chosen: Sequence[str]) -> str:
     return "\n".join([*lines, *(f"proposal    {line}" for line in _proposal(found, chosen))])
 
 
-def _fitted(found: Survey) -> int:
+def _fitted(found: Inspection) -> int:
     """Checkpoints that the generator is fitted on; the others are held out."""
     return len(heldout_split(len(found.used), DiffusionSettings().heldout_fraction, seed=0)[0])
 
@@ -276,7 +276,7 @@ def paper_settings(numbers: int) -> Paper:
     return next((row for row in PAPERS if numbers <= row.numbers), PAPERS[-1])
 
 
-def _proposal(found: Survey, chosen: Sequence[str]) -> list[str]:
+def _proposal(found: Inspection, chosen: Sequence[str]) -> list[str]:
     """The settings of the generator, and why."""
     numbers, fitted = _numbers(found, chosen), _fitted(found)
     paper, most, held = paper_settings(numbers), min(fitted - 1, numbers), len(found.used) - fitted
@@ -293,7 +293,7 @@ def _proposal(found: Survey, chosen: Sequence[str]) -> list[str]:
     return lines
 
 
-def _yaml(tag: str, found: Survey, chosen: Sequence[str], tree: Mapping[str, Any]) -> str:
+def _yaml(tag: str, found: Inspection, chosen: Sequence[str], tree: Mapping[str, Any]) -> str:
     """The file: what differs from the defaults, and comments."""
     paper = paper_settings(_numbers(found, chosen))
     few = isinstance(tree["evaluate"], dict) and "noise" in tree["evaluate"]
@@ -350,7 +350,7 @@ def _check(path: Path, text: str) -> None:
             raise UserError(str(error).replace(str(trial), "pdiff new")) from None
 
 
-def _mismatches(found: Survey, tree: Mapping[str, Any]) -> list[str]:
+def _mismatches(found: Inspection, tree: Mapping[str, Any]) -> list[str]:
     """What the network of the experiment has, and the files have not or otherwise; nothing where there is none."""
     if not tree["network"]:
         return []

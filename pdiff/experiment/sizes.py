@@ -109,6 +109,6 @@ def _cache() -> tuple[Path, dict[str, Any]]:
 def _key(network: Network) -> str:
     """A network's key in the cache: its description, and the code that makes it."""
     name = network.architecture
-    file = user_code.source(name) if user_code.is_own(name) else Path(find_spec("pdiff.networks.small").origin)
+    file = user_code.source(name) if user_code.is_reference(name) else Path(find_spec("pdiff.networks.small").origin)
     code = file.read_bytes() if file.is_file() else b""
     return hashlib.sha256(repr((network, version("timm"), version("torch"), code)).encode()).hexdigest()[:32]

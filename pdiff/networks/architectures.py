@@ -41,7 +41,7 @@ def known_architectures() -> tuple[str, ...]:
 
 def is_known(name: str) -> bool:
     """Whether `build` takes a name; a file and its function are not looked at."""
-    return name in ARCHITECTURES or user_code.is_own(name) or timm_models.is_known(name)
+    return name in ARCHITECTURES or user_code.is_reference(name) or timm_models.is_known(name)
 
 
 def build(name: str, *, pretrained: bool, classes: int, channels: int, image_size: int, weights: str = "") -> nn.Module:
@@ -63,7 +63,7 @@ def build(name: str, *, pretrained: bool, classes: int, channels: int, image_siz
     import torch
 
     sizes = {"classes": classes, "channels": channels, "image_size": image_size}
-    ours = name in ARCHITECTURES or user_code.is_own(name)
+    ours = name in ARCHITECTURES or user_code.is_reference(name)
     if not pretrained:
         network = (_ours if ours else timm_models.create)(name, **sizes)
     elif weights:
@@ -105,12 +105,12 @@ def _ours(name: str, *, state: StateDict | None = None, **sizes: int) -> nn.Modu
 
 def _read(weights: str) -> StateDict:
     """The tensors of a file of weights; nothing else in it is unpickled."""
-    from pdiff.networks.imported.plain import read_state
+    from pdiff.networks.imported.template import Template
 
     path = Path(weights).expanduser()
     if not path.is_file():
         raise UserError(f"network.weights: {path} is not a file")
-    return read_state(path)
+    return Template.read(path).state
 
 
 @contextmanager

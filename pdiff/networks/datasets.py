@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
@@ -30,32 +31,36 @@ class Source:
         classes: their number; None: known when the folder is.
         channels: of the raw images.
         image_size: side of the raw images; 0: it varies.
+        files: patterns, below the root, of the files that are read; for images in files, of lists and folders.
     """
 
     load: Callable[[Path, bool], tuple[Raw, Raw]] | str
     classes: int | None
     channels: int
     image_size: int
+    files: tuple[str, ...] = ()
 
 
 DATASETS: dict[str, Source] = {
     "digits": Source("pdiff.networks.loaders:digits", 10, 1, 8),
-    "fashion_mnist": Source("pdiff.networks.loaders:fashion_mnist", 10, 1, 28),
-    "mnist": Source("pdiff.networks.loaders:mnist", 10, 1, 28),
-    "svhn": Source("pdiff.networks.loaders:svhn", 10, 3, 32),
-    "cifar10": Source("pdiff.networks.loaders:cifar10", 10, 3, 32),
-    "cifar100": Source("pdiff.networks.loaders:cifar100", 100, 3, 32),
-    "stl10": Source("pdiff.networks.loaders:stl10", 10, 3, 96),
-    "flowers102": Source("pdiff.networks.loaders:flowers102", 102, 3, 0),
-    "pets": Source("pdiff.networks.loaders:pets", 37, 3, 0),
-    "food101": Source("pdiff.networks.loaders:food101", 101, 3, 0),
-    "imagenet": Source("pdiff.networks.loaders:imagenet", 1000, 3, 0),
-    "image_folder": Source("pdiff.networks.loaders:image_folder", None, 3, 0),
+    "fashion_mnist": Source("pdiff.networks.loaders:fashion_mnist", 10, 1, 28, ("FashionMNIST/raw/*",)),
+    "mnist": Source("pdiff.networks.loaders:mnist", 10, 1, 28, ("MNIST/raw/*",)),
+    "svhn": Source("pdiff.networks.loaders:svhn", 10, 3, 32, ("*_32x32.mat",)),
+    "cifar10": Source("pdiff.networks.loaders:cifar10", 10, 3, 32, ("cifar-10-batches-py/*",)),
+    "cifar100": Source("pdiff.networks.loaders:cifar100", 100, 3, 32, ("cifar-100-python/*",)),
+    "stl10": Source("pdiff.networks.loaders:stl10", 10, 3, 96, ("stl10_binary/*",)),
+    "flowers102": Source("pdiff.networks.loaders:flowers102", 102, 3, 0, ("flowers-102/*",)),
+    "pets": Source(
+        "pdiff.networks.loaders:pets", 37, 3, 0, ("oxford-iiit-pet/images", "oxford-iiit-pet/annotations/*")
+    ),
+    "food101": Source("pdiff.networks.loaders:food101", 101, 3, 0, ("food-101/images/*", "food-101/meta/*")),
+    "imagenet": Source("pdiff.networks.loaders:imagenet", 1000, 3, 0, ("imagenet/*/*",)),
+    "image_folder": Source("pdiff.networks.loaders:image_folder", None, 3, 0, ("train/*", "test/*", "val/*")),
 }
 
 
 def known_sizes(settings: Settings) -> dict[str, int]:
-    """Classes, channels and image size as the settings and DATASETS tell them; 0 is known when the images are read."""
+    """Classes, channels and image size as far as the settings and DATASETS determine them; otherwise 0."""
     source = DATASETS[settings.name]
     return {
         "classes": source.classes or 0,
@@ -65,30 +70,53 @@ def known_sizes(settings: Settings) -> dict[str, int]:
 
 
 def default_root() -> Path:
-    """Where data sets lie without `dataset.root`: the variable PDIFF_DATA, else ~/.cache/pdiff/datasets."""
+    """The folder of data sets without `dataset.root`: the variable PDIFF_DATA, else ~/.cache/pdiff/datasets."""
     return Path(os.environ.get("PDIFF_DATA") or "~/.cache/pdiff/datasets").expanduser()
 
 
 def data_root(settings: Settings) -> Path:
-    """Where data sets lie: `dataset.root`, else the default; absolute."""
+    """The folder of data sets: `dataset.root`, else the default; absolute."""
     return (Path(settings.root).expanduser() if settings.root else default_root()).absolute()
 
 
+def files_state(settings: Settings) -> tuple[Any, ...]:
+    """The root of a data set, and the time of the last change of each of its files and folders (`Source.files`).
+
+    An image that is overwritten in place does not change its folder, and is not noticed here.
+    """
+    root = data_root(settings).resolve()
+    paths = [path for pattern in DATASETS[settings.name].files for path in sorted(root.glob(pattern))]
+    return (
+        str(root),
+        *((path.relative_to(root).as_posix(), path.stat().st_mtime_ns) for path in paths if path.exists()),
+    )
+
+
 def load(settings: Settings) -> Images:
-    """Load a data set and split its validation part off.
+    """As `read`, but the last data set is kept, and returned again while its settings and files are the same."""
+    return _load(settings, DATASETS[settings.name], files_state(settings))
+
+
+@lru_cache(maxsize=1)
+def _load(settings: Settings, source: Source, state: tuple[Any, ...]) -> Images:
+    return read(settings)
+
+
+def read(settings: Settings) -> Images:
+    """Read a data set, downloaded if necessary, and split its validation part off.
 
     Raises:
-        UserError: it is not there and cannot be downloaded; it is damaged; it is too small to be split; or the
-            settings ask for colours or a size that it has not.
+        UserError: it is absent and cannot be downloaded, is damaged or too small to be split, or the settings ask for
+            colours or a size that it does not have.
     """
     import torch
 
     from pdiff.networks.images import Files, Images, Part
 
     source, root = DATASETS[settings.name], data_root(settings)
-    read = resolve_name(source.load) if isinstance(source.load, str) else source.load
+    read_parts = resolve_name(source.load) if isinstance(source.load, str) else source.load
     try:
-        train, test = read(root, settings.download)
+        train, test = read_parts(root, settings.download)
         if settings.channels == 1 and isinstance(train, Files):  # decoded as grey
             train, test = replace(train, channels=1), replace(test, channels=1)
         classes = source.classes or int(train.labels.max()) + 1
@@ -110,13 +138,6 @@ def load(settings: Settings) -> Images:
     )
 
 
-def folder_state(settings: Settings) -> list[Any]:
-    """What `dataset.root` decides where it is the data set: its path, and when its folders were changed."""
-    root = data_root(settings).resolve()
-    folders = [path for part in ("train", "test", "val") for path in sorted((root / part).glob("*"))]
-    return [str(root), *((f"{path.parent.name}/{path.name}", path.stat().st_mtime_ns) for path in folders)]
-
-
 def _held_out(settings: Settings, count: int) -> int:
     """How many of `count` training images are for validation."""
     held = round(count * settings.validation_fraction)
@@ -129,7 +150,7 @@ def _held_out(settings: Settings, count: int) -> int:
 
 
 def _check(part: Raw, source: Source, classes: int) -> None:
-    """Whether images are as many and as large as they should be, and labels within their range."""
+    """Raise UserError unless there are images, as many as labels, of the expected size, and labels in their range."""
     from pdiff.networks.images import Pixels
 
     labels, size = part.labels, source.image_size
@@ -153,11 +174,11 @@ def _size(settings: Settings, source: Source) -> int:
     return size
 
 
-def _channels(settings: Settings, own: int) -> int:
-    """Channels of the preprocessed images, of raw ones with `own` channels."""
-    channels = settings.channels or own
-    if own not in (1, channels):
-        raise UserError(f"dataset.channels {channels}: {settings.name} has {own}, and only 1 can be repeated")
+def _channels(settings: Settings, raw: int) -> int:
+    """Channels of the preprocessed images, from those of the raw ones."""
+    channels = settings.channels or raw
+    if raw not in (1, channels):
+        raise UserError(f"dataset.channels {channels}: {settings.name} has {raw}, and only 1 can be repeated")
     for key, values in {"mean": settings.mean, "std": settings.std}.items():
         if len(values) not in (1, channels):
             raise UserError(f"dataset.{key} holds {len(values)} numbers, expected 1 or {channels}: one a channel")

@@ -129,7 +129,7 @@ def imagenet(root: Path, download: bool) -> tuple[Raw, Raw]:
 
 
 def image_folder(root: Path, download: bool) -> tuple[Raw, Raw]:
-    """Images of one's own: `root` holds `train` and `test` (or else `val`), each with one folder a class."""
+    """The user's images: `root` holds `train` and `test` (or else `val`), each with one folder a class."""
     return _folders(root, ("train", "test" if (root / "test").is_dir() else "val"))
 
 

@@ -1,4 +1,4 @@
-"""Networks by name: published sizes, one contract for every entry, files of somebody's own, and pretrained weights."""
+"""Networks by name: published sizes, one contract for every entry, files of users, and pretrained weights."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def make(name: str, *, classes: int = 10, channels: int = 3, image_size: int = 3
 
 
 def message(name: str, **options) -> str:
-    """What the user is told; always on one line, which is not too long."""
+    """The message of a mistake; always on one line, which is not too long."""
     with raises(UserError) as caught:
         make(name, **options)
     assert "\n" not in str(caught.value)
@@ -179,7 +179,7 @@ def test_a_split_network_predicts_the_same(name):
     assert len(list(suffix.parameters())) < len(list(network.parameters()))
 
 
-# -- somebody's own
+# -- files of users
 
 OWN = """
 import torch
@@ -222,7 +222,7 @@ value = 3
 
 @fixture
 def own(tmp_path: Path) -> Path:
-    """A file with architectures of somebody's own, and a module beside it."""
+    """A file with a user's architectures, and a module beside it."""
     folder = tmp_path / "some where"
     folder.mkdir()
     (folder / "beside.py").write_text("WIDTH = 5\n")
@@ -253,8 +253,8 @@ def test_own_architectures(own, monkeypatch, function):
     ],
 )
 def test_mistakes_in_own_architectures(own, function, expected):
-    told = message(f"{own}:{function}")
-    assert expected in told and told.startswith("network.architecture")
+    found = message(f"{own}:{function}")
+    assert expected in found and found.startswith("network.architecture")
 
 
 def test_own_files_that_cannot_be_run(own):
@@ -268,7 +268,7 @@ def test_own_files_that_cannot_be_run(own):
 
 
 @mark.parametrize("name", ["mlp", "botnet50ts_256"])
-def test_pretrained_weights_that_nobody_has(name):
+def test_pretrained_weights_that_do_not_exist(name):
     assert f"no pretrained weights of {name}" in message(name, pretrained=True)
 
 
@@ -277,10 +277,10 @@ def test_pretrained_weights_that_cannot_be_fetched(monkeypatch: MonkeyPatch, tmp
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    told = message("resnet18", pretrained=True)
+    found = message("resnet18", pretrained=True)
     for part in ("network.pretrained: model.safetensors of timm/resnet18.", str(tmp_path), "HF_HOME"):
-        assert part in told
-    assert "network.weights" in told
+        assert part in found
+    assert "network.weights" in found
 
 
 def save(network, path: Path) -> dict:
@@ -334,10 +334,10 @@ class Evil:
 
 @mark.parametrize("name", ["mlp", "resnet10t"])
 def test_weights_that_do_not_fit(name, tmp_path):
-    def told(path: Path) -> str:
+    def refused(path: Path) -> str:
         return message(name, pretrained=True, weights=str(path))
 
-    assert "network.weights" in told(tmp_path / "absent.pth") and "is not a file" in told(tmp_path / "absent.pth")
+    assert "network.weights" in refused(tmp_path / "absent.pth") and "is not a file" in refused(tmp_path / "absent.pth")
     state = save(make(name), tmp_path / "right.pth")
     first = next(iter(state))
     for wrong in (
@@ -347,15 +347,15 @@ def test_weights_that_do_not_fit(name, tmp_path):
         {"other.weight": torch.zeros(2)},
     ):
         torch.save(wrong, tmp_path / "wrong.pth")
-        assert f"network.weights: {tmp_path / 'wrong.pth'} does not fit {name}: " in told(tmp_path / "wrong.pth")
+        assert f"network.weights: {tmp_path / 'wrong.pth'} does not fit {name}: " in refused(tmp_path / "wrong.pth")
     torch.save(state | {"evil": Evil(tmp_path / "run")}, tmp_path / "evil.pth")
-    assert "pickled code is never run" in told(tmp_path / "evil.pth")
+    assert "pickled code is never run" in refused(tmp_path / "evil.pth")
     assert not (tmp_path / "run").exists()
     data = (tmp_path / "right.pth").read_bytes()
     for suffix in ("pth", "safetensors"):
         damaged = tmp_path / f"damaged.{suffix}"
         damaged.write_bytes(data[: len(data) // 2])
-        assert str(damaged) in told(damaged)
+        assert str(damaged) in refused(damaged)
 
 
 def test_weights_of_another_architecture_with_other_classes(tmp_path):

@@ -37,6 +37,8 @@ LIGHT = {
     "new digits_mlp --checkpoints .": 2,
     "new mine --checkpoints absent": 2,
     "new mine --checkpoints . --function absent.py:predict": 2,
+    "new mine --checkpoints . --dataset digit --architecture mlp": 2,
+    "new mine --checkpoints . --diffusion.stepz 3": 2,
     "export --run": 2,
 }
 
@@ -62,14 +64,9 @@ def test_without_torch():
 
 
 def test_completion_is_without_torch():
-    variables = {
-        **os.environ,
-        "_PDIFF_COMPLETE": "complete_bash",
-        "COMP_WORDS": "pdiff show digits_m",
-        "COMP_CWORD": "2",
-    }
+    asked = {"_PDIFF_COMPLETE": "complete_bash", "COMP_WORDS": "pdiff show digits_m", "COMP_CWORD": "2"}
     command = [sys.executable, "-X", "importtime", "-m", "pdiff"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
     assert done.stdout.split() == ["digits_mlp", "digits_mlp_paper"]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pdiff.experiment.config" in imported and not imported & {"torch", "timm", "mlflow", "optuna", "pandas"}

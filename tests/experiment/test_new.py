@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from pdiff.cli.main import main
 from pdiff.errors import UserError
 from pdiff.experiment import config
-from pdiff.experiment.new import PAPERS, new, paper_settings, patterns_of
+from pdiff.experiment.new import new
+from pdiff.experiment.proposal import PAPERS, paper_settings, patterns_of
 from pdiff.method import baselines
 from pdiff.method.standardize import Standardizer
 from pdiff.networks.evaluators.command import fractions, run_command

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pdiff.experiment.schema import Experiment
-from pdiff.method.generators import Generator
+from pdiff.method.generators.base import Generator
 
 REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
 
@@ -61,7 +61,7 @@ def _log_generator(experiment: Experiment, folder: Path) -> None:
             name="generator",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"generator": str(folder)},
-            model_config={"sampler": experiment.sampler, "steps": experiment.sampling_steps},
+            model_config=experiment.sampling,
             pip_requirements=REQUIREMENTS,
         )
 

@@ -220,7 +220,7 @@ def test_files_that_are_excluded_are_not_read(tmp_path):
 
 def test_first_checkpoints_alone_are_used():
     """One of nine is held out, as the stage train does with those that it takes."""
-    experiment = config.load("digits_mlp", {"autoencoder.checkpoints": "9"})
+    experiment = config.load("digits_mlp", {"generator.checkpoints": "9"})
     assert memory.sizes(experiment) == (2410, 7, 9, 8, 1)
 
 

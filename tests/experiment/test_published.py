@@ -175,7 +175,7 @@ def check_generated(experiment: Experiment, facts: dict) -> None:
 
 
 def check_used(experiment: Experiment, facts: dict) -> None:
-    used = experiment.autoencoder.checkpoints or experiment.prepare.collect.checkpoints
+    used = experiment.generator.checkpoints or experiment.prepare.collect.checkpoints
     assert used == facts.get("uses_first_checkpoints", experiment.prepare.collect.checkpoints)
 
 

@@ -243,7 +243,9 @@ def _composed(options: tuple[type[Section], ...]) -> type[Experiment]:
         section = create_model(BASES[name].__name__, __base__=(BASES[name], *mixed), __module__=__name__, **keys)
         sections[name] = (section, Field(default_factory=section))
     sections["register"] = (bool, Experiment.model_fields["register"])  # or pydantic would find ABCMeta.register
-    return create_model("Experiment", __base__=Experiment, __module__=__name__, **sections)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message='Field name "register"')
+        return create_model("Experiment", __base__=Experiment, __module__=__name__, **sections)
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -5,7 +5,6 @@ An entry is a class of options with `path`, which says which samplers can follow
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
@@ -67,7 +66,7 @@ class Epsilon(Objective):
             raise ValueError(f"beta_start <= beta_end must hold, but got ({self.beta_start}, {self.beta_end})")
         return self
 
-    @cached_property
+    @property
     def alpha_bar(self) -> Tensor:
         """a_t = prod (1 - beta_s) over s <= t, (T,)."""
         import torch

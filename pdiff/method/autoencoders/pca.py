@@ -44,6 +44,7 @@ class PCA(nn.Module):
         matrix = torch.zeros(min(x.shape), min(x.shape), dtype=torch.float64)
         for _, block in blocks():
             matrix += block @ block.T if wide else block.T @ block
+            del block  # before the next one needs memory
         values, vectors = torch.linalg.eigh(matrix)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         rounding = values[0] * x.shape[1] * torch.finfo(torch.float32).eps ** 2  # of float32 numbers, squared
@@ -57,7 +58,8 @@ class PCA(nn.Module):
         if wide:
             weights = (vectors[:, :latent_size] / values[:latent_size].clamp(min=1e-30).sqrt()).T
             for columns, block in blocks():
-                pca.components[:, columns] = (weights @ block).float()
+                pca.components[:, columns] = weights @ block
+                del block
         else:
             pca.components.copy_(vectors[:, :latent_size].T)
         return pca

@@ -133,7 +133,6 @@ class Experiment(Section):
     dataset: Dataset | None = None
     network: Network | None = None
     prepare: Prepare = Prepare()
-    evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
@@ -206,6 +205,7 @@ CHOICES = (
     Choice("diffusion", "denoiser", DENOISERS, DiffusionSection),
     Choice("diffusion", "prediction", OBJECTIVES, DiffusionSection),
 )
+ORDER = ("generator", "autoencoder", "diffusion", "generate")
 BASES: dict[str, type[Section]] = {**{choice.section: choice.base for choice in CHOICES}, "generate": Generate}
 
 
@@ -237,11 +237,12 @@ def _composed(options: tuple[type[Section], ...]) -> type[Experiment]:
     for choice, option in zip(CHOICES[1:], options[1:], strict=True):
         if choice.section in generator.sections:
             parts.setdefault(choice.section, []).append(option)
-    sections = {}
+    sections: dict[str, Any] = {}
     for name, mixed in parts.items():
         keys = {c.key: (Literal[tuple(c.registry)], c.value({})) for c in CHOICES if c.section == name}
         section = create_model(BASES[name].__name__, __base__=(BASES[name], *mixed), __module__=__name__, **keys)
         sections[name] = (section, Field(default_factory=section))
+    sections = {name: sections[name] for name in ORDER if name in sections} | {"evaluate": (Evaluate, Evaluate())}
     sections["register"] = (bool, Experiment.model_fields["register"])  # or pydantic would find ABCMeta.register
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message='Field name "register"')

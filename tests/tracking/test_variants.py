@@ -16,7 +16,7 @@ from tracked import artifacts, runs
 
 from pdiff.cli.main import main as pdiff
 from pdiff.experiment import config, evaluate, history, stages
-from pdiff.method.generators import Generator
+from pdiff.method.generators.base import Generator
 from pdiff.networks import evaluators
 from pdiff.seeds import sample_seed
 

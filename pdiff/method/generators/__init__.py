@@ -67,8 +67,8 @@ class DiffusionSampling(SamplingOptions):
 
 
 class TrajectoryOptions(Section):
-    """With `trajectory_every` > 0 the first `trajectory_count` samples are also kept as they are on their way from noise,
-    after every so many denoiser calls."""
+    """With `trajectory_every` > 0 the first `trajectory_count` samples are also kept as they are on their way from
+    noise, after every so many denoiser calls."""
 
     trajectory_every: Annotated[int, Field(ge=0)] = 0
     trajectory_count: Positive = 16

@@ -136,7 +136,7 @@ def test_all_problems_in_one_message(write):
         (BASE + "seed: .nan", "t.yaml: seed: "),
         (BASE + "diffusion: {learning_rate: .inf}", "t.yaml: diffusion.learning_rate: input should be a finite"),
         (BASE + "autoencoder: {kind: conv}", "t.yaml: autoencoder: latent_size 'auto' needs kind pca"),
-        (BASE + "diffusion: {prediction: epsilon, beta_start: 0.3}", "t.yaml: diffusion: beta_start <= beta_end must hold"),
+        (BASE + "diffusion: {prediction: epsilon, beta_start: 0.3}", "t.yaml: diffusion: beta_start <= beta_end must"),
         (BASE + "diffusion: {prediction: sample, beta_start: 0.3}", "but got (0.3, 0.02)"),
         (BASE + "diffusion: {heldout_fraction: 0}", "t.yaml: diffusion: patience > 0 needs heldout_fraction > 0"),
         (BASE + "generate: {sampler: ddpm}", "generate.sampler 'ddpm' cannot follow diffusion.prediction 'flow'"),

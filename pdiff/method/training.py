@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import swa_utils
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from pdiff import compat
 from pdiff.files import write_state
 from pdiff.method.log import Log, Point
 from pdiff.method.options import Optimization
@@ -131,7 +131,7 @@ class Trainer:
         self.module, self.loss, self.batches, self.steps, self.seed = module, loss, batches, steps, seed
         self.optimizer = make_optimizer((p for p in module.parameters() if p.requires_grad), settings)
         self.schedule = make_schedule(self.optimizer, settings, steps)
-        self.ema = AveragedModel(module, **_averaging(ema), use_buffers=True) if ema else None
+        self.ema = AveragedModel(module, **compat.ema(ema), use_buffers=True) if ema else None
         self.autocast = autocast
         self.batch_size = settings.batch_size
         self.step = 0
@@ -166,8 +166,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        schedule = {key: value for key, value in state["schedule"].items() if not callable(value)}  # as PyTorch 2.0 has
-        return {"step": self.step} | state | {"schedule": schedule}
+        return {"step": self.step} | state | {"schedule": compat.plain_state(state["schedule"])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved step."""
@@ -251,10 +250,3 @@ def follow(trainer: Trainer, name: str, log: Log, *, path: Path | None = None, b
                 log(Point(name, value, step.number))
                 bar.set_postfix(loss=f"{value:.4g}", refresh=False)
             yield step
-
-
-def _averaging(decay: float) -> dict[str, Callable]:
-    """How `AveragedModel` takes the exponential moving average: all tensors at once where PyTorch can, since 2.1."""
-    if hasattr(swa_utils, "get_ema_multi_avg_fn"):
-        return {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(decay)}
-    return {"avg_fn": lambda averaged, now, count: decay * averaged + (1 - decay) * now}

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import mlflow
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from pdiff import compat
 from pdiff.experiment.schema import Experiment
 from pdiff.method.generators.base import Generator
 
@@ -30,7 +30,7 @@ def _register(run_id: str, name: str) -> None:
 
 def _log_models(generator: Generator) -> None:
     """Log the autoencoder and the denoiser as PyTorch models (exported programs, not pickles)."""
-    if find_spec("torch.export") is None:
+    if not compat.exports_models():
         tqdm.write("train: autoencoder and diffusion are logged as models by PyTorch 2.1 or newer alone")
         return
     modules = {"autoencoder": (generator.autoencoder, generator.standardizer.size)}

@@ -75,6 +75,18 @@ def shuffled(count: int, batch_size: int, *, seed: int, start: int = 0) -> Itera
         epoch, skip = epoch + 1, 0
 
 
+def seed_generators(kind: str, seed: int) -> None:
+    """Seed the generators of the CPU and of a kind of device.
+
+    `torch.manual_seed` does it for every backend, which costs more than a small step where CUDA is not initialised.
+    """
+    torch.default_generator.manual_seed(seed)
+    if kind == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif kind == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def shuffled_rows(x: Tensor, batch_size: int, seed: int) -> Batches:
     """Endless shuffled batches of the rows of a tensor; of each, those of this process."""
     rows = ranks.rows()
@@ -147,7 +159,7 @@ class Trainer:
         batches = self.batches(self.step)
         objective = training.shared(self.module, lambda batch: self.loss(batch), self.batch_size)
         while self.step < self.steps:
-            torch.manual_seed(sample_seed(self.seed, self.step))
+            seed_generators(kind, sample_seed(self.seed, self.step))
             self.optimizer.zero_grad()  # before the activations need memory
             with torch.autocast(kind, torch.bfloat16, enabled=autocast):
                 loss = objective(next(batches))

@@ -94,8 +94,10 @@ def shuffled_rows(x: Tensor, batch_size: int, seed: int) -> Batches:
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optimization) -> torch.optim.Optimizer:
-    """The optimiser that the settings name."""
+    """The optimiser that the settings name; it updates all parameters in one kernel where the device has one."""
+    parameters = list(parameters)
     options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    options |= compat.fused(parameters[0].device.type)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=settings.momentum, **options)
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}

@@ -92,7 +92,7 @@ def _evaluator(experiment: Experiment, prepared: Path) -> Evaluator:
         template=lambda: _template(experiment, prepared),
         device=resolve_device(experiment.device),
     )
-    return options(**{name: getattr(settings, name) for name in options.model_fields}).make(context)
+    return settings.part(options).make(context)
 
 
 def _template(experiment: Experiment, prepared: Path) -> Template:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pdiff.errors import UserError
-from pdiff.experiment.schema import Experiment, without_neutral
+from pdiff.experiment import schema
+from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
 from pdiff.networks.architectures import is_known, known_architectures
 from pdiff.networks.datasets import DATASETS
@@ -54,15 +55,20 @@ def load(tag: str, overrides: Mapping[str, str] | None = None, *, origin: str = 
     """
     known = tags()
     tree, origins = _read(tag, known)
+    given: Tree = {}
+    for key, text in (overrides or {}).items():
+        put(given, {}, key, text, origin)
+    tree = schema.without_stale(tree, given)
     for key, text in (overrides or {}).items():
         put(tree, origins, key, text, origin)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
     problems = _unknown_names(tree, origins)
     try:
-        experiment = Experiment.model_validate(tree)
+        experiment = schema.experiment(tree)
     except ValidationError as error:
         path = str(known.get(tag, tag))
-        problems = [*(_problem(item, origins, path) for item in error.errors()), *problems]
+        chosen = {choice.name: choice.value(tree) for choice in schema.CHOICES}
+        problems = [*(_problem(item, origins, path, chosen) for item in error.errors()), *problems]
     if problems:
         raise UserError("; ".join(problems))
     return experiment
@@ -89,8 +95,8 @@ def changes(experiment: Experiment) -> dict[str, Any]:
 def changed(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some values by dotted key, as they are or as text, that differ from an experiment's."""
     there = flat(experiment)
-    neutral = there.keys() - dict(_leaves(without_neutral(experiment))).keys()
-    kept = {key: value for key, value in values.items() if key not in neutral}
+    without_effect = there.keys() - dict(_leaves(affecting(experiment))).keys()
+    kept = {key: value for key, value in values.items() if key not in without_effect}
     return {key: value for key, value in kept.items() if key not in there or str(value) != str(there[key])}
 
 
@@ -167,8 +173,9 @@ def _read(tag: str, known: Mapping[str, Path], below: tuple[str, ...] = ()) -> t
     for parent in parents:
         beside = str(path.parent / Path(parent).expanduser()) if _is_path(parent) else parent
         inherited, inherited_origins = _read(beside, known, (*below, tag))
-        tree, origins = _merged(tree, inherited), origins | inherited_origins
-    return _merged(tree, top), origins | {key: str(path) for key, _ in _leaves(top)}
+        tree = _merged(schema.without_stale(tree, inherited), inherited)
+        origins |= inherited_origins
+    return _merged(schema.without_stale(tree, top), top), origins | {key: str(path) for key, _ in _leaves(top)}
 
 
 def _merged(base: Tree, top: Tree) -> Tree:
@@ -198,18 +205,16 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(found)}?" if found else f"known: {', '.join(sorted(known)[:12])}"
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The keys of a schema, with those of its sections: dataset, dataset.name, ..."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or one that may be absent
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from known_keys(kind, f"{prefix}{name}.")
+def _problem(item: Any, origins: dict[str, str], path: str, chosen: Mapping[str, str]) -> str:
+    """A validation error as `file: key: rule, value`.
 
-
-def _problem(item: Any, origins: dict[str, str], path: str) -> str:
-    """A validation error as `file: key: rule, value`; `path` is the file of the tag, for what is in no file."""
-    known, key = list(known_keys(Experiment)), ""
+    Args:
+        item: the error.
+        origins: of the keys of the configuration.
+        path: file of the tag, for what is in no file.
+        chosen: the choices of the configuration by dotted key.
+    """
+    known, key = schema.all_keys(), ""
     extra = item["type"] == "extra_forbidden"
     for position, part in enumerate(item["loc"], start=1):
         longer = f"{key}.{part}".removeprefix(".")
@@ -217,7 +222,20 @@ def _problem(item: Any, origins: dict[str, str], path: str) -> str:
             key = longer
     places = [file for name, file in origins.items() if name == key or name.startswith(f"{key}.") or not key]
     where = f"{places[-1] if places else path}: {key}".removesuffix(": ")
-    return f"{where}: {f'unknown key; {nearest(key, known)}' if extra else rule(item)}"
+    if not extra:
+        return f"{where}: {rule(item)}"
+    if key not in known:
+        return f"{where}: unknown key; {nearest(key, known)}"
+    return f"{where}: {_foreign(key, chosen)}"
+
+
+def _foreign(key: str, chosen: Mapping[str, str]) -> str:
+    """Why a key that exists cannot be used: it belongs to another entry than the one that is chosen."""
+    owners = schema.belongs_to(key)
+    choice = owners[-1][0]
+    kinds = " or ".join(kind for other, kind in owners if other == choice)
+    name = choice.key if key.startswith(f"{choice.section}.") else choice.name
+    return f"belongs to {name} {kinds}, but {name} is {chosen[choice.name]}"
 
 
 def rule(item: Any) -> str:

@@ -17,7 +17,7 @@ from pdiff.errors import UserError
 from pdiff.experiment import config
 from pdiff.experiment.proposal import Proposal, listed, paper_settings
 from pdiff.files import write_text
-from pdiff.method.options import DiffusionSettings
+from pdiff.method.generators import DiffusionOptions
 from pdiff.networks.imported.files import files_of
 from pdiff.networks.options import Dataset
 
@@ -70,7 +70,7 @@ def new(
         "network": {"architecture": architecture},
         "prepare": {"source": _written(source)},
         "autoencoder": {"latent_size": "auto"},
-        "diffusion": {"steps": DiffusionSettings().steps},
+        "diffusion": {"steps": DiffusionOptions().steps},
         "evaluate": _evaluation(command, function, home, known=bool(dataset)),
     }
     tree = _tree(given, overrides or {})  # mistakes are reported before the files are read, which may take long

@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from pdiff.errors import UserError
-from pdiff.method.options import DiffusionSettings
+from pdiff.method.generators import DiffusionOptions
 from pdiff.networks.patterns import EVERYTHING, matching
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ class Proposal:
 
     def settings(self) -> list[str]:
         """The settings of the generator, and why."""
-        from pdiff.method.generators import heldout_split
+        from pdiff.method.generators.latent_diffusion import heldout_split
 
-        fast, count, paper = DiffusionSettings(), len(self.found.used), paper_settings(self.numbers)
+        fast, count, paper = DiffusionOptions(), len(self.found.used), paper_settings(self.numbers)
         fitted = len(heldout_split(count, fast.heldout_fraction, seed=0)[0])
         most = min(fitted - 1, self.numbers)
         lines = [

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
-from pdiff.method.options import Positive, Section, neutral
+from pdiff.method.options import Positive, Section, without_effect
 from pdiff.networks import user_code
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class OnImages(EvaluatorOptions):
 
     distributed: ClassVar[bool] = True
     test: bool = True
-    batch_size: Positive = neutral(500)
+    batch_size: Positive = without_effect(500)
 
     def make(self, context: Context) -> Evaluator:
         """An evaluator on the images of the data set."""
@@ -117,7 +117,7 @@ class ByFunction(EvaluatorOptions):
     """`function`, `path/to/file.py:function`, predicts with a state dict; `workers` processes, 0 for one a core."""
 
     function: Annotated[str, Field(min_length=1)]
-    workers: Annotated[int, Field(ge=0)] = neutral(0)
+    workers: Annotated[int, Field(ge=0)] = without_effect(0)
 
     def make(self, context: Context) -> Evaluator:
         """An evaluator that calls the function for each network."""
@@ -137,7 +137,7 @@ class ByCommand(EvaluatorOptions):
     command: Annotated[str, Field(min_length=1)]
     pattern: str = r"(?i)acc(?!\w*[2-9])\w*(?:@1)?(?!@)\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
     folder: str = ""
-    workers: Annotated[int, Field(ge=0)] = neutral(0)
+    workers: Annotated[int, Field(ge=0)] = without_effect(0)
 
     @model_validator(mode="after")
     def _check_command(self) -> ByCommand:

@@ -9,13 +9,13 @@ import copy
 import pickle
 import re
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdiff import compat
 from pdiff.errors import UserError
 from pdiff.files import read_metadata, read_tensors, write_state, write_tensors
 from pdiff.method.collection import StateDict
@@ -23,7 +23,6 @@ from pdiff.method.collection import StateDict
 # Keys under which training scripts store the state dict. The first one present counts, so averaged weights are used
 # only where there are no others.
 NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema", "ema")
-MAPS = "mmap" in signature(torch.load).parameters  # since PyTorch 2.1
 DEPTH = 3  # levels of nested dictionaries
 PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile add to names
 ZIP = b"PK\x03\x04"  # first bytes of files of torch.save since PyTorch 1.6; only those can be memory-mapped
@@ -115,8 +114,7 @@ def _load(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             mapped = file.read(len(ZIP)) == ZIP
-        options = {"mmap": mapped} if MAPS else {}
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+        return torch.load(path, map_location="cpu", weights_only=True, **compat.mapped(mapped))
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({name.group(1)})" if name else ""

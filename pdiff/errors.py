@@ -1,13 +1,16 @@
 """The exceptions that a command ends with as one line."""
 
 
-class UserError(Exception):
-    """A mistake of the user's: one line that says what, where, which value, and what was expected."""
+class UserError(ValueError):
+    """A mistake of the user: one line that says what, where, which value, and what was expected."""
 
 
 class Pruned(BaseException):
-    """Whoever listens to a run has seen enough of it. Not a failure, so nothing that handles failures handles it."""
+    """Raised by a metric callback to stop a run early.
+
+    A BaseException, so that `except Exception` does not swallow it.
+    """
 
 
 class ProcessError(Exception):
-    """One of several processes that compute together failed; its message tells of that process's own error."""
+    """One of several data-parallel processes failed; the message holds its error."""

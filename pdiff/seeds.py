@@ -1,4 +1,4 @@
-"""TODO seeds."""
+"""Seeds of independent random streams."""
 
 from __future__ import annotations
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pdiff.errors import UserError
-from pdiff.experiment.schema import Experiment, without_neutral
+from pdiff.experiment import schema
+from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
 from pdiff.networks.architectures import ARCHITECTURES, known_architectures
 from pdiff.networks.datasets import DATASETS
@@ -45,15 +46,20 @@ def load(tag: str, overrides: Mapping[str, str] | None = None, *, origin: str = 
     """
     known = tags()
     tree, origins = _read(tag, known)
+    given: Tree = {}
+    for key, text in (overrides or {}).items():
+        put(given, {}, key, text, origin)
+    tree = schema.without_stale(tree, given)
     for key, text in (overrides or {}).items():
         put(tree, origins, key, text, origin)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
     problems = _unknown_names(tree, origins)
     try:
-        experiment = Experiment.model_validate(tree)
+        experiment = schema.experiment(tree)
     except ValidationError as error:
         path = str(known.get(tag, tag))
-        problems = [*(_problem(item, origins, path) for item in error.errors()), *problems]
+        chosen = {choice.name: choice.value(tree) for choice in schema.CHOICES}
+        problems = [*(_problem(item, origins, path, chosen) for item in error.errors()), *problems]
     if problems:
         raise UserError("; ".join(problems))
     return experiment
@@ -80,8 +86,8 @@ def changes(experiment: Experiment) -> dict[str, Any]:
 def changed(own: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
     """What of some values by dotted key, as they are or as text, is another than in an experiment."""
     there = flat(own)
-    neutral = there.keys() - dict(_leaves(without_neutral(own))).keys()
-    kept = {key: value for key, value in values.items() if key not in neutral}
+    without_effect = there.keys() - dict(_leaves(affecting(own))).keys()
+    kept = {key: value for key, value in values.items() if key not in without_effect}
     return {key: value for key, value in kept.items() if key not in there or str(value) != str(there[key])}
 
 
@@ -112,10 +118,10 @@ def _read(tag: str, known: Mapping[str, Path], below: tuple[str, ...] = ()) -> t
     for parent in parents:
         beside = str(path.parent / Path(parent).expanduser()) if _is_path(parent) else parent
         inherited, files = _read(beside, known, (*below, tag))
-        tree = _merged(tree, inherited)
+        tree = _merged(schema.without_stale(tree, inherited), inherited)
         origins |= files
     origins |= {key: str(path) for key, _ in _leaves(own)}
-    return _merged(tree, own), origins
+    return _merged(schema.without_stale(tree, own), own), origins
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C is ten times as fast
@@ -177,27 +183,30 @@ def put(tree: Tree, origins: dict[str, str], key: str, text: str, origin: str = 
     origins[key] = origin
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The keys of a schema, with those of its sections: dataset, dataset.name, ..."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or one that may be absent
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from known_keys(kind, f"{prefix}{name}.")
-
-
-def _problem(item: Any, origins: dict[str, str], path: str) -> str:
-    """One validation error as: file: key: rule, value; `path` is the file of the tag, for what stands nowhere."""
-    known = list(known_keys(Experiment))
+def _problem(item: Any, origins: dict[str, str], path: str, chosen: Mapping[str, str]) -> str:
+    """One validation error as: file: key: rule, value; `path` is the file of the tag, for what stands nowhere; `chosen`
+    are the choices of the configuration by dotted key."""
+    known = schema.all_keys()
     parts = [str(part) for part in item["loc"]]
     while parts and ".".join(parts) not in known and item["type"] != "extra_forbidden":
         parts.pop()  # list positions and union branches
     key = ".".join(parts)
     places = [file for name, file in origins.items() if name == key or name.startswith(f"{key}.") or not key]
     where = f"{places[-1] if places else path}: {key}".removesuffix(": ")
-    if item["type"] == "extra_forbidden":
+    if item["type"] != "extra_forbidden":
+        return f"{where}: {rule(item)}"
+    if key not in known:
         return f"{where}: unknown key; {nearest(key, known)}"
-    return f"{where}: {rule(item)}"
+    return f"{where}: {_foreign(key, chosen)}"
+
+
+def _foreign(key: str, chosen: Mapping[str, str]) -> str:
+    """Why a key that exists cannot be used: it belongs to another entry than the one that is chosen."""
+    owners = schema.belongs_to(key)
+    choice = owners[-1][0]
+    kinds = " or ".join(kind for other, kind in owners if other == choice)
+    name = choice.key if key.startswith(f"{choice.section}.") else choice.name
+    return f"belongs to {name} {kinds}, but {name} is {chosen[choice.name]}"
 
 
 def rule(item: Any) -> str:

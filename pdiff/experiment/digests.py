@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pdiff.experiment.config import Tree
-from pdiff.experiment.schema import Experiment, without_neutral
-from pdiff.method.options import Autoencoder
+from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
 from pdiff.networks.datasets import folder_state
 from pdiff.networks.imported.plain import files_of
@@ -22,8 +21,8 @@ from pdiff.networks.options import Collect
 def digest(experiment: Experiment, sections: Sequence[str]) -> str:
     """A fingerprint of everything in some sections that can change a result, and of the files that they name: those
     of `prepare.source` by their names, sizes and times, the others by their content."""
-    values = without_neutral(experiment)
-    content: Tree = {name: values[name] for name in ("seed", *sections)}
+    values = affecting(experiment)
+    content: Tree = {name: values[name] for name in ("seed", *sections) if name in values}
     source = experiment.prepare.source
     if source and "prepare" in sections:  # nothing is trained
         content["prepare"] = {k: v for k, v in values["prepare"].items() if k not in ("pretrain", "collect")}
@@ -55,13 +54,14 @@ def verdict_digest(experiment: Experiment) -> str:
     """
     if not (experiment.dataset or experiment.evaluate.function or experiment.evaluate.command):
         return ""
-    used = Autoencoder(checkpoints=experiment.autoencoder.checkpoints)
     asked = experiment.evaluate.model_copy(update={"noise": (), "noise_count": 1, "baselines": ()})
-    only = experiment.model_copy(update={"autoencoder": used, "evaluate": asked})
+    only = experiment.model_copy(update={"evaluate": asked})
     scripts = [path for path in _scripts(experiment) if path.suffix == ".py"]
     modules = sorted({module for path in scripts for module in path.parent.glob("*.py")})
-    own = digest(only, ("dataset", "network", "prepare", "autoencoder", "evaluate"))
-    return _fingerprint([own, *((module.name, _content(module)) for module in modules)])
+    own = digest(only, ("dataset", "network", "prepare", "evaluate"))
+    return _fingerprint(
+        [own, experiment.generator.checkpoints, *((module.name, _content(module)) for module in modules)]
+    )
 
 
 def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:

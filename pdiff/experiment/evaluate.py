@@ -12,7 +12,7 @@ from torch import Tensor
 from pdiff.experiment import config, published, report
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.metrics import by_part
-from pdiff.experiment.prepared import _base_network, _originals, _spread
+from pdiff.experiment.prepared import base_network, originals, spread
 from pdiff.experiment.schema import Experiment
 from pdiff.experiment.summary import compare_networks, summary
 from pdiff.files import (
@@ -44,10 +44,10 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     `trajectory.csv` where `generate` looked at draws on their way.
     """
     history = History(out, log)
-    originals = _originals(experiment, prepare)
-    standardizer = Standardizer.fit(originals)
-    groups = {"original": originals, "generated": Collection.load(generate / "generated.safetensors")}
-    groups |= _baselines(experiment, originals, standardizer)
+    collection = originals(experiment, prepare)
+    standardizer = Standardizer.fit(collection)
+    groups = {"original": collection, "generated": Collection.load(generate / "generated.safetensors")}
+    groups |= _baselines(experiment, collection, standardizer)
     on_the_way = generate / "trajectory.safetensors"
     judged = groups | ({"trajectory": Collection.load(on_the_way)} if on_the_way.exists() else {})
     with measured(history, "evaluate"):
@@ -95,7 +95,7 @@ def _judge(experiment: Experiment, prepared: Path) -> Judge:
     images = datasets.load(experiment.dataset)
     parts = {"validation": images.validation} | ({"test": images.test} if settings.test else {})
     options = {"batch_size": settings.batch_size, "device": resolve_device(experiment.device)}
-    return evaluators.on_images(_base_network(experiment, images, prepared), parts, **options)
+    return evaluators.on_images(base_network(experiment, images, prepared), parts, **options)
 
 
 def _template(experiment: Experiment, prepared: Path) -> Template:
@@ -105,16 +105,14 @@ def _template(experiment: Experiment, prepared: Path) -> Template:
     return Template.of(read_tensors(prepared / "network.safetensors"))
 
 
-def _baselines(experiment: Experiment, originals: Collection, standardizer: Standardizer) -> dict[str, Collection]:
+def _baselines(experiment: Experiment, collection: Collection, standardizer: Standardizer) -> dict[str, Collection]:
     """Name -> networks that need no generator."""
-    settings, some = experiment.evaluate, _spread(originals, experiment.evaluate.noise_count)
+    settings, some = experiment.evaluate, spread(collection, experiment.evaluate.noise_count)
     groups = {}
     for k, scale in enumerate(settings.noise):
         seed = sample_seed(experiment.seed, 5 + k)
         groups[f"noise_{scale:g}"] = baselines.noisy(some, standardizer, scale=scale, seed=seed)
-    if "average" in settings.baselines:
-        groups["average"] = baselines.average(originals)
-    return groups
+    return groups | {name: baselines.BASELINES[name](collection) for name in settings.baselines}
 
 
 def _trajectory_table(trajectory: Collection, verdicts: dict[str, Verdicts]) -> pd.DataFrame:

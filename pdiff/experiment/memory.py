@@ -25,16 +25,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pdiff.errors import UserError
 from pdiff.experiment.schema import Experiment
-from pdiff.method import generators
-from pdiff.method.autoencoders import GRAM_BLOCK, PCA
+from pdiff.method import diffusion
+from pdiff.method.autoencoders import AUTOENCODERS, convolutional
+from pdiff.method.autoencoders.pca import PCA, block_length
 from pdiff.method.collection import generated_numbers
-from pdiff.method.training import Best, Trainer
+from pdiff.method.generators import LatentDiffusionOptions
+from pdiff.method.generators.latent_diffusion import ENCODED, heldout_split
+from pdiff.method.options import resolve
+from pdiff.method.training import Best, Trainer, shuffled_rows
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
 from pdiff.networks.imported import plain
 from pdiff.networks.populations import generated_size, matching
 
-ENCODED = 256  # vectors that the stage train encodes at a time
 FIT, FLOAT32, BFLOAT16 = "fit", "train, float32", "train, bfloat16"  # on the CPU; on the CPU; on a GPU
 STEPS = 2  # from the second on, a step also holds the gradients of the one before it and the state of the optimiser
 
@@ -134,8 +137,8 @@ def sizes(experiment: Experiment) -> Sizes:
     settings = experiment.prepare
     files = plain.checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
     size = _adopted(experiment, files[0]) if files else _generated(experiment)
-    checkpoints = experiment.autoencoder.checkpoints or len(files) or settings.collect.checkpoints
-    fitted, held = generators.heldout_split(checkpoints, experiment.diffusion.heldout_fraction, seed=0)
+    checkpoints = experiment.generator.checkpoints or len(files) or settings.collect.checkpoints
+    fitted, held = heldout_split(checkpoints, experiment.diffusion.heldout_fraction, seed=0)
     return latent_sizes(experiment, size, len(fitted), len(held))
 
 
@@ -166,37 +169,40 @@ def _generated(experiment: Experiment) -> int:
 
 def needs(experiment: Experiment, sizes: Sizes) -> list[Need]:
     """What every part needs for everything that it does; training in float32 and as on CUDA, in bfloat16 autocast."""
-    return [*_autoencoder(experiment, sizes), *(_denoiser(experiment, sizes) if experiment.diffusion.steps else [])]
+    options = experiment.generator_options
+    trained = options.diffusion.steps > 0
+    return [*_autoencoder(experiment, options, sizes), *(_denoiser(experiment, options, sizes) if trained else [])]
 
 
-def _autoencoder(experiment: Experiment, sizes: Sizes) -> list[Need]:
+def _autoencoder(experiment: Experiment, options: LatentDiffusionOptions, sizes: Sizes) -> list[Need]:
     """Fit, encode and decode."""
-    settings = experiment.autoencoder.model_copy(update={"steps": STEPS})
-    if settings.kind == "pca":
+    kind = resolve(AUTOENCODERS[experiment.autoencoder.kind].module)
+    if kind is PCA:
         make, fits = partial(PCA, sizes.size, sizes.latent_size), [_pca_fit(sizes)]
     else:
-        make = partial(generators.make_autoencoder, sizes.size, settings)
-        train = partial(generators.autoencoder_trainer, settings=settings, seed=0)
-        fits = _fits("autoencoder", make, train, (sizes.fitted, sizes.size), settings.batch_size)
-    kind, encoded = generators.AUTOENCODERS[settings.kind], min(ENCODED, sizes.checkpoints)
+        short = options.autoencoder.model_copy(update={"steps": STEPS})
+        make = partial(convolutional.initialised, sizes.size, short)
+        train = partial(convolutional.trainer, options=short, seed=0)
+        fits = _fits("autoencoder", make, train, (sizes.fitted, sizes.size), short.batch_size)
+    encoded = min(ENCODED, sizes.checkpoints)
     return [
         *fits,
         _inference("autoencoder", "encode", make, kind.encode, (encoded, sizes.size)),
-        _inference("autoencoder", "decode", make, kind.decode, (_drawn(experiment), sizes.latent_size)),
+        _inference("autoencoder", "decode", make, kind.decode, (_sampled(experiment), sizes.latent_size)),
     ]
 
 
-def _denoiser(experiment: Experiment, sizes: Sizes) -> list[Need]:
-    """Fit, look at the held-out checkpoints, draw."""
-    settings = experiment.diffusion.model_copy(update={"steps": STEPS})
-    diffusion, length = generators.make_diffusion(settings), sizes.latent_size
-    make = partial(generators.make_denoiser, length, settings)
-    train = partial(generators.denoiser_trainer, diffusion=diffusion, settings=settings, seed=0)
-    shape, best = (sizes.checkpoints - sizes.heldout, length), settings.patience > 0
-    fits = _fits("denoiser", make, train, shape, settings.batch_size, best=best)
+def _denoiser(experiment: Experiment, options: LatentDiffusionOptions, sizes: Sizes) -> list[Need]:
+    """Fit, evaluate on the held-out checkpoints, sample."""
+    short, length = options.diffusion.model_copy(update={"steps": STEPS}), sizes.latent_size
+    make = partial(options.denoiser.build, length)
+    train = partial(diffusion.trainer, objective=options.objective, options=short, seed=0)
+    shape, best = (sizes.checkpoints - sizes.heldout, length), short.patience > 0
+    fits = _fits("denoiser", make, train, shape, short.batch_size, best=best)
     if sizes.heldout:
-        fits.append(_inference("denoiser", "held-out loss", make, diffusion.heldout_loss, (sizes.heldout, length)))
-    return [*fits, _inference("denoiser", "draw", make, _call, (_drawn(experiment), length))]
+        heldout = partial(diffusion.heldout_loss, options.objective)
+        fits.append(_inference("denoiser", "held-out loss", make, heldout, (sizes.heldout, length)))
+    return [*fits, _inference("denoiser", "sample", make, _call, (_sampled(experiment), length))]
 
 
 def _call(denoiser: nn.Module, z: Tensor) -> Tensor:
@@ -204,7 +210,7 @@ def _call(denoiser: nn.Module, z: Tensor) -> Tensor:
     return denoiser(z, torch.zeros(len(z)))
 
 
-def _drawn(experiment: Experiment) -> int:
+def _sampled(experiment: Experiment) -> int:
     return min(experiment.generate.batch_size, experiment.generate.count)
 
 
@@ -236,7 +242,7 @@ def training(
     """
     with _fake(), Alive() as alive:
         data, kept = torch.zeros(shape), Best()
-        trainer = train(make().train(), batches=generators.shuffled_rows(data, batch_size, 0))
+        trainer = train(make().train(), batches=shuffled_rows(data, batch_size, 0))
         rows = len(next(trainer.batches(0)))
         trainer.loss = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)(trainer.loss)
         for step in trainer:
@@ -271,14 +277,16 @@ def _inference(part: str, does: str, make: Callable[[], nn.Module], call: Callab
 
 
 def _pca_fit(sizes: Sizes) -> Need:
-    """The peak of `PCA.fit`, of main memory: the centred vectors in float64, and whichever is larger of those in
-    float32 before them and the components in float64 after them; the last block of the Gram matrix; that matrix, its
-    eigenvectors."""
-    vectors, components = sizes.fitted * sizes.size, sizes.latent_size * sizes.size
-    block = sizes.fitted * ((sizes.size - 1) % GRAM_BLOCK + 1)
-    working = 8 * vectors + max(4 * vectors, 8 * components) + 8 * block + 2 * 8 * sizes.fitted**2
-    weights = 4 * (components + sizes.size)
-    return Need("autoencoder", FIT, sizes.fitted, weights // 4, weights, data=4 * vectors, activations=working)
+    """The peak of `PCA.fit`, of main memory: the matrix and its eigenvectors, and a block of centred vectors, in
+    float64 after float32, or with the components of its columns."""
+    shape = (sizes.fitted, sizes.size)
+    wide = sizes.size >= sizes.fitted
+    length = block_length(shape, 1 if wide else 0)
+    components = 8 * sizes.latent_size * length if wide else 0
+    block = max(12 * length * min(shape), 8 * length * min(shape) + components)
+    weights = 4 * (sizes.latent_size * sizes.size + sizes.size)
+    data, working = 4 * sizes.fitted * sizes.size, 2 * 8 * min(shape) ** 2 + block
+    return Need("autoencoder", FIT, sizes.fitted, weights // 4, weights, data=data, activations=working)
 
 
 def _numbers(module: nn.Module) -> int:

@@ -19,8 +19,8 @@ import yaml
 from pdiff.errors import UserError
 from pdiff.experiment import config
 from pdiff.files import write_text
-from pdiff.method.generators import heldout_split
-from pdiff.method.options import DiffusionSettings
+from pdiff.method.generators import DiffusionOptions
+from pdiff.method.generators.latent_diffusion import heldout_split
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
 from pdiff.networks.imported.plain import files_of
@@ -119,7 +119,7 @@ def _tree(
             "exclude": [escape(name) for name in found.unusable],
         },
         "autoencoder": {"latent_size": "auto"},
-        "diffusion": {"steps": DiffusionSettings().steps},
+        "diffusion": {"steps": DiffusionOptions().steps},
         "evaluate": dict(evaluation),
     }
     for key, text in overrides.items():
@@ -268,7 +268,7 @@ def _report(found: Survey, chosen: Sequence[str]) -> str:
 
 def _fitted(found: Survey) -> int:
     """Checkpoints that the generator is fitted on; the others are held out."""
-    return len(heldout_split(len(found.used), DiffusionSettings().heldout_fraction, seed=0)[0])
+    return len(heldout_split(len(found.used), DiffusionOptions().heldout_fraction, seed=0)[0])
 
 
 def paper_settings(numbers: int) -> Paper:
@@ -282,7 +282,7 @@ def _proposal(found: Survey, chosen: Sequence[str]) -> list[str]:
     paper, most, held = paper_settings(numbers), min(fitted - 1, numbers), len(found.used) - fitted
     lines = [
         f"the fast generator: latent_size auto, the components of 99.9 % of the variance, at most {most}",
-        f"... and {DiffusionSettings().steps} steps, fewer when the {held} held-out checkpoints say so",
+        f"... and {DiffusionOptions().steps} steps, fewer when the {held} held-out checkpoints say so",
         f"the paper's, for {numbers} numbers: latent_size {paper.latent_size}, {paper.autoencoder_steps} steps of the "
         f"autoencoder, {paper.diffusion_steps} of the diffusion",
     ]

@@ -9,7 +9,7 @@ from torch import nn
 
 from pdiff.errors import UserError
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import _network
+from pdiff.experiment.prepared import fresh_network
 from pdiff.experiment.schema import Experiment
 from pdiff.files import (
     read_tensors,
@@ -52,7 +52,7 @@ def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log)
     collection = adopt(source, experiment.prepare.parameters, exclude)
     if images:
         pretrained = experiment.network.pretrained
-        network = _network(experiment, images, pretrained=pretrained)
+        network = fresh_network(experiment, images, pretrained=pretrained)
         _load_into(network, first_file(source, exclude).state, source, complete=not pretrained)
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection
@@ -62,7 +62,7 @@ def _collected(experiment: Experiment, images: Images, out: Path, log: Log) -> C
     """Pretrain (unless an earlier run has done so), write the base network, collect."""
     settings, state, device = experiment.prepare, out / STATE, resolve_device(experiment.device)
     with rank_zero_first():  # it may download, too
-        network = _network(experiment, images, pretrained=experiment.network.pretrained).to(device)
+        network = fresh_network(experiment, images, pretrained=experiment.network.pretrained).to(device)
     names = generated_names(network, settings.parameters)
     validate = partial(network_accuracy, images=images.validation, batch_size=500, device=device)
     seeds = [sample_seed(experiment.seed, k) for k in range(2)]

@@ -36,7 +36,7 @@ class Stage:
 
 
 PREPARED = ("dataset", "network", "prepare")
-TRAINED = (*PREPARED, "autoencoder", "diffusion")
+TRAINED = (*PREPARED, "generator", "autoencoder", "diffusion")
 GENERATED = (*TRAINED, "generate")
 STAGES = {
     "prepare": Stage(prepare, (), PREPARED, Shared("network.safetensors", digests.pretraining_digest)),

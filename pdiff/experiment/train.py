@@ -1,90 +1,61 @@
-"""TODO experiment.train."""
+"""The stage `train`: fit a generator on the collection."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import _base_network, _originals, _spread
+from pdiff.experiment.prepared import base_network, originals, spread
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection
-from pdiff.method.generators import (
-    Generator,
-    fit_autoencoder,
-    fit_denoiser,
-    heldout_split,
-    latent_scale,
-    make_diffusion,
-)
-from pdiff.method.log import Log, Point, measured
-from pdiff.method.standardize import Standardizer
+from pdiff.method.generators.base import Generator
+from pdiff.method.log import Log, Point, ignore
 from pdiff.method.training import resolve_device
 from pdiff.networks import datasets
 from pdiff.networks.predict import accuracy, predictions
-from pdiff.seeds import sample_seed
 
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
 
 
 def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metrics:
     """Fit the generator on the collection. Writes `generator/`, `history.csv`."""
-    history, device, state = History(out, log), resolve_device(experiment.device), out / STATE
-    collection = _originals(experiment, prepare)
-    seeds = [sample_seed(experiment.seed, k) for k in range(2, 5)]
-    fitted, held = heldout_split(len(collection), experiment.diffusion.heldout_fraction, seed=seeds[0])
-    standardizer = Standardizer.fit(collection.select(fitted))
-    vectors = standardizer.encode(collection)
-    common = {"log": history, "device": device}
-    with measured(history, "autoencoder"):
-        path = state / "autoencoder.pt"
-        autoencoder = fit_autoencoder(vectors[fitted], experiment.autoencoder, seed=seeds[1], path=path, **common)
-    if experiment.dataset:
-        _check_reconstruction(experiment, collection, standardizer, autoencoder, prepare, history)
-    latents = _encoded(autoencoder, vectors, device)
-    mean, std = latent_scale(latents[fitted], standardize=experiment.diffusion.standardize_latents)
-    latents, diffusion = (latents - mean) / std, make_diffusion(experiment.diffusion)
-    denoiser = None
-    if experiment.diffusion.steps:
-        with measured(history, "diffusion"):
-            parts = {"latents": latents[fitted], "heldout": latents[held], "settings": experiment.diffusion}
-            denoiser = fit_denoiser(diffusion, **parts, seed=seeds[2], path=state / "diffusion.pt", **common)
-    Generator(standardizer, autoencoder, mean, std, denoiser, diffusion).save(out / "generator")
+    history, device = History(out, log), resolve_device(experiment.device)
+    collection = originals(experiment, prepare)
+    check = ignore
+    if experiment.dataset and hasattr(experiment, "autoencoder"):
+        check = partial(check_reconstruction, experiment, collection, prepare, history)
+    options = {"seed": experiment.seed, "device": device, "log": history, "state": out / STATE, "check": check}
+    generator = Generator.fit(collection, experiment.generator_options, **options)
+    generator.save(out / "generator")
     history.save(out / "history.csv")
-    return {"latent_size": latents.shape[1]}
+    return generator.sizes()
 
 
-@torch.inference_mode()
-def _encoded(autoencoder: nn.Module, vectors: Tensor, device: torch.device) -> Tensor:
-    """Latents of vectors, (N, L), on the CPU."""
-    return torch.cat([autoencoder.encode(rows.to(device)).cpu() for rows in vectors.split(256)])
-
-
-@torch.inference_mode()
-def _check_reconstruction(
+def check_reconstruction(
     experiment: Experiment,
     collection: Collection,
-    standardizer: Standardizer,
-    autoencoder: nn.Module,
     prepared: Path,
     log: Log,
+    reconstruct: Callable[[Collection], Collection],
 ) -> None:
-    """Accuracy on validation images of a few checkpoints, before and after the autoencoder; a large drop is told."""
+    """Log the validation accuracy of a few checkpoints before and after the autoencoder; warn of a large drop.
+
+    Raises:
+        UserError: the drop is too large, and `autoencoder.on_accuracy_drop` is stop.
+    """
     settings, device = experiment.autoencoder, resolve_device(experiment.device)
     images = datasets.load(experiment.dataset)
-    network = _base_network(experiment, images, prepared)
-    some = _spread(collection, RECONSTRUCTED)
-    decoded = standardizer.decode(autoencoder(standardizer.encode(some).to(device)).cpu())
+    network = base_network(experiment, images, prepared)
+    some = spread(collection, RECONSTRUCTED)
+    options = {"device": device, "label": "reconstruction"}
     before, after = (
-        accuracy(
-            predictions(network, group, images.validation, device=device, label="reconstruction"),
-            images.validation.labels,
-        ).mean()
-        for group in (some, decoded)
+        accuracy(predictions(network, group, images.validation, **options), images.validation.labels).mean()
+        for group in (some, reconstruct(some))
     )
     log(Point("autoencoder/original_val_accuracy", before.item()))
     log(Point("autoencoder/reconstruction_val_accuracy", after.item()))

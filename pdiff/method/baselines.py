@@ -1,24 +1,29 @@
-"""What needs no generator: noise on the originals, and their average (method, section 5)."""
+"""Baselines: networks that need no generator. BASELINES lists them; importing this module imports no torch."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from pdiff.method.collection import Collection
-from pdiff.method.standardize import Standardizer
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pdiff.method.collection import Collection
+    from pdiff.method.standardize import Standardizer
 
 
 def noisy(collection: Collection, standardizer: Standardizer, *, scale: float, seed: int) -> Collection:
-    """Originals whose standardised tensors get N(0, scale^2)."""
+    """Originals whose standardised tensors get N(0, scale^2) (method, section 5)."""
+    import torch
+
     vectors = standardizer.encode(collection)
     generator = torch.Generator().manual_seed(seed)
     return standardizer.decode(vectors + scale * torch.randn(vectors.shape, generator=generator))
 
 
 def average(collection: Collection) -> Collection:
-    """The ensemble: one network whose parameters are the mean of the originals."""
-    return Collection({name: _mean(tensor) for name, tensor in collection.tensors.items()})
+    """One network whose parameters are the mean of the originals (the paper's ensemble; method, section 5)."""
+    return collection.map(_mean)
 
 
 def _mean(stacked: Tensor) -> Tensor:
@@ -26,3 +31,7 @@ def _mean(stacked: Tensor) -> Tensor:
     if not stacked.is_floating_point():
         return stacked[:1]
     return stacked.double().mean(dim=0, keepdim=True).to(stacked.dtype)
+
+
+BASELINES: dict[str, Callable[..., Any]] = {"average": average}
+"""Name of the group -> makes its networks, a Collection, of the originals."""

@@ -1,14 +1,13 @@
-"""State dicts <-> standardised vectors: what is generated, and in which units."""
+"""Collections of checkpoints, and which of their tensors are generated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pdiff.errors import UserError
 from pdiff.files import read_json, read_tensors, write_json, write_tensors
 
 StateDict = dict[str, Tensor]
@@ -22,18 +21,18 @@ class Collection:
         names: what each checkpoint is called, N of them; numbered when absent.
 
     Raises:
-        UserError: no checkpoints, or tensors that disagree about N.
+        ValueError: no checkpoints, or tensors that disagree about N.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str] | None = None) -> None:
         self.tensors = dict(tensors)
         counts = {tensor.shape[0] if tensor.ndim else 0 for tensor in self.tensors.values()}
         if len(counts) != 1 or 0 in counts:
-            raise UserError(f"a collection needs tensors of one count, at least 1, but got counts {sorted(counts)}")
+            raise ValueError(f"a collection needs tensors of one count, at least 1, but got counts {sorted(counts)}")
         (self.count,) = counts
         self.names = list(names) if names is not None else [f"{k:05d}" for k in range(self.count)]
         if len(self.names) != self.count:
-            raise UserError(f"a collection of {self.count} checkpoints needs as many names, but got {len(self.names)}")
+            raise ValueError(f"a collection of {self.count} checkpoints needs as many names, but got {len(self.names)}")
 
     @classmethod
     def stack(cls, states: Sequence[StateDict], names: Sequence[str] | None = None) -> Collection:
@@ -55,6 +54,15 @@ class Collection:
         rows = torch.arange(self.count)[index].tolist()
         return Collection({n: t[index] for n, t in self.tensors.items()}, [self.names[row] for row in rows])
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Collection:
+        """The collection of the tensors that a function makes of each stacked tensor (N, *shape)."""
+        return Collection({name: function(tensor) for name, tensor in self.tensors.items()})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Collection], names: Sequence[str] | None = None) -> Collection:
+        """Several collections of one layout, one after the other."""
+        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}, names)
+
     def save(self, path: Path) -> None:
         """Write `path` (safetensors, each tensor (N, *shape)) and its index beside it (JSON)."""
         write_tensors(path, self.tensors)
@@ -66,14 +74,14 @@ class Collection:
         """Read what `save` wrote, checked against its index.
 
         Raises:
-            UserError: a missing or damaged file, another layout than the index says, NaN or infinity.
+            ValueError: a missing or damaged file, another layout than the index says, NaN or infinity.
         """
         index, tensors = read_json(path.with_suffix(".json")), read_tensors(path)
         found = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
         if not isinstance(index, dict) or found != index.get("layout") or "checkpoints" not in index:
-            raise UserError(f"{path}: its tensors are not those of its index {path.with_suffix('.json').name}")
+            raise ValueError(f"{path}: its tensors are not those of its index {path.with_suffix('.json').name}")
         if name := not_finite(tensors):
-            raise UserError(f"{path}: tensor {name!r} holds NaN or infinity, expected finite numbers")
+            raise ValueError(f"{path}: tensor {name!r} holds NaN or infinity, expected finite numbers")
         return cls({name: tensors[name] for name in index["layout"]}, index["checkpoints"])
 
 
@@ -91,11 +99,11 @@ def generated_tensors(state: StateDict) -> StateDict:
     """The tensors of one checkpoint that are generated.
 
     Raises:
-        UserError: there is none.
+        ValueError: there is none.
     """
     found = {name: tensor for name, tensor in state.items() if is_generated(name, tensor)}
     if not found:
-        raise UserError("nothing to generate: the checkpoints have no floating tensor of more than one element")
+        raise ValueError("nothing to generate: the checkpoints have no floating tensor of more than one element")
     return found
 
 

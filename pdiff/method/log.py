@@ -23,6 +23,10 @@ class Point(NamedTuple):
 Log = Callable[[Point], object]
 
 
+def ignore(_: object) -> None:
+    """A log, or another callback, that does nothing."""
+
+
 @contextmanager
 def measured(log: Log, what: str) -> Iterator[None]:
     """Log `seconds/<what>`, and `memory_mb/<what>`: the peak so far of the process, or of the GPU in the block."""

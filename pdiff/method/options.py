@@ -1,21 +1,28 @@
-"""TODO method.options."""
+"""What options are made of: frozen sections with checked fields, and the options of an optimiser. Imports no torch."""
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
-Several = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))  # one is several, too
+Probability = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Several = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))  # a single value is one
 
 
-def neutral(default: Any, **options: Any) -> Any:
-    """A field that cannot change a result (a place, a device, a batch size of inference): not part of any digest."""
-    return Field(default, json_schema_extra={"neutral": True}, **options)
+def without_effect(default: Any, **options: Any) -> Any:
+    """A field that cannot change a result (a place, a device, a batch size of inference): it is in no digest."""
+    return Field(default, json_schema_extra={"affects_result": False}, **options)
+
+
+def resolve(entry: Any) -> Any:
+    """What an entry of a registry stands for: the object that a text "module:name" names, or the entry itself."""
+    return pkgutil.resolve_name(entry) if isinstance(entry, str) else entry
 
 
 class Section(BaseModel):
@@ -23,10 +30,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    def part(self, kind: type[Section]) -> Any:
+        """Those of the options that belong to another section, as that section."""
+        return kind(**{name: getattr(self, name) for name in kind.model_fields})
+
 
 class Optimization(Section):
-    """How something is trained. `one_cycle` also cycles the momentum (Adam's first beta), as PyTorch's does;
-    `final_learning_rate` is where `cosine` ends."""
+    """How something is trained.
+
+    `one_cycle` also cycles the momentum (Adam's first beta), as PyTorch's schedule does; `final_learning_rate` is where
+    `cosine` ends; `momentum` is that of `sgd`.
+    """
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: Rate = 1e-3
@@ -37,58 +51,7 @@ class Optimization(Section):
     batch_size: Positive = 128
 
 
-class Autoencoder(Optimization):
-    """Vectors <-> latents, fitted on the first `checkpoints` of the collection, 0 for all. The fields of training
-    concern `conv` alone, `variance` the automatic size of `pca`; `kl_weight` > 0 makes `conv` variational."""
+class TrainingOptions(Optimization):
+    """How a part of a generator is trained: by so many optimiser steps."""
 
-    checkpoints: Annotated[int, Field(ge=0)] = 0
-    kind: Literal["pca", "conv"] = "pca"
-    latent_size: Positive | Literal["auto"] = "auto"
-    variance: Annotated[float, Field(gt=0, le=1)] = 0.999
-    parameter_noise: NonNegative = 0.001
-    latent_noise: NonNegative = 0.1
-    kl_weight: NonNegative = 0.0
-    steps: Positive = 500
-    learning_rate: Rate = 2e-5
-    batch_size: Positive = 50
-    max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] = 0.02
-    on_accuracy_drop: Literal["warn", "stop"] = "warn"
-
-    @model_validator(mode="after")
-    def _check(self) -> Autoencoder:
-        if self.kind == "conv" and self.latent_size == "auto":
-            raise ValueError("latent_size 'auto' needs kind pca; kind conv needs a number, such as 128")
-        return self
-
-
-class DiffusionSettings(Optimization):
-    """Latent diffusion; with `steps` 0 there is none, and latents are drawn from a Gaussian.
-
-    `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops after as many
-    evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best.
-    """
-
-    denoiser: Literal["mlp", "conv"] = "mlp"
-    width: Positive = 256
-    blocks: Positive = 3
-    prediction: Literal["flow", "epsilon", "sample", "v_prediction"] = "flow"
-    timesteps: Positive = 1000
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    standardize_latents: bool = True
     steps: Annotated[int, Field(ge=0)] = 1000
-    learning_rate: Rate = 1e-3
-    schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
-    batch_size: Positive = 128
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    heldout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    evaluate_every: Positive = 50
-    patience: Annotated[int, Field(ge=0)] = 8
-
-    @model_validator(mode="after")
-    def _check(self) -> DiffusionSettings:
-        if self.beta_start > self.beta_end:
-            raise ValueError(f"beta_start <= beta_end must hold, but got ({self.beta_start}, {self.beta_end})")
-        if self.patience and not self.heldout_fraction:
-            raise ValueError("patience > 0 needs heldout_fraction > 0: early stopping watches held-out checkpoints")
-        return self

@@ -1,4 +1,4 @@
-"""TODO method.standardize."""
+"""Checkpoints <-> standardised vectors (method, section 2)."""
 
 from __future__ import annotations
 

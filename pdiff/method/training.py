@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import swa_utils
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from pdiff.errors import UserError
+from pdiff import compat
 from pdiff.files import write_state
 from pdiff.method.log import Log, Point
 from pdiff.method.options import Optimization
@@ -25,20 +24,21 @@ from pdiff.seeds import sample_seed
 SAVE_SECONDS = float(os.environ.get("PDIFF_SAVE_SECONDS", "5"))
 SAVE_SHARE = 0.05  # at most this share of the time goes into saving
 LOGGED_POINTS = 200  # points of a loss curve
+Batches = Callable[[int], Iterator[Any]]  # step -> endless batches from that step on; of each, this process's rows
 
 
 def resolve_device(name: str) -> torch.device:
     """The device of a name; "auto" is the first GPU where there is one, else the CPU.
 
     Raises:
-        UserError: a device that this machine lacks.
+        ValueError: a device that this machine lacks.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     gpus = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if (device.index or 0) >= gpus[device.type]:
-        raise UserError(f"device: {name!r} is not on this machine, expected auto or cpu")
+        raise ValueError(f"device: {name!r} is not on this machine, expected auto or cpu")
     return device
 
 
@@ -75,6 +75,12 @@ def shuffled(count: int, batch_size: int, *, seed: int, start: int = 0) -> Itera
         epoch, skip = epoch + 1, 0
 
 
+def shuffled_rows(x: Tensor, batch_size: int, seed: int) -> Batches:
+    """Endless shuffled batches of the rows of a tensor; of each, those of this process."""
+    rows = ranks.rows()
+    return lambda start: (x[i[rows].to(x.device)] for i in shuffled(len(x), batch_size, seed=seed, start=start))
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optimization) -> torch.optim.Optimizer:
     """The optimiser that the settings name."""
     options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
@@ -102,7 +108,7 @@ class Trainer:
     Args:
         module: what is trained; its parameters that require gradients.
         loss: batch -> scalar, the mean over its rows.
-        batches: step -> endless batches from that step on; of each, this process's rows (`ranks.rows`).
+        batches: of what the loss takes; of each, this process's rows.
         settings: optimiser and schedule.
         steps: steps in all.
         seed: of the whole training.
@@ -114,7 +120,7 @@ class Trainer:
         self,
         module: nn.Module,
         loss: Callable[[Any], Tensor],
-        batches: Callable[[int], Iterator[Any]],
+        batches: Batches,
         settings: Optimization,
         *,
         steps: int,
@@ -125,7 +131,7 @@ class Trainer:
         self.module, self.loss, self.batches, self.steps, self.seed = module, loss, batches, steps, seed
         self.optimizer = make_optimizer((p for p in module.parameters() if p.requires_grad), settings)
         self.schedule = make_schedule(self.optimizer, settings, steps)
-        self.ema = AveragedModel(module, **_averaging(ema), use_buffers=True) if ema else None
+        self.ema = AveragedModel(module, **compat.ema(ema), use_buffers=True) if ema else None
         self.autocast = autocast
         self.batch_size = settings.batch_size
         self.step = 0
@@ -160,8 +166,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        schedule = {key: value for key, value in state["schedule"].items() if not callable(value)}  # as PyTorch 2.0 has
-        return {"step": self.step} | state | {"schedule": schedule}
+        return {"step": self.step} | state | {"schedule": compat.plain_state(state["schedule"])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved step."""
@@ -171,10 +176,10 @@ class Trainer:
 
 
 class Best:
-    """The best state of a module so far, by a score that shall be high.
+    """The best state of a module so far, by a score: higher is better.
 
     Attributes:
-        score: the best score.
+        score: the best score, the mean over all processes.
         misses: scores since then that were no better.
     """
 
@@ -182,7 +187,8 @@ class Best:
         self.score, self.misses, self.state = -math.inf, 0, {}
 
     def update(self, score: float, module: nn.Module) -> bool:
-        """Tell the score of the module as it is now; whether it is the best."""
+        """Whether the module as it is now is the best so far, by its score; the same on all processes."""
+        score = ranks.mean(score)
         if not score > self.score:
             self.misses += 1
             return False
@@ -228,7 +234,7 @@ def follow(trainer: Trainer, name: str, log: Log, *, path: Path | None = None, b
     """Resumable steps with a progress bar, whose losses are logged under `name`.
 
     Raises:
-        UserError: the loss is no longer finite.
+        ValueError: the loss is no longer finite.
     """
     every = max(1, trainer.steps // LOGGED_POINTS)
     steps = resumable(trainer, path, *beside)
@@ -238,14 +244,9 @@ def follow(trainer: Trainer, name: str, log: Log, *, path: Path | None = None, b
             if step.number % every == 0 or step.number == trainer.steps:
                 value = ranks.mean(step.loss.item())
                 if not math.isfinite(value):
-                    raise UserError(f"{name} is {value} at step {step.number}; a lower learning_rate may help")
+                    raise ValueError(
+                        f"{name} is {value} at step {step.number}: training diverged; a lower learning_rate may help"
+                    )
                 log(Point(name, value, step.number))
                 bar.set_postfix(loss=f"{value:.4g}", refresh=False)
             yield step
-
-
-def _averaging(decay: float) -> dict[str, Callable]:
-    """How `AveragedModel` takes the exponential moving average: all tensors at once where PyTorch can, since 2.1."""
-    if hasattr(swa_utils, "get_ema_multi_avg_fn"):
-        return {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(decay)}
-    return {"avg_fn": lambda averaged, now, count: decay * averaged + (1 - decay) * now}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pdiff.method.options import NonNegative, Optimization, Positive, Rate, Section, Seed, Several, neutral
+from pdiff.method.options import NonNegative, Optimization, Positive, Rate, Section, Seed, Several, without_effect
 
 
 class Dataset(Section):
@@ -18,8 +18,8 @@ class Dataset(Section):
     """
 
     name: str
-    root: str = neutral("")
-    download: bool = neutral(True)
+    root: str = without_effect("")
+    download: bool = without_effect(True)
     image_size: Annotated[int, Field(ge=0, le=1024)] = 0
     resize: Annotated[int, Field(ge=0, le=1024)] = 0
     channels: Literal[0, 1, 3] = 0

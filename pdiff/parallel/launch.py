@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from pdiff import compat
 from pdiff.errors import ProcessError, UserError
 
 BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -87,12 +88,8 @@ def launch(
 
 def _launch_config(processes: int, logs: str) -> Any:
     """One start of some processes on this machine, at a port that is free."""
-    from torch.distributed.elastic import multiprocessing as elastic
     from torch.distributed.launcher.api import LaunchConfig
 
-    place = {"log_dir": logs}
-    if hasattr(elastic, "DefaultLogsSpecs"):  # since PyTorch 2.3
-        place = {"logs_specs": elastic.DefaultLogsSpecs(log_dir=logs)}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -102,7 +99,7 @@ def _launch_config(processes: int, logs: str) -> Any:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        **place,
+        **compat.launcher_logs(logs),
     )
 
 

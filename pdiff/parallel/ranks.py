@@ -29,18 +29,6 @@ def rows() -> slice:
     return slice(rank(), None, world())
 
 
-def own(draw: Callable[..., Tensor], like: Tensor, count: int | None = None) -> Tensor:
-    """Random numbers for this process's rows of a global batch, the same as one process draws for them.
-
-    Args:
-        draw: `torch.randn` or `torch.rand`.
-        like: this process's rows (b, ...).
-        count: rows of the global batch; of no matter where there is one process.
-    """
-    count = count if count and world() > 1 else len(like)
-    return draw((count, *like.shape[1:]), dtype=like.dtype, device=like.device)[rows()]
-
-
 def summed(value: float) -> float:
     """The sum of a number over all processes."""
     if world() == 1:

@@ -1,4 +1,4 @@
-"""TODO parallel.training."""
+"""Data-parallel training: each rank handles a shard of every batch; the result is that of one process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from torch.overrides import TorchFunctionMode
 from pdiff.errors import UserError
 from pdiff.parallel.ranks import rows, world
 
-# -- training -----------------------------------------------------------------
-
 
 def shared(module: nn.Module, loss: Callable[[Any], Tensor], count: int) -> Callable[[Any], Tensor]:
-    """A loss of this process's rows whose gradients are those of the global batch's loss, on every process.
+    """A loss of this rank's rows whose gradients are those of the global batch's loss, on every rank.
 
-    Its values are such that their mean over the processes is the loss of the global batch. Batch normalisation
-    measures the global batch. Dropout inside the module differs from that of one process.
+    Its values are such that their mean over the ranks is the loss of the global batch. Batch normalisation measures the
+    global batch; `torch.randn_like` and `torch.rand_like` give the rows of what one process would draw for the global
+    batch. Dropout inside the module differs from that of one process.
 
     Args:
         module: what is trained.
@@ -30,36 +29,48 @@ def shared(module: nn.Module, loss: Callable[[Any], Tensor], count: int) -> Call
         count: rows of the global batch.
 
     Raises:
-        UserError: fewer rows than processes.
+        UserError: fewer rows than ranks.
     """
     if world() == 1:
         return loss
     if count < world():
         raise UserError(f"processes {world()}: a batch has only {count} rows, expected at least one a process")
     weight = len(range(count)[rows()]) * world() / count
-    objective = _Objective(module, lambda batch: weight * loss(batch))
+    objective = _Objective(module, lambda batch: weight * loss(batch), count)
     return DistributedDataParallel(objective, gradient_as_bucket_view=True, static_graph=True)
 
 
 class _Objective(nn.Module):
-    """A loss as a module, as DistributedDataParallel wants it; of what is trained, for the rest is the same anyway."""
+    """A loss as a module with the parameters that it trains, as DistributedDataParallel expects."""
 
-    def __init__(self, module: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+    def __init__(self, module: nn.Module, loss: Callable[[Any], Tensor], count: int) -> None:
         super().__init__()
         self.trained = nn.ParameterList(p for p in module.parameters() if p.requires_grad)
-        self.loss = loss
+        self.loss, self.count = loss, count
 
     def forward(self, batch: Any) -> Tensor:
-        with _GlobalBatchNorm():
+        with _GlobalBatch(self.count):
             return self.loss(batch)
 
 
-class _GlobalBatchNorm(TorchFunctionMode):
-    """Within it, batch normalisation measures the global batch, whoever calls it; no module need be replaced."""
+class _GlobalBatch(TorchFunctionMode):
+    """Within it, batch normalisation and random numbers are those of the global batch; no module need be replaced."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.randn_like, torch.rand_like):
+            draw = torch.randn if function is torch.randn_like else torch.rand
+            return global_random(draw, *args, count=self.count)
         replaced = global_batch_norm if function is F.batch_norm else function
         return replaced(*args, **(kwargs or {}))
+
+
+def global_random(draw: Callable[..., Tensor], like: Tensor, *, count: int) -> Tensor:
+    """This rank's rows of random numbers for a global batch of `count` rows; `draw` is torch.randn or torch.rand."""
+    return draw((count, *like.shape[1:]), dtype=like.dtype, device=like.device)[rows()]
 
 
 def global_batch_norm(

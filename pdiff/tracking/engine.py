@@ -23,7 +23,7 @@ from pdiff.experiment.history import HISTORY, STATE
 from pdiff.experiment.schema import Experiment
 from pdiff.experiment.stages import STAGES, processes
 from pdiff.files import copy_file, read_json
-from pdiff.method.generators import Generator
+from pdiff.method.generators.base import Generator
 from pdiff.method.log import Point
 from pdiff.method.training import resolve_device
 from pdiff.parallel.launch import launch

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import mlflow
@@ -15,8 +14,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from pdiff import compat
 from pdiff.experiment.schema import Experiment
-from pdiff.method.generators import Generator
+from pdiff.method.generators.base import Generator
 
 REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
 
@@ -30,7 +30,7 @@ def _register(run_id: str, name: str) -> None:
 
 def _log_models(generator: Generator) -> None:
     """Log the autoencoder and the denoiser as PyTorch models (exported programs, not pickles)."""
-    if find_spec("torch.export") is None:
+    if not compat.exports_models():
         tqdm.write("train: autoencoder and diffusion are logged as models by PyTorch 2.1 or newer alone")
         return
     modules = {"autoencoder": (generator.autoencoder, generator.standardizer.size)}
@@ -61,7 +61,7 @@ def _log_generator(experiment: Experiment, folder: Path) -> None:
             name="generator",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"generator": str(folder)},
-            model_config={"sampler": experiment.sampler, "steps": experiment.sampling_steps},
+            model_config=experiment.sampling,
             pip_requirements=REQUIREMENTS,
         )
 

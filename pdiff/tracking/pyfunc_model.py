@@ -9,8 +9,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 
-from pdiff.method.generators import Generator
-from pdiff.seeds import sample_seed
+from pdiff.method.generators.base import Generator
 
 
 class NewWeights(mlflow.pyfunc.PythonModel):
@@ -24,7 +23,7 @@ class NewWeights(mlflow.pyfunc.PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> dict[str, np.ndarray]:
         """Draw networks 0 .. count - 1 of a seed."""
         count, seed = (int(model_input[name].iloc[0]) for name in ("count", "seed"))
-        drawn = self.generator.sample([sample_seed(seed, k) for k in range(count)], **self.options)
+        drawn = self.generator.sample(count, seed=seed, **self.options)
         return {name: tensor.numpy() for name, tensor in drawn.tensors.items()}
 
 

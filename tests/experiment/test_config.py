@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, digests
-from pdiff.experiment.schema import Experiment, without_neutral
+from pdiff.experiment import config, digests, schema
+from pdiff.experiment.schema import affecting
 
 BASE = "dataset: {name: digits}\nnetwork: {architecture: mlp}\n"
 
@@ -62,7 +62,7 @@ def test_of_several_extended_the_last_wins_and_lists_are_replaced(write):
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2E-3", 2e-3), ("0.5", 0.5), ("1", 1.0), ("1e3", 1000.0)])
 def test_numbers_in_every_notation(write, text, value):
-    write("t", BASE + f"autoencoder: {{learning_rate: {text}}}")
+    write("t", BASE + f"autoencoder: {{kind: conv, latent_size: 4, learning_rate: {text}}}")
     assert config.load("t").autoencoder.learning_rate == value
     assert config.load("t", {"diffusion.learning_rate": text}).diffusion.learning_rate == value
 
@@ -101,7 +101,7 @@ def test_tags_are_files_and_sweeps_are_none(write, tmp_path):
 
 
 def test_all_problems_in_one_message(write):
-    parent = write("parent", "network: {architecture: mpl}\nautoencoder: {steps: 0}")
+    parent = write("parent", "network: {architecture: mpl}\nautoencoder: {kind: conv, latent_size: 4, steps: 0}")
     own = write("own", "extends: parent\ndataset: {name: digts}\nautoencoder: {latentsize: 4}\nsed: 1")
     problems = message("own", {"diffusion.learning_rate": "fast", "generate.count": "-3"}).split("; ")
     expected = {
@@ -134,9 +134,10 @@ def test_all_problems_in_one_message(write):
         (BASE + "1: 2", "t.yaml: keys should be strings"),
         (BASE + "prepare: {parameters: 3}", "t.yaml: prepare.parameters: input should be a valid string"),
         (BASE + "seed: .nan", "t.yaml: seed: "),
-        (BASE + "autoencoder: {learning_rate: .inf}", "t.yaml: autoencoder.learning_rate: input should be a finite"),
+        (BASE + "diffusion: {learning_rate: .inf}", "t.yaml: diffusion.learning_rate: input should be a finite"),
         (BASE + "autoencoder: {kind: conv}", "t.yaml: autoencoder: latent_size 'auto' needs kind pca"),
-        (BASE + "diffusion: {beta_start: 0.3}", "t.yaml: diffusion: beta_start <= beta_end must hold, but got (0.3"),
+        (BASE + "diffusion: {prediction: epsilon, beta_start: 0.3}", "t.yaml: diffusion: beta_start <= beta_end must"),
+        (BASE + "diffusion: {prediction: sample, beta_start: 0.3}", "but got (0.3, 0.02)"),
         (BASE + "diffusion: {heldout_fraction: 0}", "t.yaml: diffusion: patience > 0 needs heldout_fraction > 0"),
         (BASE + "generate: {sampler: ddpm}", "generate.sampler 'ddpm' cannot follow diffusion.prediction 'flow'"),
         (BASE + "generate: {sampling_steps: 9}\ndiffusion: {timesteps: 8}", "must hold, but got (9, 8)"),
@@ -178,16 +179,60 @@ def test_a_long_circle(write):
     assert message("a") == "extends: a -> b -> c -> b is a circle"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("autoencoder: {steps: 3}", "autoencoder.steps: belongs to kind conv, but kind is pca"),
+        ("autoencoder: {kind: conv, variance: 0.5}", "autoencoder.variance: belongs to kind pca, but kind is conv"),
+        ("diffusion: {denoiser: conv, width: 9}", "diffusion.width: belongs to denoiser mlp, but denoiser is conv"),
+        (
+            "diffusion: {beta_end: 0.5}",
+            "diffusion.beta_end: belongs to prediction epsilon or sample or v_prediction, but prediction is flow",
+        ),
+        (
+            "generator: {kind: gaussian}\nautoencoder: {latent_size: 3}",
+            "autoencoder: belongs to generator.kind latent_diffusion, but generator.kind is gaussian",
+        ),
+        (
+            "generator: {kind: gaussian}\ngenerate: {sampler: heun}",
+            "generate.sampler: belongs to generator.kind latent_diffusion, but generator.kind is gaussian",
+        ),
+        ("generator: {scale: 2}", "generator.scale: belongs to kind gaussian, but kind is latent_diffusion"),
+        ("autoencoder: {kind: vae}", "autoencoder.kind: input should be 'pca' or 'conv', but got 'vae'"),
+    ],
+)
+def test_options_of_another_kind_are_refused(write, text, expected):
+    path = write("t", BASE + text)
+    assert message("t") == f"experiments/some/{path.name}: {expected}"
+
+
+def test_a_layer_that_changes_the_kind_does_not_inherit_the_options_of_the_other(write):
+    write("conv", BASE + "autoencoder: {kind: conv, latent_size: 9, steps: 3, max_accuracy_drop: 0.5}")
+    write("pca", "extends: conv\nautoencoder: {kind: pca}")
+    for found in (config.load("pca"), config.load("conv", {"autoencoder.kind": "pca"})):
+        assert found.autoencoder.latent_size == 9 and found.autoencoder.max_accuracy_drop == 0.5
+        assert not hasattr(found.autoencoder, "steps")
+    gaussian = config.load("conv", {"generator.kind": "gaussian", "generator.scale": "0.5"})
+    assert gaussian.generator.scale == 0.5 and not hasattr(gaussian, "autoencoder")
+    assert "autoencoder.steps: belongs to kind conv" in message(
+        "conv", {"autoencoder.kind": "pca", "autoencoder.steps": "2"}
+    )
+
+
 # -- what comes out
 
 
 def test_complete_yaml_stands_for_the_same_experiment(write, tmp_path):
-    write("t", BASE + "seed: 5\nprepare: {parameters: ['*.bias']}\nautoencoder: {learning_rate: 1e-5}")
+    write(
+        "t",
+        BASE
+        + "seed: 5\nprepare: {parameters: ['*.bias']}\nautoencoder: {kind: conv, latent_size: 4, learning_rate: 1e-5}",
+    )
     experiment = config.load("t", {"generate.count": "9"})
     path = tmp_path / "t.yaml"
     path.write_text(config.to_yaml(experiment))
     assert config.load(str(path)) == experiment
-    assert list(yaml.safe_load(path.read_text())) == list(Experiment.model_fields)
+    assert list(yaml.safe_load(path.read_text())) == list(type(experiment).model_fields)
 
 
 def test_flat_keys_are_overrides(write):
@@ -209,7 +254,7 @@ def digest(sections: tuple[str, ...] = SECTIONS, **overrides: str) -> str:
 
 def test_digest_sees_what_can_change_a_result_and_nothing_else(write):
     write("t", BASE)
-    neutral = {
+    without_effect = {
         "device": "cpu",
         "register": "true",
         "dataset__root": "elsewhere",
@@ -217,13 +262,13 @@ def test_digest_sees_what_can_change_a_result_and_nothing_else(write):
         "generate__batch_size": "3",
         "evaluate__batch_size": "3",
     }
-    assert digest(**neutral) == digest()
+    assert digest(**without_effect) == digest()
     changes = {
         "seed": "1",
         "dataset__split_seed": "1",
         "network__architecture": "cnn_small",
         "prepare__collect__learning_rate": "0.5",
-        "autoencoder__latent_noise": "0.5",
+        "autoencoder__variance": "0.5",
         "diffusion__ema": "0.5",
         "generate__seed": "1",
         "evaluate__noise": "[1]",
@@ -234,18 +279,18 @@ def test_digest_sees_what_can_change_a_result_and_nothing_else(write):
 
 
 def test_digest_is_the_same_whatever_the_tag_and_the_notation(write):
-    write("t", BASE + "autoencoder: {learning_rate: 1e-4}")
-    write("u", "extends: t\nautoencoder: {learning_rate: 0.0001}")
+    write("t", BASE + "diffusion: {learning_rate: 1e-4}")
+    write("u", "extends: t\ndiffusion: {learning_rate: 0.0001}")
     assert digest() == digests.digest(config.load("u"), SECTIONS)
 
 
-def test_neutral_fields_are_those_that_are_meant():
-    experiment = Experiment(dataset={"name": "digits"}, network={"architecture": "mlp"})
+def test_fields_without_effect_are_those_that_are_meant():
+    experiment = schema.experiment({"dataset": {"name": "digits"}, "network": {"architecture": "mlp"}})
 
     def keys(tree: dict, prefix: str = "") -> set[str]:
         return {k for n, v in tree.items() for k in (keys(v, f"{prefix}{n}.") if isinstance(v, dict) else {prefix + n})}
 
-    assert keys(experiment.model_dump()) - keys(without_neutral(experiment)) == {
+    assert keys(experiment.model_dump()) - keys(affecting(experiment)) == {
         *("tag", "device", "processes", "register", "log_models", "dataset.root", "dataset.download"),
         *("generate.batch_size", "evaluate.batch_size", "evaluate.workers"),
     }
@@ -327,11 +372,11 @@ def test_digest_sees_the_script_of_a_command(write, tmp_path, command):
     script = tmp_path / ("my test.py" if "my" in command else "test.py")
     tree = {"prepare": {"source": "absent"}, "evaluate": {"command": command, "folder": str(tmp_path)}}
     experiment = config.load(str(write("own", yaml.safe_dump(tree))))
-    digests = set()
+    found = set()
     for text in ("print(1)", "print(12)"):
         script.write_text(text)
-        digests.add(digests.digest(experiment, ("prepare", "evaluate")))
-    assert len(digests) == 2
+        found.add(digests.digest(experiment, ("prepare", "evaluate")))
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(

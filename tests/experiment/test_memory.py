@@ -11,33 +11,40 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pdiff.cli.main import main
 from pdiff.errors import UserError
-from pdiff.experiment import config, memory, train
-from pdiff.method import generators
-from pdiff.method.autoencoders import PCA, ConvAutoencoder
-from pdiff.method.denoisers import ConvDenoiser, MLPDenoiser
-from pdiff.method.options import Autoencoder, DiffusionSettings
+from pdiff.experiment import config, memory
+from pdiff.method import diffusion
+from pdiff.method.autoencoders import ConvOptions, convolutional
+from pdiff.method.autoencoders.convolutional import ConvAutoencoder
+from pdiff.method.autoencoders.pca import PCA
+from pdiff.method.denoisers import ConvOptions as ConvDenoiserOptions
+from pdiff.method.denoisers import MLPOptions
+from pdiff.method.denoisers.convolutional import ConvDenoiser
+from pdiff.method.denoisers.mlp import MLPDenoiser
+from pdiff.method.generators import DiffusionOptions
+from pdiff.method.generators.latent_diffusion import encoded
+from pdiff.method.objectives import Epsilon, Flow
 
 MB = 2**20
-CONV = Autoencoder(kind="conv", latent_size=16, batch_size=10, steps=memory.STEPS)
+CONV = ConvOptions(latent_size=16, batch_size=10, steps=memory.STEPS)
 DENOISERS = {
-    "mlp": DiffusionSettings(width=256, batch_size=64, steps=memory.STEPS, ema=0.9),
-    "conv": DiffusionSettings(denoiser="conv", prediction="epsilon", batch_size=20, steps=memory.STEPS, ema=0),
+    "mlp": (MLPOptions(width=256), Flow(), DiffusionOptions(batch_size=64, steps=memory.STEPS, ema=0.9)),
+    "conv": (ConvDenoiserOptions(), Epsilon(), DiffusionOptions(batch_size=20, steps=memory.STEPS, ema=0)),
 }
 PARTS = {
     "autoencoder": (
         CONV,
         (30, 1000),
-        partial(generators.make_autoencoder, 1000, CONV),
-        partial(generators.autoencoder_trainer, settings=CONV, seed=0),
+        partial(convolutional.initialised, 1000, CONV),
+        partial(convolutional.trainer, options=CONV, seed=0),
     )
 } | {
     name: (
-        settings,
+        options,
         (90, 48),
-        partial(generators.make_denoiser, 48, settings),
-        partial(generators.denoiser_trainer, diffusion=generators.make_diffusion(settings), settings=settings, seed=0),
+        partial(denoiser.build, 48),
+        partial(diffusion.trainer, objective=objective, options=options, seed=0),
     )
-    for name, settings in DENOISERS.items()
+    for name, (denoiser, objective, options) in DENOISERS.items()
 }
 
 
@@ -147,7 +154,7 @@ def test_the_fit_of_principal_components(latents, rows, size):
         (lambda: PCA(5000, 16), PCA.decode, (20, 16)),
         (lambda: ConvDenoiser(32), memory._call, (20, 32)),
         (lambda: MLPDenoiser(32), memory._call, (500, 32)),
-        (lambda: ConvDenoiser(32), generators.make_diffusion(DENOISERS["conv"]).heldout_loss, (3, 32)),
+        (lambda: ConvDenoiser(32), partial(diffusion.heldout_loss, Epsilon()), (3, 32)),
     ],
 )
 def test_the_peak_of_inference(make, call, shape):
@@ -174,10 +181,10 @@ def test_every_part_of_a_tag(tag):
         *(("autoencoder", does) for does in ("encode", "decode")),
         *(("denoiser", does) for does in ("train, float32", "train, bfloat16")),
         *([("denoiser", "held-out loss")] if auto else []),
-        ("denoiser", "draw"),
+        ("denoiser", "sample"),
     ]
-    denoiser = generators.make_denoiser(sizes.latent_size, experiment.diffusion)
-    assert needs["denoiser", "draw"].parameters == sum(p.numel() for p in denoiser.parameters())
+    denoiser = experiment.generator_options.denoiser.build(sizes.latent_size)
+    assert needs["denoiser", "sample"].parameters == sum(p.numel() for p in denoiser.parameters())
     printed = memory.text(experiment, sizes, list(needs.values()))
     assert ("at most 269 latents (pca" in printed) == auto
     for line, left_out in ((-2, memory.BFLOAT16), (-1, memory.FLOAT32)):
@@ -220,7 +227,7 @@ def test_files_that_are_excluded_are_not_read(tmp_path):
 
 def test_first_checkpoints_alone_are_used():
     """One of nine is held out, as the stage train does with those that it takes."""
-    experiment = config.load("digits_mlp", {"autoencoder.checkpoints": "9"})
+    experiment = config.load("digits_mlp", {"generator.checkpoints": "9"})
     assert memory.sizes(experiment) == (2410, 7, 9, 8, 1)
 
 
@@ -234,7 +241,7 @@ def test_the_stage_encodes_as_many_at_a_time_as_are_counted():
         def encode(self, rows):
             return rows.new_full((len(rows), 1), len(rows))
 
-    assert train._encoded(Recorder(), torch.zeros(600, 2), torch.device("cpu")).max() == memory.ENCODED
+    assert encoded(Recorder(), torch.zeros(600, 2), torch.device("cpu")).max() == memory.ENCODED
 
 
 def test_the_command(capsys):

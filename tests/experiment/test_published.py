@@ -12,7 +12,8 @@ from torch import nn
 
 from pdiff.experiment import config, digests, published
 from pdiff.experiment.schema import Experiment
-from pdiff.method import autoencoders, denoisers
+from pdiff.method.autoencoders import convolutional
+from pdiff.method.denoisers import convolutional as convolutional_denoiser
 from pdiff.method.options import Optimization
 from pdiff.networks.architectures import build
 from pdiff.networks.datasets import DATASETS
@@ -140,21 +141,21 @@ def check_pdiff(experiment: Experiment, facts: dict) -> None:
         "diffusion_steps": diffusion.steps,
         "beta": [diffusion.beta_start, diffusion.beta_end],
         "timesteps": diffusion.timesteps,
-        "sampler": experiment.sampler,
-        "denoiser_channels": list(denoisers.CHANNELS),
-        "ae_channels": list(autoencoders.ENCODER_CHANNELS[1:]),
-        "kernel_size": autoencoders.KERNEL_SIZE,
+        "sampler": experiment.generate.sampler,
+        "denoiser_channels": list(convolutional_denoiser.CHANNELS),
+        "ae_channels": list(convolutional.ENCODER_CHANNELS[1:]),
+        "kernel_size": convolutional.KERNEL_SIZE,
     }
     for key in ("batch_size", "weight_decay"):  # of both
         assert getattr(autoencoder, key) == getattr(diffusion, key)
         found[key] = getattr(autoencoder, key)
-    assert found == expected and denoisers.KERNEL_SIZE == autoencoders.KERNEL_SIZE
+    assert found == expected and convolutional_denoiser.KERNEL_SIZE == convolutional.KERNEL_SIZE
     for settings in (autoencoder, diffusion):
         assert (settings.optimizer, settings.schedule, settings.final_learning_rate) == ("adamw", "cosine", 0)
     assert (autoencoder.kind, diffusion.denoiser, diffusion.prediction) == ("conv", "conv", "epsilon")
     assert (diffusion.ema, diffusion.patience, diffusion.heldout_fraction) == (0, 0, 0)
     assert not diffusion.standardize_latents
-    assert experiment.sampling_steps == diffusion.timesteps
+    assert (experiment.generate.sampling_steps or diffusion.timesteps) == diffusion.timesteps
 
 
 @lru_cache
@@ -175,7 +176,7 @@ def check_generated(experiment: Experiment, facts: dict) -> None:
 
 
 def check_used(experiment: Experiment, facts: dict) -> None:
-    used = experiment.autoencoder.checkpoints or experiment.prepare.collect.checkpoints
+    used = experiment.generator.checkpoints or experiment.prepare.collect.checkpoints
     assert used == facts.get("uses_first_checkpoints", experiment.prepare.collect.checkpoints)
 
 
@@ -241,10 +242,10 @@ def test_the_facts_are_those_that_the_checks_know():
 
 
 def test_tags_that_share_checkpoints_share_a_run_of_prepare():
-    digests = {tag: digests.digest(config.load(tag), PREPARED) for tag in FACTS}
+    found = {tag: digests.digest(config.load(tag), PREPARED) for tag in FACTS}
     shared = {"cifar100_resnet18", *(tag for tag, facts in FACTS.items() if "checkpoints_from" in facts)}
-    assert len(shared) == 17 and {digests[tag] for tag in shared} == {digests["cifar100_resnet18"]}
-    assert len(set(digests.values())) == 81 - 16  # and nobody else does
+    assert len(shared) == 17 and {found[tag] for tag in shared} == {found["cifar100_resnet18"]}
+    assert len(set(found.values())) == 81 - 16  # and nobody else does
 
 
 def test_published():

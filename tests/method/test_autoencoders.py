@@ -7,8 +7,9 @@ from sklearn.decomposition import PCA as SklearnPCA
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pdiff.method import autoencoders
-from pdiff.method.autoencoders import PCA, ConvAutoencoder
+from pdiff.method.autoencoders import pca as pca_module
+from pdiff.method.autoencoders.convolutional import ConvAutoencoder
+from pdiff.method.autoencoders.pca import PCA
 
 
 def low_rank(count: int = 20, size: int = 50, rank: int = 6) -> Tensor:
@@ -55,11 +56,20 @@ def test_no_more_components_than_directions(options: dict) -> None:
     assert pca.latent_size <= 7 and torch.allclose(pca(x), x, atol=1e-4)
 
 
-def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = low_rank()
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_blocks_change_nothing(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = low_rank(*shape)
     expected = PCA.fit(x, latent_size=5)
-    monkeypatch.setattr(autoencoders, "GRAM_BLOCK", 7)
+    monkeypatch.setattr(pca_module, "BLOCK_BYTES", 7 * 8 * min(shape))
     assert torch.allclose(PCA.fit(x, latent_size=5)(x), expected(x), atol=1e-5)
+
+
+def test_the_smaller_matrix_is_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, decompose = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: sizes.append(len(matrix)) or decompose(matrix))
+    for shape in ((20, 50), (50, 20)):
+        PCA.fit(low_rank(*shape), latent_size=3)
+    assert sizes == [20, 20]
 
 
 @pytest.mark.parametrize("count", [1, 9])

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pdiff.method.denoisers import ConvDenoiser, MLPDenoiser, sinusoids
-from pdiff.method.generators import DENOISERS
+from pdiff.method.denoisers import DENOISERS
+from pdiff.method.denoisers.convolutional import ConvDenoiser
+from pdiff.method.denoisers.embedding import sinusoids
+from pdiff.method.denoisers.mlp import MLPDenoiser
 
 
 @pytest.mark.parametrize("t", [torch.tensor([0, 1, 999]), torch.tensor([0.25, 640.5])])
@@ -68,7 +70,7 @@ def test_the_convolutional_denoiser_is_that_of_the_method() -> None:
 @pytest.mark.parametrize("latent_size", [1, 7, 64])
 def test_every_denoiser_keeps_the_shape_and_sees_both_inputs(kind: str, latent_size: int) -> None:
     torch.manual_seed(0)
-    denoiser = DENOISERS[kind](latent_size)
+    denoiser = DENOISERS[kind]().build(latent_size)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     z, t = torch.randn(5, latent_size), torch.tensor([0.0, 1.5, 30, 600, 999])

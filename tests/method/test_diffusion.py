@@ -7,33 +7,46 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pdiff.method.denoisers import MLPDenoiser
-from pdiff.method.diffusion import SAMPLERS_OF, Diffusion
+from pdiff.method.denoisers.mlp import MLPDenoiser
+from pdiff.method.diffusion import Sampling, denoising_loss, heldout_loss
+from pdiff.method.objectives import OBJECTIVES, Objective
+from pdiff.method.samplers import samplers_of
 from pdiff.seeds import sample_seed
 
-PAIRS = [(prediction, sampler) for prediction, samplers in SAMPLERS_OF.items() for sampler in samplers]
+PAIRS = [(prediction, sampler) for prediction, kind in OBJECTIVES.items() for sampler in samplers_of(kind)]
 SHORT = {"timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}  # reaches noise in fewer timesteps
+
+
+def made(prediction: str, **options: float) -> Objective:
+    """An objective with those of some options that it has."""
+    kind = OBJECTIVES[prediction]
+    return kind(**{name: value for name, value in options.items() if name in kind.model_fields})
+
+
+def sampled(objective: Objective, denoiser: nn.Module, size: int, seeds, **options) -> Tensor:
+    return Sampling(objective, denoiser, size, list(seeds), **options).samples()
 
 
 class Ideal(nn.Module):
     """The best possible denoiser: what is predicted follows from the posterior mean of z_0.
 
     Args:
-        diffusion: what is predicted.
+        objective: what is predicted.
         posterior_mean: (z_t (B, L), signal (B, 1), spread (B, 1)) -> E[z_0 | z_t = signal z_0 + spread eps].
     """
 
-    def __init__(self, diffusion: Diffusion, posterior_mean: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, objective: Objective, posterior_mean: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.diffusion, self.posterior_mean, self.times = diffusion, posterior_mean, []
-        betas = torch.linspace(diffusion.beta_start, diffusion.beta_end, diffusion.timesteps, dtype=torch.float64)
-        self.signals = (1 - betas).log().cumsum(0).mul(0.5).exp().float()
+        self.objective, self.posterior_mean, self.times = objective, posterior_mean, []
+        if objective.path == "ddpm":
+            betas = torch.linspace(objective.beta_start, objective.beta_end, objective.timesteps, dtype=torch.float64)
+            self.signals = (1 - betas).log().cumsum(0).mul(0.5).exp().float()
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         self.times.append(t[0].item())
-        prediction = self.diffusion.prediction
+        (prediction,) = (name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
         if prediction == "flow":
-            spread = t[:, None].float() / self.diffusion.timesteps
+            spread = t[:, None].float() / self.objective.timesteps
             signal = 1 - spread
         else:
             signal = self.signals[t.long()][:, None]
@@ -62,7 +75,7 @@ def test_corruption_is_that_of_diffusers(prediction: str) -> None:
     torch.manual_seed(0)
     z, noise, u = torch.randn(50, 3), torch.randn(50, 3), torch.rand(50)
     u[:2] = torch.tensor([0.0, 1 - 1e-6])
-    z_t, t, target = Diffusion(prediction).corrupt(z, noise, u)
+    z_t, t, target = made(prediction).add_noise(z, noise, u)
     scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
     assert t.tolist() == [int(p * 1000) for p in u.tolist()] and t[:2].tolist() == [0, 999]
     assert torch.allclose(z_t, scheduler.add_noise(z, noise, t), atol=1e-5)
@@ -72,36 +85,36 @@ def test_corruption_is_that_of_diffusers(prediction: str) -> None:
 
 def test_the_path_of_flow_is_straight() -> None:
     z, noise = torch.tensor([[1.0, -2.0]]).repeat(3, 1), torch.tensor([[5.0, 2.0]]).repeat(3, 1)
-    z_t, t, target = Diffusion("flow", timesteps=200).corrupt(z, noise, torch.tensor([0.0, 0.25, 0.5]))
+    z_t, t, target = made("flow", timesteps=200).add_noise(z, noise, torch.tensor([0.0, 0.25, 0.5]))
     assert z_t.tolist() == [[1, -2], [2, -1], [3, 0]]
     assert t.tolist() == [0, 50, 100] and target.tolist() == [[4, 4]] * 3
 
 
-@pytest.mark.parametrize("prediction", SAMPLERS_OF)
+@pytest.mark.parametrize("prediction", OBJECTIVES)
 def test_the_loss_of_an_ideal_denoiser_is_zero_on_one_point(prediction: str) -> None:
     torch.manual_seed(0)
-    diffusion, point = Diffusion(prediction), torch.tensor([[1.0, -2.0, 0.5]])
-    ideal, z = Ideal(diffusion, among(point)), point.repeat(64, 1)
-    assert diffusion.loss(ideal, z).item() < 1e-4
-    assert diffusion.heldout_loss(ideal, z[:3]) < 1e-4
+    objective, point = made(prediction), torch.tensor([[1.0, -2.0, 0.5]])
+    ideal, z = Ideal(objective, among(point)), point.repeat(64, 1)
+    assert denoising_loss(objective, ideal, z).item() < 1e-4
+    assert heldout_loss(objective, ideal, z[:3]) < 1e-4
 
 
-@pytest.mark.parametrize("prediction", SAMPLERS_OF)
+@pytest.mark.parametrize("prediction", OBJECTIVES)
 def test_the_heldout_loss_is_always_drawn_alike(prediction: str) -> None:
     torch.manual_seed(0)
-    diffusion, denoiser, z = Diffusion(prediction), Ideal(Diffusion(prediction), gaussian(0.0, 1.0)), torch.randn(40, 8)
-    first, state = diffusion.heldout_loss(denoiser, z), torch.get_rng_state()
-    assert diffusion.heldout_loss(denoiser, z) == first
+    objective, denoiser, z = made(prediction), Ideal(made(prediction), gaussian(0.0, 1.0)), torch.randn(40, 8)
+    first, state = heldout_loss(objective, denoiser, z), torch.get_rng_state()
+    assert heldout_loss(objective, denoiser, z) == first
     assert torch.equal(torch.get_rng_state(), state)  # training goes on as if nothing had been evaluated
-    losses = torch.tensor([diffusion.loss(denoiser, z).item() for _ in range(50)])
+    losses = torch.tensor([denoising_loss(objective, denoiser, z).item() for _ in range(50)])
     assert first == pytest.approx(losses.mean().item(), rel=0.1)
 
 
 @pytest.mark.parametrize("steps", [60, 100])  # 60 does not divide the timesteps
 @pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
 def test_ideal_denoisers_draw_a_gaussian(prediction: str, sampler: str, steps: int) -> None:
-    diffusion = Diffusion(prediction)
-    z = diffusion.sample(Ideal(diffusion, gaussian(3.0, 0.5)), 64, range(64), sampler=sampler, steps=steps)
+    objective = made(prediction)
+    z = sampled(objective, Ideal(objective, gaussian(3.0, 0.5)), 64, range(64), sampler=sampler, steps=steps)
     assert z.dtype == torch.float32 and z.shape == (64, 64)
     assert z.mean().item() == pytest.approx(3.0, abs=0.04)  # 0.0078 is its standard error
     assert z.std().item() == pytest.approx(0.5, abs=0.05)
@@ -109,8 +122,8 @@ def test_ideal_denoisers_draw_a_gaussian(prediction: str, sampler: str, steps: i
 
 @pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
 def test_ideal_denoisers_draw_the_points(prediction: str, sampler: str) -> None:
-    diffusion, points = Diffusion(prediction, **SHORT), torch.tensor([[2.0, 0.0], [-2.0, 1.0], [0.0, -3.0]])
-    z = diffusion.sample(Ideal(diffusion, among(points)), 2, range(90), sampler=sampler, steps=50)
+    objective, points = made(prediction, **SHORT), torch.tensor([[2.0, 0.0], [-2.0, 1.0], [0.0, -3.0]])
+    z = sampled(objective, Ideal(objective, among(points)), 2, range(90), sampler=sampler, steps=50)
     distance, nearest = torch.cdist(z, points).min(1)
     assert distance.max() < 0.15
     assert nearest.bincount(minlength=3).min() > 15  # 30 of each are expected
@@ -120,13 +133,13 @@ def test_ideal_denoisers_draw_the_points(prediction: str, sampler: str) -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_ddim_against_its_formula(prediction: str, steps: int) -> None:
     """Song et al. 2021, eq. 12 without noise, on timesteps evenly spaced from the last one."""
-    diffusion = Diffusion(prediction, timesteps=50, beta_start=1e-3, beta_end=0.3)
+    objective = made(prediction, timesteps=50, beta_start=1e-3, beta_end=0.3)
     mean = gaussian(1.0, 0.7)
-    found = diffusion.sample(Ideal(diffusion, mean), 4, [5], sampler="ddim", steps=steps)
+    found = sampled(objective, Ideal(objective, mean), 4, [5], sampler="ddim", steps=steps)
     z = torch.randn(1, 4, generator=torch.Generator().manual_seed(5))
     times = [round(50 * k / steps) - 1 for k in range(steps, -1, -1)]
     for t, after in pairwise(times):
-        a, b = diffusion.alpha_bar[t], diffusion.alpha_bar[after] if after >= 0 else torch.tensor(1.0)
+        a, b = objective.alpha_bar[t], objective.alpha_bar[after] if after >= 0 else torch.tensor(1.0)
         z_0 = mean(z, a.sqrt(), (1 - a).sqrt())
         z = b.sqrt() * z_0 + (1 - b).sqrt() * (z - a.sqrt() * z_0) / (1 - a).sqrt()
     assert torch.allclose(found, z, atol=1e-4)
@@ -134,11 +147,11 @@ def test_ddim_against_its_formula(prediction: str, steps: int) -> None:
 
 def test_heun_and_euler_are_of_second_and_first_order() -> None:
     """Ideal flow to N(0, s^2) multiplies the start by s: the variance of z at time u is (1 - u)^2 s^2 + u^2."""
-    diffusion = Diffusion("flow")
+    objective = made("flow")
     start = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
 
     def error(sampler: str, steps: int) -> float:
-        z = diffusion.sample(Ideal(diffusion, gaussian(0.0, 0.5)), 8, [0], sampler=sampler, steps=steps)
+        z = sampled(objective, Ideal(objective, gaussian(0.0, 0.5)), 8, [0], sampler=sampler, steps=steps)
         return (z - 0.5 * start).abs().max().item()
 
     assert error("euler", 10) / error("euler", 20) == pytest.approx(2, rel=0.3)
@@ -151,11 +164,11 @@ def test_a_sample_depends_on_its_seed_alone(prediction: str, sampler: str) -> No
     torch.manual_seed(0)
     denoiser = MLPDenoiser(5, width=16).eval()
     nn.init.normal_(denoiser.output.weight, std=0.1)
-    diffusion = Diffusion(prediction, **SHORT)
+    objective = made(prediction, **SHORT)
     seeds = [sample_seed(0, k) for k in range(6)]
 
     def draw(chosen: list[int]) -> Tensor:
-        return diffusion.sample(denoiser, 5, [seeds[k] for k in chosen], sampler=sampler, steps=10)
+        return sampled(objective, denoiser, 5, [seeds[k] for k in chosen], sampler=sampler, steps=10)
 
     together = draw([0, 1, 2, 3, 4, 5])
     assert torch.allclose(torch.cat([draw([k]) for k in range(6)]), together, rtol=1e-3, atol=1e-4)
@@ -165,21 +178,23 @@ def test_a_sample_depends_on_its_seed_alone(prediction: str, sampler: str) -> No
 
 @pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
 def test_no_more_calls_than_steps_and_only_known_timesteps(prediction: str, sampler: str) -> None:
-    diffusion = Diffusion(prediction, **SHORT)
+    objective = made(prediction, **SHORT)
     for steps in (1, 2, 3, 7, 29, 62, 97, 100):
-        ideal = Ideal(diffusion, gaussian(0.0, 1.0))
-        z = diffusion.sample(ideal, 2, [0, 1], sampler=sampler, steps=steps)
+        ideal = Ideal(objective, gaussian(0.0, 1.0))
+        z = sampled(objective, ideal, 2, [0, 1], sampler=sampler, steps=steps)
         assert z.isfinite().all()
         assert steps - (sampler == "heun") <= len(ideal.times) <= steps
         assert min(ideal.times) >= 0 and 98 <= ideal.times[0] <= 100
         assert ideal.times == sorted(ideal.times, reverse=True)
 
 
-def test_progress_wraps_every_timestep() -> None:
-    diffusion, seen = Diffusion("epsilon"), []
-    denoiser = Ideal(diffusion, gaussian(0.0, 1.0))
-    diffusion.sample(denoiser, 2, [0], sampler="ddim", steps=5, progress=lambda ts: (seen.append(t) or t for t in ts))
-    assert [int(t) for t in seen] == denoiser.times == [999, 799, 599, 399, 199]
+def test_sampling_yields_every_timestep() -> None:
+    objective = made("epsilon")
+    denoiser = Ideal(objective, gaussian(0.0, 1.0))
+    steps = Sampling(objective, denoiser, 2, [0], sampler="ddim", steps=5)
+    seen = [t for t, _ in steps]
+    assert len(steps) == len(seen) == 6 and seen[-1] == 0
+    assert [int(t) for t in seen[:-1]] == denoiser.times == [999, 799, 599, 399, 199]
 
 
 def test_seeds_of_samples_are_distinct() -> None:

@@ -8,26 +8,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pdiff.errors import UserError
 from pdiff.files import read_tensors, write_tensors
-from pdiff.method import training
+from pdiff.method import diffusion, training
+from pdiff.method.autoencoders import AUTOENCODERS, ConvOptions, PCAOptions
 from pdiff.method.collection import Collection
-from pdiff.method.denoisers import ConvDenoiser, MLPDenoiser
-from pdiff.method.diffusion import Diffusion
-from pdiff.method.generators import (
-    AUTOENCODERS,
-    Generator,
-    fit_autoencoder,
-    fit_denoiser,
-    heldout_split,
-    latent_scale,
-    make_diffusion,
-)
-from pdiff.method.log import Point
-from pdiff.method.options import Autoencoder, DiffusionSettings
+from pdiff.method.denoisers import ConvOptions as ConvDenoiserOptions
+from pdiff.method.denoisers import DenoiserOptions, MLPOptions
+from pdiff.method.generators import DiffusionOptions, GaussianOptions, LatentDiffusionOptions
+from pdiff.method.generators.base import Generator
+from pdiff.method.generators.gaussian import Gaussian
+from pdiff.method.generators.latent_diffusion import LatentDiffusion, heldout_split, latent_scale
+from pdiff.method.log import Log, Point, ignore
+from pdiff.method.objectives import OBJECTIVES, Flow, Sample, Velocity
+from pdiff.method.options import Section, resolve
 from pdiff.method.standardize import Standardizer
 
-QUICK = {"width": 64, "blocks": 1, "steps": 400, "learning_rate": 5e-3, "batch_size": 128, "evaluate_every": 100}
+SMALL = MLPOptions(width=64, blocks=1)
+QUICK = {"steps": 400, "learning_rate": 5e-3, "batch_size": 128, "evaluate_every": 100}
 
 
 def gaussian_collection(count: int = 400) -> Collection:
@@ -39,41 +36,55 @@ def gaussian_collection(count: int = 400) -> Collection:
     return Collection({"a": rows[:, :8].reshape(-1, 4, 2), "n": torch.arange(count), "b": 10 * rows[:, 8:]})
 
 
-def fit(collection: Collection, settings: DiffusionSettings, log: list[Point] | None = None) -> Generator:
+def fit(collection: Collection, log: Log = ignore, *, prediction: str = "flow", **diffusion: object) -> LatentDiffusion:
     """A generator by principal components."""
-    log, standardizer = [] if log is None else log, Standardizer.fit(collection)
-    vectors = standardizer.encode(collection)
-    autoencoder = fit_autoencoder(vectors, Autoencoder(), seed=0, log=log.append)
-    latents = autoencoder.encode(vectors)
-    mean, std = latent_scale(latents, standardize=settings.standardize_latents)
-    kept, held = heldout_split(len(collection), settings.heldout_fraction, seed=0)
-    latents, diffusion = (latents - mean) / std, make_diffusion(settings)
-    denoiser = fit_denoiser(diffusion, latents[kept], latents[held], settings, seed=0, log=log.append)
-    return Generator(standardizer, autoencoder, mean, std, denoiser, diffusion)
+    options = LatentDiffusionOptions(
+        denoiser=SMALL, objective=OBJECTIVES[prediction](), diffusion=DiffusionOptions(**QUICK | diffusion)
+    )
+    return Generator.fit(collection, options, log=log)
+
+
+def fit_denoiser(
+    latents: Tensor,
+    heldout: Tensor,
+    options: DiffusionOptions,
+    *,
+    log: Log = ignore,
+    path: Path | None = None,
+    denoiser: DenoiserOptions = SMALL,
+) -> nn.Module:
+    torch.manual_seed(0)
+    module = denoiser.build(latents.shape[1])
+    return diffusion.fit(module, Flow(), latents, heldout, options, seed=0, log=log, path=path)
+
+
+def fit_autoencoder(x: Tensor, options: Section, *, log: Log = ignore, path: Path | None = None) -> nn.Module:
+    return options.fit(x, seed=0, device="cpu", log=log, path=path)
 
 
 @pytest.fixture(scope="module")
-def fitted() -> Generator:
+def fitted() -> LatentDiffusion:
     """A generator of the collection above."""
-    return fit(gaussian_collection(50), DiffusionSettings(**QUICK | {"steps": 20}))
+    return fit(gaussian_collection(50), steps=20)
 
 
 @pytest.mark.parametrize(("prediction", "sampler"), [("flow", "heun"), ("v_prediction", "dpmsolver++")])
 def test_drawn_networks_are_distributed_like_the_originals(prediction: str, sampler: str) -> None:
     originals, log = gaussian_collection(), []
-    generator = fit(originals, DiffusionSettings(prediction=prediction, **QUICK), log)
-    drawn = generator.sample(range(400), sampler=sampler, steps=20)
+    generator = fit(originals, log.append, prediction=prediction)
+    drawn = generator.sample(400, sampler=sampler, sampling_steps=20)
     assert list(drawn.tensors) == ["a", "n", "b"] and set(drawn.tensors["n"].tolist()) == {0}
     assert generator.autoencoder.latent_size <= 3  # it found the degrees of freedom
     for name in ("a", "b"):
         real, new = originals.tensors[name].flatten(1), drawn.tensors[name].flatten(1)
         assert ((new.mean(0) - real.mean(0)) / real.std(0)).abs().max() < 0.25
         assert (new.std(0) / real.std(0) - 1).abs().max() < 0.25
-    assert {point.name for point in log} == {"autoencoder/loss", "diffusion/loss", "diffusion/heldout_loss"}
+    losses = {point.name for point in log if point.name.endswith("loss")}
+    assert losses == {"autoencoder/loss", "diffusion/loss", "diffusion/heldout_loss"}
 
 
 def test_the_first_networks_of_a_longer_draw_are_the_same(fitted: Generator) -> None:
-    few, many = (fitted.sample(range(count), sampler="heun", steps=7) for count in (2, 5))
+    few, many = (fitted.sample(count, sampler="heun", sampling_steps=7) for count in (2, 5))
     for name in few.tensors:
         assert torch.allclose(few.tensors[name], many.tensors[name][:2], rtol=1e-4, atol=1e-4)
 
@@ -81,26 +92,27 @@ def test_the_first_networks_of_a_longer_draw_are_the_same(fitted: Generator) -> 
 def test_a_loaded_generator_draws_the_same(fitted: Generator, tmp_path: Path) -> None:
     fitted.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator.json", "generator.safetensors"]
-    expected = fitted.sample(range(3), sampler="euler", steps=5)
-    found = Generator.load(tmp_path).sample(range(3), sampler="euler", steps=5)
+    expected = fitted.sample(3, sampler="euler", sampling_steps=5)
+    found = Generator.load(tmp_path).sample(3, sampler="euler", sampling_steps=5)
     assert list(found.tensors) == list(expected.tensors)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
-@pytest.mark.parametrize("denoiser", [ConvDenoiser(4), MLPDenoiser(4, width=8, blocks=1)])
+@pytest.mark.parametrize("denoiser", [ConvDenoiserOptions(), MLPOptions(width=8, blocks=1)])
 @pytest.mark.parametrize("kind", [{"kind": "conv"}, {"kind": "conv", "variational": True}, {"kind": "pca"}])
 def test_every_kind_is_built_again_from_its_files(kind, denoiser, mixed: Collection, tmp_path: Path) -> None:
     standardizer, options = Standardizer.fit(mixed), dict(kind)
-    autoencoder = AUTOENCODERS[options.pop("kind")](standardizer.size, 4, **options)
+    autoencoder = resolve(AUTOENCODERS[options.pop("kind")].module)(standardizer.size, 4, **options)
+    denoiser = denoiser.build(4)
     torch.manual_seed(0)
     for module in (autoencoder, denoiser):
         for tensor in module.state_dict().values():
-            tensor.copy_(torch.rand(tensor.shape) + 0.1)
-    diffusion = Diffusion("v_prediction", timesteps=50)
-    generator = Generator(standardizer, autoencoder, torch.randn(4), torch.rand(4), denoiser, diffusion)
+            tensor.copy_(0.02 * torch.rand(tensor.shape) + 0.01)
+    objective = Velocity(timesteps=50)
+    generator = LatentDiffusion(standardizer, autoencoder, torch.randn(4), torch.rand(4), denoiser, objective)
     generator.save(tmp_path)
-    expected = generator.sample([7, 8], sampler="ddim", steps=3)
-    found = Generator.load(tmp_path).sample([7, 8], sampler="ddim", steps=3)
+    expected = generator.sample(2, seed=7, sampler="ddim", sampling_steps=3)
+    found = Generator.load(tmp_path).sample(2, seed=7, sampler="ddim", sampling_steps=3)
     assert list(found.tensors) == list(mixed.tensors)
     for name, tensor in expected.tensors.items():
         assert found.tensors[name].dtype == mixed.tensors[name].dtype and torch.equal(found.tensors[name], tensor)
@@ -163,16 +175,16 @@ PARTS = ["latent_mean", "denoiser.input.weight", "autoencoder.components", "cons
 def test_damaged_and_foreign_files_are_refused(fitted: Generator, tmp_path: Path, how: str) -> None:
     fitted.save(tmp_path)
     damage(tmp_path, how)
-    with pytest.raises(UserError, match="generator"):
+    with pytest.raises(ValueError, match="generator"):
         Generator.load(tmp_path)
 
 
 def test_the_convolutional_autoencoder_learns(tmp_path: Path) -> None:
     collection = gaussian_collection(32)
     vectors = Standardizer.fit(collection).encode(collection)
-    settings = Autoencoder(kind="conv", latent_size=8, steps=25, learning_rate=2e-3, batch_size=32, latent_noise=0.0)
+    options = ConvOptions(latent_size=8, steps=25, learning_rate=2e-3, batch_size=32, latent_noise=0.0)
     log: list[Point] = []
-    autoencoder = fit_autoencoder(vectors, settings, seed=0, log=log.append)
+    autoencoder = fit_autoencoder(vectors, options, log=log.append)
     assert autoencoder.options == {"size": 12, "latent_size": 8, "variational": False}
     assert not autoencoder.training and autoencoder.encode(vectors).shape == (32, 8)
     losses = [point.value for point in log]
@@ -182,7 +194,7 @@ def test_the_convolutional_autoencoder_learns(tmp_path: Path) -> None:
 def test_the_loss_of_principal_components_is_the_variance_left_over() -> None:
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     log: list[Point] = []
-    pca = fit_autoencoder(x, Autoencoder(latent_size=5), seed=0, log=log.append)
+    pca = fit_autoencoder(x, PCAOptions(latent_size=5), log=log.append)
     left = torch.linalg.svdvals(x - x.mean(0))[5:].square().sum() / x.numel()
     assert pca.options == {"size": 8, "latent_size": 5}
     assert log[0].name == "autoencoder/loss" and log[0].value == pytest.approx(left.item(), rel=1e-4)
@@ -195,12 +207,10 @@ def test_early_stopping_restores_the_best(ema: float) -> None:
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
     options = QUICK | {"steps": 2000, "evaluate_every": 10, "schedule": "constant", "ema": ema, "patience": 3}
     log: list[Point] = []
-    settings = DiffusionSettings(**options)
-    diffusion = make_diffusion(settings)
-    denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=log.append)
+    denoiser = fit_denoiser(latents, heldout, DiffusionOptions(**options), log=log.append)
     losses = [point.value for point in log if point.name == "diffusion/heldout_loss"]
     assert len(losses) == losses.index(min(losses)) + 1 + 3 < 200  # three evaluations after the best
-    assert diffusion.heldout_loss(denoiser, heldout) == pytest.approx(min(losses), rel=1e-5)
+    assert diffusion.heldout_loss(Flow(), denoiser, heldout) == pytest.approx(min(losses), rel=1e-5)
     assert not denoiser.training
 
 
@@ -220,9 +230,7 @@ def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.M
             if point.name == "diffusion/heldout_loss":
                 log.append(point)
 
-        settings = DiffusionSettings(**options)
-        diffusion = make_diffusion(settings)
-        denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=listen, path=path)
+        denoiser = fit_denoiser(latents, heldout, DiffusionOptions(**options), log=listen, path=path)
         return denoiser.state_dict(), log
 
     expected, log = run(None)
@@ -237,12 +245,11 @@ def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.M
 def test_without_patience_the_last_weights_count() -> None:
     g = torch.Generator().manual_seed(0)
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
-    settings = DiffusionSettings(**QUICK | {"steps": 60, "evaluate_every": 10, "patience": 0})
+    options = DiffusionOptions(**QUICK | {"steps": 60, "evaluate_every": 10, "patience": 0})
     log: list[Point] = []
-    diffusion = make_diffusion(settings)
-    denoiser = fit_denoiser(diffusion, latents, heldout, settings, seed=0, log=log.append)
+    denoiser = fit_denoiser(latents, heldout, options, log=log.append)
     losses = [point.value for point in log if point.name == "diffusion/heldout_loss"]
-    assert len(losses) == 6 and diffusion.heldout_loss(denoiser, heldout) == pytest.approx(losses[-1], rel=1e-5)
+    assert len(losses) == 6 and diffusion.heldout_loss(Flow(), denoiser, heldout) == pytest.approx(losses[-1], rel=1e-5)
 
 
 @pytest.mark.parametrize("part", ["autoencoder", "denoiser"])
@@ -261,11 +268,12 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
                 raise KeyboardInterrupt
 
         if part == "autoencoder":
-            settings = Autoencoder(kind="conv", latent_size=2, steps=6, batch_size=5)
-            return fit_autoencoder(x, settings, seed=0, log=log, path=path).state_dict()
-        settings = DiffusionSettings(denoiser="conv", steps=6, batch_size=5, evaluate_every=2)
-        diffusion = make_diffusion(settings)
-        return fit_denoiser(diffusion, x[:12], x[12:], settings, seed=0, log=log, path=path).state_dict()
+            return fit_autoencoder(
+                x, ConvOptions(latent_size=2, steps=6, batch_size=5), log=log, path=path
+            ).state_dict()
+        options = DiffusionOptions(steps=6, batch_size=5, evaluate_every=2)
+        parts = {"log": log, "path": path, "denoiser": ConvDenoiserOptions()}
+        return fit_denoiser(x[:12], x[12:], options, **parts).state_dict()
 
     expected = run(None)
     with pytest.raises(KeyboardInterrupt):
@@ -280,20 +288,17 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
 def test_one_checkpoint_is_enough(kind: str) -> None:
     """All that can be learnt of one checkpoint is that checkpoint."""
     collection = gaussian_collection(1)
-    standardizer = Standardizer.fit(collection)
-    vectors = standardizer.encode(collection)
-    settings = Autoencoder(kind=kind, latent_size=4, steps=60, learning_rate=2e-3, batch_size=8)
-    autoencoder = fit_autoencoder(vectors, settings, seed=0, log=[].append)
-    with torch.no_grad():
-        latents = autoencoder.encode(vectors)
-    mean, std = latent_scale(latents, standardize=True)
+    conv = ConvOptions(latent_size=4, steps=60, learning_rate=2e-3, batch_size=8)
     kept, held = heldout_split(1, 0.1, seed=0)
     assert (kept.tolist(), held.tolist()) == ([0], [])
-    settings = DiffusionSettings(denoiser="mlp", **QUICK | {"steps": 100})
-    latents, diffusion = (latents - mean) / std, make_diffusion(settings)
-    denoiser = fit_denoiser(diffusion, latents[kept], latents[held], settings, seed=0, log=[].append)
-    generator = Generator(standardizer, autoencoder, mean, std, denoiser, diffusion)
-    drawn = standardizer.encode(generator.sample(range(4), sampler="heun", steps=10))
+    options = LatentDiffusionOptions(
+        autoencoder=conv if kind == "conv" else PCAOptions(latent_size=4),
+        denoiser=SMALL,
+        diffusion=DiffusionOptions(**QUICK | {"steps": 100}),
+    )
+    generator = Generator.fit(collection, options)
+    vectors = generator.standardizer.encode(collection)
+    drawn = generator.standardizer.encode(generator.sample(4, sampler="heun", sampling_steps=10))
     assert (drawn - vectors).square().mean().sqrt() < 0.3  # of the standard deviation within the checkpoint
 
 
@@ -326,14 +331,58 @@ def test_sampling_undoes_scale_autoencoder_and_standardisation() -> None:
 
     collection = gaussian_collection(10)
     standardizer = Standardizer.fit(collection)
-    autoencoder = fit_autoencoder(
-        standardizer.encode(collection), Autoencoder(latent_size=2), seed=0, log=lambda point: None
-    )
-    settings = DiffusionSettings(prediction="sample")
+    autoencoder = fit_autoencoder(standardizer.encode(collection), PCAOptions(latent_size=2))
     mean, std = torch.tensor([0.5, 0.25]), torch.tensor([2.0, 4.0])
-    generator = Generator(standardizer, autoencoder, mean, std, One(), make_diffusion(settings))
-    (drawn,) = generator.sample([0], sampler="ddim", steps=4)
+    generator = LatentDiffusion(standardizer, autoencoder, mean, std, One(), Sample())
+    (drawn,) = generator.sample(1, sampler="ddim", sampling_steps=4)
     vector = autoencoder.center + 2.5 * autoencoder.components[0] - 3.75 * autoencoder.components[1]
     a, b = standardizer.slots
     assert torch.allclose(drawn["a"].flatten(), vector[:8] * a.std + a.mean, atol=1e-3)
     assert torch.allclose(drawn["b"], vector[8:] * b.std + b.mean, atol=1e-3)
+
+
+def test_a_gaussian_has_the_moments_of_the_collection(tmp_path: Path) -> None:
+    originals = gaussian_collection(400)
+    for options in (GaussianOptions(), GaussianOptions(diagonal=True), GaussianOptions(scale=0.5)):
+        generator = Generator.fit(originals, options)
+        assert isinstance(generator, Gaussian)
+        x = generator.standardizer.encode(originals).double()
+        covariance = torch.cov(x.T) * options.scale**2
+        if options.diagonal:
+            covariance = covariance.diagonal().diag()
+        exact = (generator.std * generator.scale).double() ** 2
+        basis = torch.eye(12, dtype=torch.float64) if options.diagonal else generator.components.double()
+        torch.testing.assert_close(basis.T @ exact.diag() @ basis, covariance, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(generator.mean.double(), x.mean(0), rtol=1e-4, atol=1e-5)
+        new = generator.standardizer.encode(generator.sample(4000, seed=1)).double()
+        torch.testing.assert_close(torch.cov(new.T), covariance, rtol=0.15, atol=0.15 * covariance.abs().max().item())
+        generator.save(tmp_path)
+        again = Generator.load(tmp_path).sample(3, seed=5)
+        for name, tensor in generator.sample(3, seed=5).tensors.items():
+            assert torch.equal(tensor, again.tensors[name])
+
+
+@pytest.mark.parametrize("options", [GaussianOptions(), LatentDiffusionOptions(denoiser=SMALL)])
+def test_network_k_depends_on_its_number_and_the_seed(options) -> None:
+    options = options.model_copy(update={"diffusion": DiffusionOptions(**QUICK | {"steps": 20})})
+    generator = Generator.fit(gaussian_collection(40), options)
+    whole, part = generator.sample(5, seed=3), generator.sample(2, seed=3, first=2)
+    for name, tensor in part.tensors.items():
+        torch.testing.assert_close(tensor, whole.tensors[name][2:4])
+    other = generator.sample(5, seed=4)
+    assert not torch.allclose(whole.tensors["a"], other.tensors["a"])
+    with pytest.raises(ValueError, match="count >= 1 must hold, but got 0"):
+        generator.sample(0)
+
+
+def test_what_the_check_raises_ends_the_fit_before_the_diffusion() -> None:
+    log: list[Point] = []
+
+    def check(reconstruct) -> None:
+        assert torch.allclose(reconstruct(originals).tensors["b"], originals.tensors["b"], atol=0.5)
+        raise ValueError("too inaccurate")
+
+    originals = gaussian_collection(40)
+    with pytest.raises(ValueError, match="too inaccurate"):
+        Generator.fit(originals, LatentDiffusionOptions(), log=log.append, check=check)
+    assert not any(point.name.startswith("diffusion/") for point in log)

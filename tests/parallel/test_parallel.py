@@ -15,8 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from pdiff.errors import ProcessError, UserError
-from pdiff.experiment import prepare, train
-from pdiff.experiment.schema import Experiment
+from pdiff.experiment import prepare, schema, train
 from pdiff.files import append_line, read_tensors, write_tensors
 from pdiff.method.collection import Collection
 from pdiff.method.log import Point
@@ -28,8 +27,8 @@ from pdiff.networks.options import Dataset
 from pdiff.networks.predict import network_accuracy, predictions
 from pdiff.parallel import ranks
 from pdiff.parallel.launch import launch
-from pdiff.parallel.ranks import gathered, own, rank, rows, summed, world
-from pdiff.parallel.training import global_batch_norm, shared
+from pdiff.parallel.ranks import gathered, rank, rows, summed, world
+from pdiff.parallel.training import global_batch_norm, global_random, shared
 
 CPU = torch.device("cpu")
 SGD = {"optimizer": "sgd", "learning_rate": 0.05, "schedule": "constant"}  # Adam would blow rounding errors up
@@ -40,20 +39,26 @@ PREPARE = {
 }
 CONV = {"kind": "conv", "latent_size": 8, "steps": 3, "batch_size": 5, **GENTLY}
 EXPERIMENTS = {
-    "mlp": Experiment(
-        dataset={"name": "digits", "validation_fraction": 0.9},
-        network={"architecture": "mlp"},
-        prepare=PREPARE,
-        autoencoder={"latent_size": 4},
-        diffusion={"steps": 12, "width": 16, "blocks": 1, "evaluate_every": 2, "patience": 3, "batch_size": 5, **SGD},
-    ),
-    "cnn": Experiment(  # normalisation layers in all of the networks
-        dataset={"name": "digits", "validation_fraction": 0.9, "augment": True},
-        network={"architecture": "cnn_small"},
-        prepare=PREPARE,
-        autoencoder=CONV | {"kl_weight": 0.1},
-        diffusion={"denoiser": "conv", "prediction": "epsilon", "steps": 5, "patience": 0, "batch_size": 7, **GENTLY},
-    ),
+    "mlp": {
+        "dataset": {"name": "digits", "validation_fraction": 0.9},
+        "network": {"architecture": "mlp"},
+        "prepare": PREPARE,
+        "autoencoder": {"latent_size": 4},
+        "diffusion": {
+            **{"steps": 12, "width": 16, "blocks": 1, "evaluate_every": 2, "patience": 3, "batch_size": 5},
+            **SGD,
+        },
+    },
+    "cnn": {  # normalisation layers in all of the networks
+        "dataset": {"name": "digits", "validation_fraction": 0.9, "augment": True},
+        "network": {"architecture": "cnn_small"},
+        "prepare": PREPARE,
+        "autoencoder": CONV | {"kl_weight": 0.1},
+        "diffusion": {
+            **{"denoiser": "conv", "prediction": "epsilon", "steps": 5, "patience": 0, "batch_size": 7},
+            **GENTLY,
+        },
+    },
 }
 DATA = torch.randn(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -118,7 +123,8 @@ def compute(folder: Path, prepared: Path, *, log) -> dict[str, float]:
     train_odd(folder)
     predict(folder)
     metrics = {}
-    for name, experiment in EXPERIMENTS.items():
+    for name, tree in EXPERIMENTS.items():
+        experiment = schema.experiment(tree)
         metrics |= prepare.prepare(experiment, folder / name / "prepare", log)
         metrics |= train.train(experiment, folder / name / "train", log, prepare=prepared / name / "prepare")
     if world() > 1:
@@ -136,7 +142,7 @@ def check_helpers(folder: Path) -> None:
     torch.manual_seed(3)
     expected = torch.randn(7, 2)[rows()]
     torch.manual_seed(3)
-    assert torch.equal(own(torch.randn, expected, 7), expected)
+    assert torch.equal(global_random(torch.randn, expected, count=7), expected)
     for kind in (torch.float32, torch.uint8, torch.int16, torch.bool):
         for shape in ((7, 3), (7,), (2, 0)):
             whole = (torch.arange(torch.Size(shape).numel()).reshape(shape) * 37 % 251).to(kind)
@@ -242,4 +248,4 @@ def test_devices_that_cannot_be_shared() -> None:
             with pytest.raises(UserError, match=f"^processes 2.*{message}"):
                 launch(fail, "mistake", log=print, processes=2, device=torch.device(name))
     with pytest.raises(ValueError, match=r"processes <= prepare.pretrain.batch_size .*\(99, 31\)"):
-        Experiment(**EXPERIMENTS["mlp"].model_dump() | {"processes": 99})
+        schema.experiment(EXPERIMENTS["mlp"] | {"processes": 99})

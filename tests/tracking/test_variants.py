@@ -16,7 +16,7 @@ from tracked import artifacts, runs
 
 from pdiff.cli.main import main as pdiff
 from pdiff.experiment import config, evaluate, history, stages
-from pdiff.method.generators import Generator
+from pdiff.method.generators.base import Generator
 from pdiff.networks import evaluators
 from pdiff.seeds import sample_seed
 
@@ -51,14 +51,14 @@ def test_without_diffusion_latents_are_gaussian(workspace):
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_only_the_first_checkpoints_are_used(workspace, count):
-    words = ["--autoencoder.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
+    words = ["--generator.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
     evaluated(*words)
     assert table().groupby("group").size()["original"] == count
     generator = Generator.load(artifacts(runs("train")[0]) / "generator")
     collected = load_file(artifacts(runs("prepare")[0]) / "checkpoints.safetensors")
     for slot in generator.standardizer.slots:
         assert slot.mean == pytest.approx(collected[slot.name][:count].mean().item(), abs=1e-6)
-    assert pdiff(["train", "--tag", "tiny.yaml", "--autoencoder.checkpoints", "21"]) == 2
+    assert pdiff(["train", "--tag", "tiny.yaml", "--generator.checkpoints", "21"]) == 2
     assert len(runs("prepare")) == 1, "all share the collection"
 
 
@@ -201,7 +201,7 @@ def test_originals_are_judged_once(workspace, monkeypatch, capsys):
     assert pdiff(["evaluate", "--tag", "tiny.yaml", "--fresh", *words]) == 0
     assert judged[4:] == [[20, 5, 4, 4, 1]] * 2
     assert table().equals(shared)
-    evaluated("--autoencoder.checkpoints", "7")  # other originals
+    evaluated("--generator.checkpoints", "7")  # other originals
     assert judged[6:] == [[7, 8, 4, 1]] * 2
 
 

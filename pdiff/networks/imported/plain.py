@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pdiff import compat
 from pdiff.errors import UserError
 from pdiff.files import read_metadata, read_tensors, write_state, write_tensors
 from pdiff.method.collection import Collection, StateDict
@@ -25,7 +25,6 @@ from pdiff.networks.populations import check_state, matching
 SUFFIXES = (".pth", ".pt", ".safetensors")
 # Where training scripts put the state dict; of several the first, so that averaged weights are taken where alone.
 NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "state_dict_ema", "model_ema", "ema")
-MAPS = "mmap" in signature(torch.load).parameters  # since PyTorch 2.1
 DEPTH = 3  # dictionaries in one another, at most
 PREFIXES = ("module.", "_orig_mod.")  # of networks saved under DataParallel, and under torch.compile
 ZIP = b"PK\x03\x04"  # how files of torch.save begin since PyTorch 1.6; only those can be memory-mapped
@@ -238,8 +237,7 @@ def _load(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             mapped = file.read(len(ZIP)) == ZIP
-        options = {"mmap": mapped} if MAPS else {}
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+        return torch.load(path, map_location="cpu", weights_only=True, **compat.mapped(mapped))
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({name.group(1)})" if name else ""

@@ -1,0 +1,80 @@
+"""A Gaussian as a generator: the mean of the checkpoints, and their covariance in PCA space or per parameter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdiff.method.autoencoders.pca import PCA
+from pdiff.method.collection import Collection
+from pdiff.method.diffusion import gaussian_noise
+from pdiff.method.generators import GaussianOptions
+from pdiff.method.generators.base import Check, Generator, Tensors
+from pdiff.method.log import Log, ignore, measured
+from pdiff.method.standardize import Standardizer
+
+
+class Gaussian(Generator):
+    """x = mean + scale (std eps) W, with W the principal components (L, D); per parameter: x = mean + scale std eps.
+
+    Attributes:
+        mean: (D,).
+        std: standard deviations, (L,) along the components, or (D,) per parameter.
+        components: W (L, D), orthonormal rows; None: per parameter.
+        scale: what the deviations are multiplied by.
+    """
+
+    def __init__(
+        self, standardizer: Standardizer, mean: Tensor, std: Tensor, components: Tensor | None, scale: float
+    ) -> None:
+        self.standardizer, self.mean, self.std = standardizer, mean, std
+        self.components, self.scale = components, scale
+
+    @classmethod
+    def fitted(
+        cls,
+        collection: Collection,
+        options: GaussianOptions,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        log: Log = ignore,
+        state: Path | None = None,
+        check: Check = ignore,
+    ) -> Gaussian:
+        with measured(log, "gaussian"):
+            standardizer = Standardizer.fit(collection)
+            x = standardizer.encode(collection)
+            correction = int(len(x) > 1)
+            if options.diagonal:
+                return cls(standardizer, x.mean(0), x.std(0, correction=correction), None, options.scale)
+            pca = PCA.fit(x, variance=options.variance)
+            std = pca.encode(x).std(0, correction=correction)
+            return cls(standardizer, pca.center, std, pca.components, options.scale)
+
+    def vectors(self, seeds: list[int], *, device: torch.device | str, **options: Any) -> Tensor:
+        noise, _ = gaussian_noise(len(self.std), seeds)
+        deviation = self.scale * self.std * noise
+        return self.mean + (deviation if self.components is None else deviation @ self.components)
+
+    def sizes(self) -> dict[str, float]:
+        return {"latent_size": len(self.std)}
+
+    def tensors(self) -> Tensors:
+        optional = {} if self.components is None else {"components": self.components}
+        return {"mean": self.mean, "std": self.std} | optional
+
+    def description(self) -> dict[str, Any]:
+        return {"scale": self.scale}
+
+    @classmethod
+    def restored(cls, standardizer: Standardizer, tensors: Tensors, description: dict[str, Any]) -> Gaussian:
+        mean, std, components = tensors["mean"], tensors["std"], tensors.get("components")
+        shape = (len(std), len(mean)) if components is not None else (len(mean), len(mean))
+        found = tuple(components.shape) if components is not None else (len(std), len(mean))
+        if found != shape or len(mean) != standardizer.size:
+            raise ValueError(f"mean, std and components do not describe {standardizer.size} numbers")
+        return cls(standardizer, mean, std, components, float(description["scale"]))

@@ -205,6 +205,7 @@ def report(
         title=title,
         findings=findings(summary),
         table=cells(table(evaluation)),
+        hints={metric.title(column): metric.hint for metric in of_networks().values() for column in metric.columns},
         published=published_table(summary, published) if published else None,
         note=f"This run differs from the published experiment in: {changed}." if changed else PUBLISHED_READING,
         plots=list(_plots(evaluation, similarity, groups, history, trajectory)),

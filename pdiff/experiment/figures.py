@@ -20,7 +20,12 @@ PLOTLY_CONFIG = {
 }
 
 # Grey on nothing, so that a figure suits a light page and a dark one.
-_AXIS = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
+_AXIS = {
+    "gridcolor": "rgba(128,128,128,0.25)",
+    "zeroline": False,
+    "automargin": True,
+    "title": {"standoff": 10},  # beyond the longest label
+}
 TEMPLATE = go.layout.Template(
     layout={
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -29,7 +34,7 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        "margin": {"l": 10, "r": 10, "t": 80, "b": 10},
+        "margin": {"l": 10, "r": 10, "t": 40, "b": 10},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#808080", "activecolor": "#4477AA"},
         "hovermode": "closest",
     }
@@ -96,7 +101,7 @@ def similarity_heatmap(similarity: np.ndarray, groups: Sequence[str], *, limit: 
         groups: the group of each network, N names, equal ones side by side.
         limit: at most this many networks are shown, evenly chosen, to keep the page small.
     """
-    figure = _figure(height=560)
+    figure = _figure()
     shown = _evenly(len(groups), limit)
     if not len(shown):
         return figure

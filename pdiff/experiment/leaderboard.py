@@ -79,12 +79,12 @@ def page(board: pd.DataFrame) -> str:
 
     drawn = {heading: figures.dumbbells(board, *pair) for heading, pair in PAIRS.items()}
     columns = [_cells(board, label, side) for label in shown() for side in SIDES]
-    units = {label: find(name).unit for label, name in shown().items()}
+    metrics = {label: find(name) for label, name in shown().items()}
     return report.page(
         "leaderboard",
         title="Leaderboard: published results and ours",
         findings=findings(board),
-        headings=[f"{label}, %" if unit == "%" else label for label, unit in units.items()],
+        headings={f"{label}, %" if m.unit == "%" else label: m.hint for label, m in metrics.items()},
         rows=list(zip(board["tag"], board["changed"].map(_shortened), zip(*columns, strict=True), strict=True)),
         plots=[report.plot(heading, READING, figure) for heading, figure in drawn.items() if figure.data],
         changes=board.loc[board["changed"] != "", ["tag", "changed"]].to_numpy().tolist(),

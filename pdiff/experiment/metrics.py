@@ -56,6 +56,11 @@ class Metric:
         return f"{self.part} {self.quantity}".strip()
 
     @property
+    def hint(self) -> str:
+        """What a reader of a table may want to know: "test accuracy, higher is better"."""
+        return f"{self.label}, {self.better} is better" if self.better else self.label
+
+    @property
     def scale(self) -> int:
         """What a value is multiplied by to be in the unit."""
         return 100 if self.unit == "%" else 1

@@ -146,8 +146,14 @@ def plot(heading: str, reading: str, figure: go.Figure, *, key: str = "") -> Plo
 
     from pdiff.experiment.figures import PLOTLY_CONFIG
 
-    options = {"full_html": False, "include_plotlyjs": False, "config": PLOTLY_CONFIG}
-    return Plot(heading, reading, Markup(figure.to_html(**options, div_id=key or heading.lower().replace(" ", "-"))))
+    html = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        config=PLOTLY_CONFIG,
+        div_id=key or heading.lower().replace(" ", "-"),
+        default_height="min(35rem, 115vw)",  # where the figure has none: as a heat map, which is square
+    )
+    return Plot(heading, reading, Markup(html))
 
 
 def page(template: str, *, plots: Sequence[Plot] = (), **values: Any) -> str:
@@ -199,6 +205,7 @@ def report(
         title=title,
         findings=findings(summary),
         table=cells(table(evaluation)),
+        hints={metric.title(column): metric.hint for metric in of_networks().values() for column in metric.columns},
         published=published_table(summary, published) if published else None,
         note=f"This run differs from the published experiment in: {changed}." if changed else PUBLISHED_READING,
         plots=list(_plots(evaluation, similarity, groups, history, trajectory)),

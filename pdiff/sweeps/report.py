@@ -63,7 +63,7 @@ def _tried(name: str, objective: str, make: Callable[[], go.Figure]) -> Iterator
     except (ValueError, RuntimeError):  # Optuna's way to say that there are too few trials, or all are alike
         return
     if figure.data:
-        yield name, objective, figure.update_layout(template=TEMPLATE, title=None)
+        yield name, objective, figure.update_layout(template=TEMPLATE, title=None, plot_bgcolor=None)
 
 
 def write(study: optuna.Study, folder: Path) -> Path:

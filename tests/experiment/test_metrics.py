@@ -149,6 +149,7 @@ def test_a_new_metric_is_measured_and_shown(groups, results, loudness):
         )
     )
     assert {"loud %", "min loud"} <= set(page.texts["th"]) and expected in page.texts["td"]
+    assert ("title", "test loudness, lower is better") in page.attributes
     assert "loud % generated mean" in page.texts["td"]
     assert any("test loudness %{customdata[" in script for script in page.texts["script"])
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pdiff.cli.app import EXPERIMENTS, TagArgument, Words, command, overrides
-from pdiff.cli.tables import print_table
+from pdiff.cli.tables import print_frame, print_table
 
 
 @command(EXPERIMENTS, "tags main cifar10 resnet18")
@@ -49,7 +49,10 @@ def memory(
         found = {**sizes._asdict(), "needs": [need._asdict() | {"peak": need.peak} for need in needs]}
         print(json.dumps(found, indent=1))
     else:
-        print(memory.text(experiment, sizes, needs))
+        print(f"{memory.heading(experiment, sizes)}\n")
+        print_frame(memory.table(needs))
+        print("\nin MB (2^20 bytes); training on a GPU is in bfloat16, all else in float32")
+        print(*memory.peaks(needs), sep="\n")
 
 
 def complete_datasets() -> list[str]:

@@ -34,7 +34,7 @@ def leaderboard(
 
     with store.connected():
         done, board = queries.log_leaderboard(words or [], only_ours=only == "ours")
-    print("no tag to show" if board.empty else leaderboard.text(board))
+    print("no tag to show") if board.empty else print_frame(leaderboard.cells(board))
     print(f"\nrun          {done.run_id}\nleaderboard  {done.folder / 'leaderboard.html'}")
 
 

@@ -64,13 +64,13 @@ def table(results: Iterable[Result]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["tag", "run", "changed", *(f"{m} {side}" for m in shown() for side in SIDES)])
 
 
-def text(board: pd.DataFrame) -> str:
-    """The board as aligned plain text: ours, and what is published in brackets; accuracies in percent."""
+def cells(board: pd.DataFrame) -> pd.DataFrame:
+    """The board as text for people: ours, and what is published in brackets; accuracies in percent."""
     columns = {"tag": board["tag"]}
     for label in shown():
         published, ours, _ = (_cells(board, label, side) for side in SIDES)
         columns[label] = ours + " (" + published + ")"
-    return pd.DataFrame(columns | {"changed": board["changed"].map(_shortened)}).to_string(index=False)
+    return pd.DataFrame(columns | {"changed": board["changed"].map(_shortened)})
 
 
 def page(board: pd.DataFrame) -> str:

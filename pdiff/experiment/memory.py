@@ -7,7 +7,7 @@ blocks that an allocator caches); a GPU's tools show that, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -255,42 +255,33 @@ def _numbers(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in (list(module.parameters()) or module.buffers()))
 
 
-def table(found: Iterable[Need]) -> pd.DataFrame:
-    """One row a need, in MB (2^20 bytes)."""
-    rows = [
-        {**need._asdict(), **{k: v / 2**20 for k, v in need.kinds().items()}, "peak": need.peak / 2**20}
-        for need in found
-    ]
-    return pd.DataFrame(rows)
-
-
-def text(experiment: Experiment, sizes: Sizes, found: list[Need]) -> str:
-    """The needs as text: the sizes, the table in MB, and what dominates on either kind of device."""
+def heading(experiment: Experiment, sizes: Sizes) -> str:
+    """What the needs are of: the numbers that are generated, the checkpoints, the latents."""
     settings = experiment.autoencoder
     least = "at most " if settings.kind == "pca" and settings.latent_size == "auto" else ""
     known = f" (pca: as many as explain {settings.variance:.2%} of the variance, known after the fit)" if least else ""
-    return "\n".join(
-        [
-            f"{experiment.tag}: {sizes.size} numbers are generated, from {sizes.checkpoints} checkpoints, "
-            f"{sizes.heldout} of them held out; {least}{sizes.latent_size} latents{known}",
-            "",
-            table(found).to_string(index=False, formatters=_formatters()),
-            "",
-            "in MB (2^20 bytes); training on a GPU is in bfloat16, all else in float32",
-            f"peak on a CPU  {_peak(need for need in found if need.does != BFLOAT16)}",
-            f"peak on a GPU  {_peak(need for need in found if need.does not in (FLOAT32, FIT))}",
-        ]
+    return (
+        f"{experiment.tag}: {sizes.size} numbers are generated, from {sizes.checkpoints} checkpoints, "
+        f"{sizes.heldout} of them held out; {least}{sizes.latent_size} latents{known}"
     )
 
 
-def _peak(found: Iterable[Need]) -> str:
-    """The largest need, and the largest part of it."""
-    need = max(found, key=lambda need: need.peak)
-    kind, most = max(need.kinds().items(), key=lambda item: item[1])
-    return f"{need.peak / 2**20:,.0f} MB: {need.part}, {need.does}; {most / need.peak:.0%} of it {kind}"
+def table(found: Iterable[Need]) -> pd.DataFrame:
+    """One row for each need, as text; memory in MB (2^20 bytes)."""
+    rows = []
+    for need in found:
+        megabytes = {name: value / 2**20 for name, value in {**need.kinds(), "peak": need.peak}.items()}
+        cells = {name: f"{value:,.1f}" if value else "–" for name, value in megabytes.items()}
+        rows.append({**need._asdict(), "parameters": f"{need.parameters:,}", **cells})
+    return pd.DataFrame(rows)
 
 
-def _formatters() -> dict[str, Callable[[Any], str]]:
-    """How the columns of the table are written."""
-    megabytes = [*Need._fields[4:], "peak"]
-    return {"parameters": "{:,}".format} | dict.fromkeys(megabytes, lambda v: f"{v:,.1f}" if v else "–")
+def peaks(found: Sequence[Need]) -> list[str]:
+    """What needs the most on either kind of device, and the largest part of it."""
+    lines = []
+    for device, left_out in {"CPU": (BFLOAT16,), "GPU": (FLOAT32, FIT)}.items():
+        need = max((need for need in found if need.does not in left_out), key=lambda need: need.peak)
+        kind, most = max(need.kinds().items(), key=lambda item: item[1])
+        part = f"{need.part}, {need.does}; {most / need.peak:.0%} of it {kind}"
+        lines.append(f"peak on a {device}  {need.peak / 2**20:,.0f} MB: {part}")
+    return lines

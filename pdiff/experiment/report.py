@@ -73,11 +73,6 @@ def cells(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns).replace(STD.join([MISSING] * 2), MISSING)
 
 
-def table_text(table: pd.DataFrame) -> str:
-    """The `table` as aligned plain text."""
-    return cells(table).set_index("group").rename_axis(index=None, columns="group").to_string()
-
-
 def published_table(summary: Mapping[str, float], published: Mapping[str, float]) -> pd.DataFrame:
     """One row for each published metric, as text: measure, published, ours, difference."""
     rows = []

@@ -58,11 +58,10 @@ def test_table_skips_values_that_are_missing():
     assert isnan(row.test_accuracy_max)
 
 
-def test_table_text_is_aligned_and_in_percent():
-    lines = report.table_text(report.table(evaluation().assign(max_similarity=nan))).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].split()[0] == "group"
-    assert lines[2].split() == ["generated", "2", "94.00", "±", "1.00", "95.00", "93.00", "±", "1.00", "94.00", "–"]
+def test_cells_are_in_percent():
+    cells = report.cells(report.table(evaluation().assign(max_similarity=nan)))
+    assert next(iter(cells)) == "group"
+    assert list(cells.loc[1]) == ["generated", "2", "94.00 ± 1.00", "95.00", "93.00 ± 1.00", "94.00", "–"]
 
 
 @pytest.mark.parametrize("column", MEASURES)

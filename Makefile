@@ -2,11 +2,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint ui dashboard clean
+.PHONY: demo quick test lint ui dashboard clean
 
 demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how good they are
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
 	@echo "compare runs: make ui, then open http://127.0.0.1:5000"
+
+quick: $(INSTALLED)  ## what to run while working: the tests that take under a minute together
+	$(BIN)/python -m pytest -m "not slow" -x
 
 test: $(INSTALLED)  ## the whole suite
 	$(BIN)/python -m pytest

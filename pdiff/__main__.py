@@ -4,4 +4,5 @@ import sys
 
 from pdiff.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":  # and not in a process that this one spawns
+    sys.exit(main())

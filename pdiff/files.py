@@ -1,4 +1,9 @@
-"""Files that appear whole or not at all; where several processes compute together, the first alone writes them."""
+"""Files that appear whole or not at all; in a process group rank 0 alone writes them.
+
+JSON, text and safetensors. torch is imported where a file holds tensors, and nowhere else.
+"""
+
+from __future__ import annotations
 
 import json
 import os
@@ -7,13 +12,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pdiff.errors import UserError
 from pdiff.parallel.ranks import rank_zero_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -23,7 +28,7 @@ os.umask(UMASK)
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error.
 
-    Whoever wrote it, it gets the permissions of an ordinary new file.
+    It gets the permissions of an ordinary new file, however it was written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -58,8 +63,13 @@ def append_line(path: Path, line: str) -> None:
 
 
 def whole_lines(path: Path) -> list[Any]:
-    """The JSON values of a file of `append_line`, none where there is no file; what a killed process left of a last
-    line is cut off, so that the next one does not go on in it. A damaged file is the user's to mend."""
+    """The JSON values of a file of `append_line`; none where there is no file.
+
+    An incomplete last line, as a killed process leaves it, is cut off, so that the next one does not continue it.
+
+    Raises:
+        UserError: a line that is not JSON.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):
         write_text(path, "".join(lines[:-1]))
@@ -91,6 +101,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 @rank_zero_only
 def write_state(path: Path, state: Any) -> None:
     """Write tensors in containers as `torch.save` does, whole or not at all."""
+    import torch
+
     with whole(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -99,7 +111,11 @@ def write_state(path: Path, state: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a damaged one is the user's to mend."""
+    """Read a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -107,7 +123,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; a damaged one is the user's to mend."""
+    """Read a safetensors file.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -9,7 +9,7 @@ from tracked import TINY
 
 from pdiff.method.collection import Collection
 from pdiff.networks import datasets
-from pdiff.networks.datasets import Images
+from pdiff.networks.images import Images
 from pdiff.networks.options import Dataset
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started pytest in the background has it ignored

@@ -13,8 +13,8 @@ from typing import Any
 from pdiff.experiment.config import Tree
 from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
-from pdiff.networks.datasets import folder_state
-from pdiff.networks.imported.plain import files_of
+from pdiff.networks.datasets import files_state
+from pdiff.networks.imported.files import files_of
 from pdiff.networks.options import Collect
 
 
@@ -29,7 +29,7 @@ def digest(experiment: Experiment, sections: Sequence[str]) -> str:
         files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
         content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     if experiment.dataset and experiment.dataset.name == "image_folder":
-        content["folder"] = folder_state(experiment.dataset)  # a root that is no mere place
+        content["folder"] = files_state(experiment.dataset)  # a root that is no mere place
     if contents := [_content(path) for path in _files(experiment, sections)]:
         content["contents"] = contents
     return _fingerprint(content)
@@ -68,7 +68,7 @@ def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
     """The files that some sections name: weights, an architecture, a function and the script of a command."""
     network = experiment.network
     found = [Path(network.weights).expanduser()] if network and network.weights else []
-    if network and user_code.is_own(network.architecture):
+    if network and user_code.is_reference(network.architecture):
         found.append(user_code.source(network.architecture))
     return found + (_scripts(experiment) if "evaluate" in sections else [])
 

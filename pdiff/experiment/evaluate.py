@@ -28,8 +28,9 @@ from pdiff.method.log import Log, measured
 from pdiff.method.standardize import Standardizer
 from pdiff.method.training import resolve_device
 from pdiff.networks import datasets, evaluators
-from pdiff.networks.evaluators import Judge, Verdicts
-from pdiff.networks.imported.plain import Template, first_file
+from pdiff.networks.evaluators import EVALUATORS, Context, Evaluations, Evaluator
+from pdiff.networks.imported.plain import first_template
+from pdiff.networks.imported.template import Template
 from pdiff.parallel import ranks
 from pdiff.parallel.ranks import rank_zero_first
 from pdiff.seeds import sample_seed
@@ -51,7 +52,7 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     on_the_way = generate / "trajectory.safetensors"
     judged = groups | ({"trajectory": Collection.load(on_the_way)} if on_the_way.exists() else {})
     with measured(history, "evaluate"):
-        verdicts = _verdicts(_judge(experiment, prepare), judged, out)
+        verdicts = _verdicts(_evaluator(experiment, prepare), judged, out)
     if ranks.rank():  # these have judged their networks, and the first one has all verdicts
         return {}
     with measured(history, "similarity"):
@@ -68,40 +69,37 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     return metrics
 
 
-def _verdicts(judge: Judge, groups: dict[str, Collection], out: Path) -> dict[str, Verdicts]:
+def _verdicts(evaluator: Evaluator, groups: dict[str, Collection], out: Path) -> Evaluations:
     """Verdicts on all groups; those on the originals are kept for other evaluations, or come from one."""
     state, kept = out / STATE, out / VERDICTS
     with rank_zero_first():
         for path in sorted(kept.glob("original.*")):
             copy_file(path, state / path.name)
-    verdicts = judge(groups, state)
+    verdicts = evaluator(groups, state)
     for path in sorted(state.glob("original.*")):
         if not (kept / path.name).exists():
             copy_file(path, kept / path.name)
     return verdicts
 
 
-def _judge(experiment: Experiment, prepared: Path) -> Judge:
-    """Who tells how good the networks of an experiment are."""
+def _evaluator(experiment: Experiment, prepared: Path) -> Evaluator:
+    """The evaluator that the configuration names, or the one that its keys imply."""
     settings = experiment.evaluate
-    if settings.function or settings.command:
-        template = _template(experiment, prepared)
-        if settings.function:
-            return evaluators.by_function(settings.function, template, workers=settings.workers)
-        options = {"folder": Path(settings.folder).expanduser().absolute(), "pattern": settings.pattern}
-        return evaluators.by_command(settings.command, template, workers=settings.workers, **options)
-    if not experiment.dataset:
-        return evaluators.unknown
-    images = datasets.load(experiment.dataset)
-    parts = {"validation": images.validation} | ({"test": images.test} if settings.test else {})
-    options = {"batch_size": settings.batch_size, "device": resolve_device(experiment.device)}
-    return evaluators.on_images(base_network(experiment, images, prepared), parts, **options)
+    given = {name for name in ("function", "command") if getattr(settings, name)}
+    options = EVALUATORS[evaluators.automatic_kind(given, images=experiment.dataset is not None)]
+    context = Context(
+        network=lambda: base_network(experiment, datasets.load(experiment.dataset), prepared),
+        images=lambda: datasets.load(experiment.dataset),
+        template=lambda: _template(experiment, prepared),
+        device=resolve_device(experiment.device),
+    )
+    return options(**{name: getattr(settings, name) for name in options.model_fields}).make(context)
 
 
 def _template(experiment: Experiment, prepared: Path) -> Template:
     """How files of the networks are laid out: as somebody's own, or plainly with all tensors of the base network."""
     if experiment.prepare.source:
-        return first_file(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude)
+        return first_template(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude)
     return Template.of(read_tensors(prepared / "network.safetensors"))
 
 
@@ -115,7 +113,7 @@ def _baselines(experiment: Experiment, collection: Collection, standardizer: Sta
     return groups | {name: baselines.BASELINES[name](collection) for name in settings.baselines}
 
 
-def _trajectory_table(trajectory: Collection, verdicts: dict[str, Verdicts]) -> pd.DataFrame:
+def _trajectory_table(trajectory: Collection, verdicts: Evaluations) -> pd.DataFrame:
     """One row for each look at a draw on its way: timestep, draw, accuracies."""
     timesteps, draws = zip(*(name.split() for name in trajectory.names), strict=True)
     columns = {by_part("accuracy")[part]: verdict["trajectory"].accuracy for part, verdict in verdicts.items()}

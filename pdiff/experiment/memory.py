@@ -32,8 +32,10 @@ from pdiff.method.options import resolve
 from pdiff.method.training import Best, Trainer, shuffled_rows
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
-from pdiff.networks.imported import plain
-from pdiff.networks.populations import generated_size, matching
+from pdiff.networks.imported.files import checkpoint_files
+from pdiff.networks.imported.template import Template
+from pdiff.networks.patterns import matching
+from pdiff.networks.populations import generated_size
 
 FIT, FLOAT32, BFLOAT16 = "fit", "train, float32", "train, bfloat16"  # on the CPU; on the CPU; on a GPU
 STEPS = 2  # from the second on, a step also holds the gradients of the one before it and the state of the optimiser
@@ -94,7 +96,7 @@ def sizes(experiment: Experiment) -> Sizes:
         UserError: a data set whose classes or image size are known only once it is read; an unreadable source.
     """
     settings = experiment.prepare
-    files = plain.checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
+    files = checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
     size = _adopted(experiment, files[0]) if files else _generated(experiment)
     checkpoints = experiment.generator.checkpoints or len(files) or settings.collect.checkpoints
     fitted, held = heldout_split(checkpoints, experiment.diffusion.heldout_fraction, seed=0)
@@ -111,7 +113,7 @@ def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -
 
 def _adopted(experiment: Experiment, file: Path) -> int:
     """D of one of somebody's files."""
-    state = plain.read_state(file)
+    state = Template.read(file).state
     return generated_numbers({name: state[name] for name in matching(state, experiment.prepare.parameters)})
 
 

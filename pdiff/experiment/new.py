@@ -1,53 +1,33 @@
-"""`pdiff new`: somebody's own checkpoints become an experiment. Looks at them, proposes settings, writes the YAML."""
+"""`pdiff new`: an experiment of the user's checkpoints. It inspects them, proposes settings, and writes the YAML."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from copy import deepcopy
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
 import yaml
 
 from pdiff.errors import UserError
 from pdiff.experiment import config
+from pdiff.experiment.proposal import Proposal, listed, paper_settings
 from pdiff.files import write_text
 from pdiff.method.generators import DiffusionOptions
-from pdiff.method.generators.latent_diffusion import heldout_split
-from pdiff.networks import datasets
-from pdiff.networks.architectures import build
-from pdiff.networks.imported.plain import files_of
-from pdiff.networks.inspect import Survey, survey
+from pdiff.networks.imported.files import files_of
 from pdiff.networks.options import Dataset
-from pdiff.networks.populations import EVERYTHING, matching
+
+if TYPE_CHECKING:
+    from pdiff.networks.inspect import Inspection
 
 OWN = Path("experiments") / "own"
 SUBFOLDERS = ("checkpoint", "checkpoints")  # beside a script that tests them, as the published code lays it out
 SCRIPT = "test.py"
-MANY_PATTERNS, FEW_NUMBERS = 12, 0.01  # constants stay in if so many patterns would leave out less than this share
-LISTED = 50  # files named in a comment
-FEW = 50  # checkpoints; the paper collects 200 to 400, its ablation of their number finds 50 nearly as good
-
-
-class Paper(NamedTuple):
-    """What the paper's generator takes for networks of a size."""
-
-    numbers: int
-    latent_size: int
-    autoencoder_steps: int
-    diffusion_steps: int
-
-
-# Of the published experiments of the groups main and full: medians of their steps for each latent size, which is 128
-# for 768 to 5 120 generated numbers, 256 for 10 853, 768 for 24 000 to 80 000; `numbers` lies between these.
-PAPERS = (Paper(7_500, 128, 500, 1800), Paper(16_000, 256, 2000, 8000), Paper(80_000, 768, 2000, 8000))
+MISMATCHES = 6  # tensors that do not fit and are named
 
 
 def new(
@@ -63,11 +43,11 @@ def new(
     overrides: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write the experiment of a folder of checkpoint files, and print what is in it.
+    """Write the experiment of a folder of checkpoint files, and print what the files contain.
 
     Args:
         tag: name of the experiment.
-        checkpoints: the folder, or one that holds it as `checkpoint/` beside a `test.py`.
+        checkpoints: the folder, or one that contains it as `checkpoint/` beside a `test.py`.
         out: where `<tag>.yaml` is written.
         dataset: what the networks were trained on, if pdiff knows it.
         architecture: of the networks, likewise.
@@ -81,17 +61,31 @@ def new(
         The file.
 
     Raises:
-        UserError: an unusable folder, tag or option, or a file that is there.
+        UserError: an unusable folder, tag or option, or a file that exists.
     """
     path = _free(tag, out, force)
     source, home = _places(checkpoints.expanduser())
-    found = survey(source)
-    chosen = _parameters(found, parameters)
-    evaluation = _evaluation(command, function, home, known=bool(dataset))
-    tree = _tree(found, chosen, dataset, architecture, evaluation, overrides or {})
-    text = _yaml(tag, found, chosen, tree)
+    given = {
+        "dataset": {"name": dataset},
+        "network": {"architecture": architecture},
+        "prepare": {"source": _written(source)},
+        "autoencoder": {"latent_size": "auto"},
+        "diffusion": {"steps": DiffusionOptions().steps},
+        "evaluate": _evaluation(command, function, home, known=bool(dataset)),
+    }
+    tree = _tree(given, overrides or {})  # mistakes are reported before the files are read, which may take long
+    _check(path, yaml.safe_dump({section: values for section, values in tree.items() if values}))
+    from pdiff.networks.inspect import inspect_folder
+
+    found = inspect_folder(source)
+    proposal = Proposal.of(found, parameters)
+    chosen = proposal.parameters
+    given["prepare"]["parameters"] = list(chosen) if len(chosen) > 1 else chosen[0]
+    given["prepare"]["exclude"] = [escape(name) for name in found.unusable]
+    tree = _tree(given, overrides or {})
+    text = _yaml(tag, proposal, tree)
     _check(path, text)
-    print(_report(found, chosen))
+    print(proposal.text())
     for line in _mismatches(found, tree):
         print(f"network     {line}")
     write_text(path, text)
@@ -101,38 +95,7 @@ def new(
     return path
 
 
-def _tree(
-    found: Survey,
-    chosen: Sequence[str],
-    dataset: str,
-    architecture: str,
-    evaluation: Mapping[str, Any],
-    overrides: Mapping[str, str],
-) -> dict[str, Any]:
-    """The sections of the experiment, without what says nothing."""
-    tree: dict[str, Any] = {
-        "dataset": {"name": dataset} if dataset else {},
-        "network": {"architecture": architecture} if architecture else {},
-        "prepare": {
-            "source": _written(found.folder),
-            "parameters": list(chosen) if len(chosen) > 1 else chosen[0],
-            "exclude": [escape(name) for name in found.unusable],
-        },
-        "autoencoder": {"latent_size": "auto"},
-        "diffusion": {"steps": DiffusionOptions().steps},
-        "evaluate": dict(evaluation),
-    }
-    for key, text in overrides.items():
-        config.put(tree, {}, key, text)
-    tree = {section: _without_empty(values) for section, values in tree.items()}
-    if bool(tree["dataset"]) != bool(tree["network"]):
-        raise UserError("--dataset and --architecture belong together: one is given without the other")
-    return tree
-
-
-def _without_empty(values: Any) -> Any:
-    """A section without the values that say nothing."""
-    return {k: v for k, v in values.items() if v not in ("", [])} if isinstance(values, dict) else values
+# -- the user's words
 
 
 def _free(tag: str, out: Path, force: bool) -> Path:
@@ -149,7 +112,9 @@ def _free(tag: str, out: Path, force: bool) -> Path:
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    """Where the checkpoint files lie, and where the script that tests them may lie."""
+    """The folder of the checkpoint files, and that in which a script that tests them may be."""
+    if not folder.is_dir():
+        raise UserError(f"--checkpoints: {folder} is not a folder")
     inner = [folder / name for name in SUBFOLDERS if files_of(folder / name)]
     return (inner[0] if inner and not files_of(folder) else folder), folder
 
@@ -161,7 +126,7 @@ def _written(path: Path) -> str:
 
 
 def _evaluation(command: str, function: str, home: Path, *, known: bool) -> dict[str, Any]:
-    """How the networks are measured: as asked for; by the script that lies there, where no data set is known."""
+    """How the networks are measured: as asked for; without a known data set, by the script beside the files."""
     if function:
         file, colon, name = function.rpartition(":")
         if not colon or not name.isidentifier() or not Path(file).expanduser().is_file():
@@ -178,133 +143,34 @@ def _evaluation(command: str, function: str, home: Path, *, known: bool) -> dict
     return {"command": command, "folder": _written(home) if there else "", **few}
 
 
-def _parameters(found: Survey, asked: Sequence[str]) -> list[str]:
-    """What to generate: as asked for, else everything but what is constant, where few patterns say so."""
-    for pattern in asked:
-        if tuple(asked) != EVERYTHING and not matching(found.roles, [pattern]):
-            raise UserError(f"--parameters: {pattern!r} matches none of the files' {len(found.roles)} tensors")
-    if asked:
-        if "generated" not in [found.roles[name] for name in matching(found.roles, asked)]:
-            raise UserError(f"--parameters: {' '.join(asked)} matches nothing that can be generated and varies")
-        return list(asked)
-    patterns = patterns_of(found.roles)
-    small = found.count("constant") < FEW_NUMBERS * (found.count("constant") + found.count())
-    return list(EVERYTHING) if small and len(patterns) > MANY_PATTERNS else patterns
+# -- the file
 
 
-def patterns_of(roles: Mapping[str, str]) -> list[str]:
-    """Few patterns that match every generated tensor and no constant one: ["all"] where there is no constant.
-
-    Greedy: of the patterns made of the names' beginnings, ends and numbers, each time the one that matches the most.
-    """
-    wanted = {name for name, role in roles.items() if role == "generated"}
-    constant = [name for name, role in roles.items() if role == "constant"]
-    if not constant:
-        return ["all"]
-    candidates: dict[str, None] = {}
-    for name in sorted(wanted):
-        parts = [escape(part) for part in name.split(".")]
-        starts = [".".join([*parts[:k], "*"]) for k in range(1, len(parts))]
-        ends = [".".join(["*", *parts[k:]]) for k in range(1, len(parts))]
-        candidates |= dict.fromkeys([*starts, *_numbered(parts), *ends, ".".join(parts)])
-    matched = defaultdict(set)
-    for pattern in candidates:
-        if not any(fnmatchcase(name, pattern) for name in constant):
-            matched[pattern] = {name for name in wanted if fnmatchcase(name, pattern)}
-    found = []
-    while wanted:
-        best = max(matched, key=lambda pattern: len(matched[pattern] & wanted))
-        found.append(best)
-        wanted -= matched[best]
-    return found
+def _tree(given: config.Tree, overrides: Mapping[str, str]) -> config.Tree:
+    """The sections of the experiment, with overrides and without empty values."""
+    tree = deepcopy(given)
+    for key, text in overrides.items():
+        config.put(tree, {}, key, text)
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            tree[section] = {key: value for key, value in values.items() if value not in ("", [])}
+    if bool(tree["dataset"]) != bool(tree["network"]):
+        raise UserError("--dataset and --architecture belong together: one is given without the other")
+    return tree
 
 
-def _numbered(parts: Sequence[str]) -> list[str]:
-    """A name with the number of one of its parts left open: layer4.1.bn*.weight of layer4.1.bn2.weight, and all that
-    begins so: layer4.1.bn*.*"""
-    opened = [part.rstrip("0123456789") + "*" if part[-1:].isdigit() else part for part in parts]
-    numbered = [k for k in range(len(parts)) if opened[k] != parts[k]]
-    whole = [".".join([*parts[:k], opened[k], "*"]) for k in numbered if k < len(parts) - 1]
-    return whole + [".".join([*parts[:k], opened[k], *parts[k + 1 :]]) for k in numbered]
-
-
-def _numbers(found: Survey, chosen: Sequence[str]) -> int:
-    """D: how many numbers of a checkpoint are generated."""
-    names = set(matching(found.roles, chosen))
-    return sum(torch.Size(found.layout[n][0]).numel() for n in names if found.roles[n] in ("generated", "constant"))
-
-
-def _types(found: Survey) -> str:
-    """The floating types of the tensors, with their numbers where there are several."""
-    types = Counter(str(dtype)[6:] for _, dtype in found.layout.values() if dtype.is_floating_point)
-    return next(iter(types)) if len(types) == 1 else ", ".join(f"{name} ({count})" for name, count in types.items())
-
-
-def _report(found: Survey, chosen: Sequence[str]) -> str:
-    """What is in the files, as text."""
-    names = set(matching(found.roles, chosen))
-    rows = [
-        {
-            "tensor": name,
-            "shape": " x ".join(map(str, shape)) or "-",
-            "type": str(dtype)[6:],
-            "numbers": torch.Size(shape).numel(),
-            "role": found.roles[name] if name in names or found.roles[name] != "generated" else "left out",
-        }
-        for name, (shape, dtype) in found.layout.items()
-    ]
-    total = sum(row["numbers"] for row in rows)
-    lines = [
-        pd.DataFrame(rows).to_string(index=False),
-        "",
-        f"files       {len(found.used)} of {len(found.used) + len(found.unusable)} in {found.folder} can be used",
-        f"types       {_types(found)}",
-        f"generated   {_numbers(found, chosen):,} of {total:,} numbers; {', '.join(chosen)}",
-        f"constant    {found.count('constant'):,} numbers are the same in all files",
-    ]
-    lines += _named("left out", found.unusable) + _named("suspicious", found.reported)
-    return "\n".join([*lines, *(f"proposal    {line}" for line in _proposal(found, chosen))])
-
-
-def _fitted(found: Survey) -> int:
-    """Checkpoints that the generator is fitted on; the others are held out."""
-    return len(heldout_split(len(found.used), DiffusionOptions().heldout_fraction, seed=0)[0])
-
-
-def paper_settings(numbers: int) -> Paper:
-    """What the paper takes for as many generated numbers; beyond what it published the settings of the largest."""
-    return next((row for row in PAPERS if numbers <= row.numbers), PAPERS[-1])
-
-
-def _proposal(found: Survey, chosen: Sequence[str]) -> list[str]:
-    """The settings of the generator, and why."""
-    numbers, fitted = _numbers(found, chosen), _fitted(found)
-    paper, most, held = paper_settings(numbers), min(fitted - 1, numbers), len(found.used) - fitted
-    lines = [
-        f"the fast generator: latent_size auto, the components of 99.9 % of the variance, at most {most}",
-        f"... and {DiffusionOptions().steps} steps, fewer when the {held} held-out checkpoints say so",
-        f"the paper's, for {numbers} numbers: latent_size {paper.latent_size}, {paper.autoencoder_steps} steps of the "
-        f"autoencoder, {paper.diffusion_steps} of the diffusion",
-    ]
-    if numbers > PAPERS[-1].numbers:
-        lines[-1] += f" (published for up to {PAPERS[-1].numbers})"
-    if len(found.used) < FEW:
-        lines.append(f"{len(found.used)} checkpoints are few: the paper collects 200 to 400")
-    return lines
-
-
-def _yaml(tag: str, found: Survey, chosen: Sequence[str], tree: Mapping[str, Any]) -> str:
+def _yaml(tag: str, proposal: Proposal, tree: Mapping[str, Any]) -> str:
     """The file: what differs from the defaults, and comments."""
-    paper = paper_settings(_numbers(found, chosen))
+    found, paper = proposal.found, paper_settings(proposal.numbers)
     few = isinstance(tree["evaluate"], dict) and "noise" in tree["evaluate"]
     comments = {
         "prepare": [
-            *_named("Cannot be used, and left out:", found.unusable),
-            *_named("Used, but worth a look (prepare.exclude leaves them out):", found.reported),
+            *listed("Cannot be used, and left out:", found.unusable),
+            *listed("Used, but worth a look (prepare.exclude leaves them out):", found.reported),
         ],
         "evaluate": ["Every network is one run of the command: few are compared."] if few else [],
         "autoencoder": [
-            *_proposal(found, chosen),
+            *proposal.settings(),
             "To take the paper's, put these lines in the place of the sections autoencoder and diffusion:",
             "extends: paper",
             f"autoencoder: {{latent_size: {paper.latent_size}, steps: {paper.autoencoder_steps}}}",
@@ -312,7 +178,7 @@ def _yaml(tag: str, found: Survey, chosen: Sequence[str], tree: Mapping[str, Any
         ],
     }
     head = [
-        f"{len(found.used)} checkpoints, {_numbers(found, chosen)} generated numbers in each; written by `pdiff new`.",
+        f"{len(found.used)} checkpoints, {proposal.numbers} generated numbers in each; written by `pdiff new`.",
         f"`pdiff show {tag}` prints all that can be set. Relative paths start in the folder where pdiff is run.",
     ]
     if not tree["evaluate"] and not tree["dataset"]:
@@ -332,13 +198,6 @@ def _comment(text: str) -> str:
     return f"# {'  ' if text.startswith('  ') else ''}{' '.join(text.split())}"
 
 
-def _named(title: str, files: Mapping[str, str]) -> list[str]:
-    """A title and the files below it."""
-    lines = ["  " + " ".join(f"{name}: {why}".split()) for name, why in list(files.items())[:LISTED]]
-    more = [f"  and {len(files) - LISTED} more"] if len(files) > LISTED else []
-    return [title, *lines, *more] if files else []
-
-
 def _check(path: Path, text: str) -> None:
     """Load the experiment as it will be loaded."""
     with TemporaryDirectory() as folder:
@@ -350,27 +209,36 @@ def _check(path: Path, text: str) -> None:
             raise UserError(str(error).replace(str(trial), "pdiff new")) from None
 
 
-def _mismatches(found: Survey, tree: Mapping[str, Any]) -> list[str]:
-    """What the network of the experiment has, and the files have not or otherwise; nothing where there is none."""
+def _mismatches(found: Inspection, tree: Mapping[str, Any]) -> list[str]:
+    """How the tensors of the files and of the experiment's network differ; nothing if it has no network."""
     if not tree["network"]:
         return []
+    import torch
+
+    from pdiff.networks.architectures import build
+
     try:
         sizes = _sizes(Dataset(**tree["dataset"]))
         with torch.device("meta"):
             network = build(tree["network"]["architecture"], pretrained=False, **sizes)
     except UserError as error:
         return [f"not compared with the files: {error}"]
-    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     theirs = {name: shape for name, (shape, _) in found.layout.items()}
-    lines = [f"{name} is {theirs[name]} in the files, {own.get(name, 'absent')} in the network" for name in theirs]
-    lines = [line for name, line in zip(theirs, lines, strict=True) if own.get(name) != theirs[name]]
-    lines += [f"{name} is {own[name]} in the network, absent in the files" for name in own if name not in theirs]
-    more = [f"and {len(lines) - 6} more such tensors"] if len(lines) > 6 else []
-    return [f"does not fit: {line}" for line in [*lines[:6], *more]] or [f"fits: all {len(own)} tensors"]
+    lines = [
+        f"{name} is {shape} in the files, {ours.get(name, 'absent')} in the network"
+        for name, shape in theirs.items()
+        if ours.get(name) != shape
+    ]
+    lines += [f"{name} is {ours[name]} in the network, absent in the files" for name in ours if name not in theirs]
+    more = [f"and {len(lines) - MISMATCHES} more such tensors"] if len(lines) > MISMATCHES else []
+    return [f"does not fit: {line}" for line in [*lines[:MISMATCHES], *more]] or [f"fits: all {len(ours)} tensors"]
 
 
 def _sizes(settings: Dataset) -> dict[str, int]:
-    """Classes, channels and image size of a data set, as far as they are known, or else as its images show."""
+    """Classes, channels and image size of a data set: as far as they are known, or else as its images show."""
+    from pdiff.networks import datasets
+
     sizes = datasets.known_sizes(settings)
     if all(sizes.values()):
         return sizes

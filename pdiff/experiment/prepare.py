@@ -20,8 +20,8 @@ from pdiff.method.collection import Collection, StateDict, generated_numbers
 from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
 from pdiff.networks import datasets
-from pdiff.networks.datasets import Images
-from pdiff.networks.imported.plain import adopt, first_file
+from pdiff.networks.images import Images
+from pdiff.networks.imported.plain import first_template, read_collection
 from pdiff.networks.populations import collect, generated_names, pretrain
 from pdiff.networks.predict import network_accuracy
 from pdiff.parallel.ranks import rank_zero_first
@@ -49,11 +49,11 @@ def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
 def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log) -> Collection:
     """Read somebody's checkpoints; where their architecture is known, write the base network."""
     source, exclude = Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude
-    collection = adopt(source, experiment.prepare.parameters, exclude)
+    collection = read_collection(source, experiment.prepare.parameters, exclude)
     if images:
         pretrained = experiment.network.pretrained
         network = fresh_network(experiment, images, pretrained=pretrained)
-        _load_into(network, first_file(source, exclude).state, source, complete=not pretrained)
+        _load_into(network, first_template(source, exclude).state, source, complete=not pretrained)
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection
 

@@ -12,7 +12,7 @@ from pdiff.experiment.schema import Experiment
 from pdiff.files import read_tensors
 from pdiff.method.collection import Collection
 from pdiff.networks.architectures import build
-from pdiff.networks.datasets import Images
+from pdiff.networks.images import Images
 
 
 def fresh_network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:

@@ -13,7 +13,7 @@ from pdiff.experiment.metrics import PAIRS, STATISTICS, by_part, of_networks
 from pdiff.method.collection import Collection
 from pdiff.method.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
 from pdiff.method.standardize import Standardizer
-from pdiff.networks.evaluators import Verdict, Verdicts
+from pdiff.networks.evaluators import Evaluation, Evaluations
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Evaluated:
 
     name: str
     networks: Collection
-    results: Mapping[str, Verdict]
+    results: Mapping[str, Evaluation]
     similarity: Tensor | None
     nearest_distance: Tensor
 
@@ -46,7 +46,7 @@ class Evaluated:
 
 
 def compare_networks(
-    groups: Mapping[str, Collection], results: Mapping[str, Verdicts], standardizer: Standardizer
+    groups: Mapping[str, Collection], results: Mapping[str, Evaluations], standardizer: Standardizer
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Measure every network, and the similarity of originals and generated networks.
 

@@ -1,4 +1,4 @@
-"""Files of torchvision's data sets: downloaded where they are absent and that is allowed, refused where damaged."""
+"""Files of torchvision's data sets: downloaded if they are absent and that is allowed; damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ LOCK = ".download.lock"
 
 
 def fetch(kind: Callable, root: Path, files: Mapping[str, str], download: bool, **parts: tuple) -> list:
-    """Read a torchvision data set; download it where it is absent, allowed and reachable.
+    """Read the parts of a torchvision data set; download it first if it is absent, allowed and reachable.
 
     Args:
-        kind: its class.
-        root: the folder that holds it.
-        files: name below `root` -> MD5 sum, or "" where none is published; files of another sum are not read.
+        kind: class of the data set.
+        root: folder that holds it.
+        files: name below `root` -> MD5 sum, or "" where none is published; files with another sum are not read.
         download: whether that is allowed.
-        parts: the argument of the class that tells training from test, and its values.
+        parts: the argument of the class that selects the part, and its values for training and test.
+
+    Raises:
+        UserError: files are absent and were not downloaded, or are damaged.
     """
 
     def read(download: bool) -> list:
@@ -35,13 +38,13 @@ def fetch(kind: Callable, root: Path, files: Mapping[str, str], download: bool, 
         return [name for name in files if not (root / name).exists()]
 
     reason = "dataset.download is false"
-    if download and (absent() or (root / LOCK).exists()):  # then a file may be half-written by another process
+    if download and (absent() or (root / LOCK).exists()):  # another process may be writing a file
         reason = _download(root, lambda: absent() and read(True))
     if missing := absent():
         raise UserError(f"not there, and {reason}; put {', '.join(missing)} into that folder")
     try:
         return read(False)
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file may raise anything
         changed = [name for name, md5 in files.items() if md5 and calculate_md5(root / name) != md5]
         if changed:
             raise UserError(f"{changed[0]} is damaged, or another file: its MD5 sum is not the published one") from None
@@ -49,7 +52,7 @@ def fetch(kind: Callable, root: Path, files: Mapping[str, str], download: bool, 
 
 
 def _download(root: Path, download: Callable[[], Any]) -> str:
-    """Download, one process at a time; what went wrong if files are still absent."""
+    """Download, one process at a time. Returns why files are absent, should they still be."""
     root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(root / LOCK), _timeout():
@@ -60,13 +63,13 @@ def _download(root: Path, download: Callable[[], Any]) -> str:
 
 
 def line(error: Exception) -> str:
-    """An error on one line; torchvision's name what was tried on several."""
+    """The message of an exception on one line; torchvision's have several."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """A time limit on sockets that say nothing."""
+    """A time limit on sockets that do not answer."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:

@@ -1,4 +1,4 @@
-"""Labelled images, in memory or in files decoded when needed: preprocessed once or on the fly, in batches."""
+"""Labelled images in memory or in files, preprocessed once or at every use, in batches."""
 
 from __future__ import annotations
 
@@ -27,42 +27,49 @@ from pdiff.method.training import shuffled
 from pdiff.networks.options import Dataset as Settings
 from pdiff.seeds import sample_seed
 
-STORED_BATCH = 64  # images decoded at a time into a store: some megabytes, which a worker passes on
+STORED_BATCH = 64  # images that a worker decodes at a time for the store: some megabytes
 MAX_WORKERS = 16
 
 Batch = tuple[Tensor, Tensor]
-Key = tuple[Tensor, int | None]  # indices, and the seed of their crops and flips; None: preprocessed without chance
+Key = tuple[Tensor, int | None]  # indices, and the seed of their crops and flips; None: not augmented
 ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Raw images in memory, uint8 (n, channels, height, width), and labels, int64 (n,)."""
+    """Raw images in memory: `images` uint8 (n, channels, height, width), `labels` int64 (n,)."""
 
     images: Tensor
     labels: Tensor
 
     @property
     def channels(self) -> int:
-        """Channels of every image."""
+        """Channels of an image."""
         return self.images.shape[1]
 
     def __getitem__(self, k: int) -> Tensor:
         return self.images[k]
 
     def select(self, rows: Tensor) -> Pixels:
-        """Some of the images, in the order of `rows`."""
+        """The images of some rows, in that order."""
         return Pixels(self.images[rows], self.labels[rows])
 
     def identify(self, digest: Any) -> None:
-        """Feed a hash with every byte."""
+        """Feed a hash with all pixels and labels."""
         digest.update(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
 
 
 @dataclass(frozen=True)
 class Files:
-    """Images of any size in files: names below `folder`, bytes (n,); labels, int64 (n,); 3 `channels`, 1 for grey."""
+    """Images of any size in files.
+
+    Attributes:
+        folder: of all files.
+        names: paths below the folder, bytes (n,).
+        labels: int64 (n,).
+        channels: 3 for colour, 1 for grey.
+    """
 
     folder: Path
     names: np.ndarray
@@ -77,20 +84,20 @@ class Files:
         """Decode an image, uint8 (channels, height, width).
 
         Raises:
-            UserError: it is no image, or a damaged one.
+            UserError: the file is not an image, or is damaged.
         """
         try:
             image = pil_loader(self.path(k))
             return v2.functional.pil_to_tensor(image.convert("L") if self.channels == 1 else image)
-        except Exception as error:  # PIL: OSError, SyntaxError, ValueError, ..., as the format has it
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, ..., depending on the format
             raise UserError(f"{self.path(k)}: not a readable image: {' '.join(str(error).split())}") from None
 
     def select(self, rows: Tensor) -> Files:
-        """Some of the images, in the order of `rows`."""
+        """The images of some rows, in that order."""
         return Files(self.folder, self.names[rows.numpy()], self.labels[rows], self.channels)
 
     def identify(self, digest: Any) -> None:
-        """Feed a hash with names, labels, sizes and times of modification: nobody reads 150 GB to name them."""
+        """Feed a hash with names, labels, sizes and times of modification, since files may hold hundreds of GB."""
         folder = os.fsencode(self.folder)
         for name, label in zip(self.names.tolist(), self.labels.tolist(), strict=True):
             stat = os.stat(os.path.join(folder, name))
@@ -98,15 +105,15 @@ class Files:
 
 
 class Part:
-    """One part of a data set: batches of preprocessed images on the device that asks.
+    """One part of a data set, as batches of preprocessed images.
 
-    Images in files are decoded and brought to their size once, and kept in `store`; not those that are augmented.
+    Images in files are decoded and resized once, and kept in the folder `store`, unless they are augmented.
 
     Args:
         raw: images and labels.
         settings: size, channels and normalisation.
-        augment: draw random resized crops and flips (training only).
-        store: a folder for preprocessed images; None: files are decoded at every use.
+        augment: take random resized crops and flips in `stream`.
+        store: folder of preprocessed images; None: files are decoded at every use.
     """
 
     def __init__(
@@ -128,12 +135,12 @@ class Part:
         return self.raw.labels
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, c, h, w) -> float32 (B, channels, h, w), grey repeated where colour is asked for."""
+        """uint8 (B, c, h, w) -> float32 (B, channels, h, w); grey is repeated where the settings ask for colour."""
         images = images.expand(-1, self.settings.channels or images.shape[1], -1, -1)
         mean, std = (
             torch.tensor(v, device=images.device)[:, None, None] for v in (self.settings.mean, self.settings.std)
         )
-        # pooling and convolutions are 2.5 x faster on channels that lie together
+        # pooling and convolutions are 2.5 x faster in channels-last layout
         images = images.to(torch.float32, memory_format=torch.channels_last)
         return images.div_(255).sub_(mean).div_(std)
 
@@ -142,8 +149,8 @@ class Part:
 
         Args:
             size: images of a batch; the last one may have fewer.
-            device: where to.
-            rows: of each batch, the rest is not even decoded: `slice(rank, None, processes)` is one process' share.
+            device: of the batches.
+            rows: of each batch, such as `slice(rank, None, processes)`; the others are not even decoded.
         """
         indices = torch.arange(len(self)).split(size)
         return self._batches(((index[rows], None) for index in indices), device, rows)
@@ -153,7 +160,7 @@ class Part:
     ) -> Iterator[Batch]:
         """Endless shuffled training batches from batch `start` on; batch k depends on (seed, k) alone.
 
-        `rows` as in `batches`; a crop or a flip is the same whichever process draws it.
+        `rows` as in `batches`; crops and flips do not depend on them.
         """
         indices = enumerate(shuffled(len(self), size, seed=seed, start=start), start)
         keys = ((index[rows], sample_seed(seed, k) if self.crop else None) for k, index in indices)
@@ -173,14 +180,19 @@ class Part:
             yield self.normalise(images), self.labels[index].to(device)
 
     def _decoded(self, keys: Iterable[Key], *, share: int = 1) -> Iterator[Batch]:
-        """uint8 images (B, c, size, size) and labels of each key, by workers where there are cores for them."""
+        """uint8 images (B, c, size, size) and labels of each key, decoded by workers if there are cores for them.
+
+        Args:
+            keys: of the batches.
+            share: processes that divide the cores among them.
+        """
         loader = DataLoader(
             _Decoder(self),
             sampler=keys,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=max(0, min(MAX_WORKERS, ((os.cpu_count() or 1) - 2) // share)),
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or it would draw a number from the global one, at the start and at a resume
+            generator=torch.Generator(),  # else it samples from the global one, and a resumed training would differ
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -189,7 +201,7 @@ class Part:
 
     @cached_property
     def _held(self) -> Pixels | None:
-        """All images in memory, or preprocessed and mapped from the store; None: neither."""
+        """All images: raw ones in memory, or preprocessed ones mapped from the store; None: they are in files only."""
         if isinstance(self.raw, Pixels):
             return self.raw
         if self.crop or self.store is None:
@@ -202,15 +214,15 @@ class Part:
         return Pixels(images, self.labels)
 
     def _digest(self) -> str:
-        """A fingerprint of everything that the preprocessed images depend on."""
+        """Digest of everything that the preprocessed images depend on."""
         digest = hashlib.sha256(repr((self.size, self.settings.resize or self.size, self.raw.channels)).encode())
         self.raw.identify(digest)
         return digest.hexdigest()[:32]
 
     def _stored(self, path: Path, size: int) -> bool:
-        """Write all preprocessed images to a file of `size` bytes unless it is there; whether there was room for it.
+        """Write all preprocessed images to a file of `size` bytes unless it exists; whether there was room for it.
 
-        One process writes, others wait for it. At most half of what is free is taken.
+        One process writes, others wait for it. At most half of the free space is used.
         """
 
         def complete() -> bool:
@@ -220,8 +232,8 @@ class Part:
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            for torn in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
-                torn.unlink()
+            for incomplete in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+                incomplete.unlink()
             if not complete():
                 if size > shutil.disk_usage(path.parent).free // 2:
                     return False
@@ -238,7 +250,7 @@ class Part:
 
 
 class _Decoder(torch.utils.data.Dataset):
-    """Batches of images brought to one size; a Key each."""
+    """Key -> uint8 images (B, c, size, size) and labels."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -250,7 +262,7 @@ class _Decoder(torch.utils.data.Dataset):
             try:
                 for row, k in zip(images, index.tolist(), strict=True):
                     row.copy_(self._image(k, seed))
-            except UserError as error:  # a DataLoader would wrap it in a trace of many lines
+            except UserError as error:  # if it were raised, DataLoader would wrap it in a traceback
                 return error
         return images, part.labels[index]
 
@@ -258,7 +270,7 @@ class _Decoder(torch.utils.data.Dataset):
         image = self.part.raw[k]
         if seed is None:
             return self.part.fit(image)
-        torch.default_generator.manual_seed(seed ^ k)  # not those of GPUs, as torch.manual_seed does
+        torch.default_generator.manual_seed(seed ^ k)  # torch.manual_seed would seed GPUs, too
         return self.part.crop(image)
 
 
@@ -274,7 +286,7 @@ class Images:
     image_size: int
 
     def digest(self) -> str:
-        """A fingerprint of all parts: of every pixel in memory; of names, sizes and times of modification of files."""
+        """Digest of all parts: of every pixel in memory; of names, sizes and times of modification of files."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation, self.test):
             part.raw.identify(digest)

@@ -1,6 +1,6 @@
-"""A look at a folder of somebody's checkpoint files: their layout, what is constant, which files are suspicious.
+"""Inspection of a folder of checkpoint files: their layout, which tensors are constant, which files are suspicious.
 
-Every file is read once, in parallel, and remembered as digests and a sketch of a few kilobytes: folders may be larger
+Every file is read once, in parallel, and reduced to digests and a sketch of a few kilobytes, so folders may be larger
 than memory.
 """
 
@@ -18,46 +18,50 @@ from torch import Tensor
 
 from pdiff.errors import UserError
 from pdiff.method.collection import StateDict, is_generated, not_finite
-from pdiff.networks.imported.plain import Template, files_of, in_threads
+from pdiff.networks.imported.files import files_of
+from pdiff.networks.imported.plain import in_threads
+from pdiff.networks.imported.template import Template
 
-SKETCH = 64  # numbers that a tensor is sketched by; distances are then right to about a tenth
-BLOCK = 1 << 16  # numbers that are sketched at a time: what stays in a cache, and leaves no holes in the memory
-OUTLYING = 3.5  # modified z-score from which a value counts as an outlier (Iglewicz and Hoaglin, 1993)
-FAR = 3.0  # ... and how many times as far as usual it must be, see `_outliers`
+SKETCH = 64  # numbers in the sketch of a tensor; distances are then accurate to about a tenth
+BLOCK = 1 << 16  # numbers that are sketched at a time: they fit in a cache, and do not fragment the memory
+OUTLYING = 3.5  # modified z-score above which a value counts as an outlier (Iglewicz and Hoaglin, 1993)
+FAR = 3.0  # an outlier must also be this many times as far as the median, see `_outliers`
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """What is remembered of one file.
+class FileSummary:
+    """What is kept of one file.
 
     Attributes:
         path: the file.
-        trouble: why it cannot be used; empty where it can.
+        problem: why it cannot be used; empty where it can.
         layout: name -> shape and type.
         digests: name -> fingerprint of the values.
-        sketch: name -> float64 (SKETCH,) or fewer, and the standard deviation of the tensor; of what is generated.
+        sketch: name of a tensor that can be generated -> its sketch, float64 (SKETCH,) or fewer, and its standard
+            deviation.
     """
 
     path: Path
-    trouble: str = ""
+    problem: str = ""
     layout: Layout = field(default_factory=dict)
     digests: dict[str, bytes] = field(default_factory=dict)
     sketch: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Survey:
+class Inspection:
     """What a folder of checkpoint files holds.
 
     Attributes:
-        folder: where they lie.
+        folder: of the files.
         used: files that can be used, in the order of their names.
         unusable: name of a file -> why it cannot be used.
-        reported: name of a file that can be used -> what is remarkable about it.
+        reported: name of a file that can be used -> why it is suspicious.
         layout: of the used files: name -> shape and type.
-        roles: name of a tensor -> "generated", "constant" over the used files, "integer" or "single" (not generated).
+        roles: name of a tensor -> "generated", "constant" over the used files, "integer" or "single" (one number); only
+            the first kind is generated.
     """
 
     folder: Path
@@ -69,25 +73,25 @@ class Survey:
 
     def count(self, role: str = "generated") -> int:
         """Numbers in all tensors of a role."""
-        return sum(torch.Size(self.layout[name][0]).numel() for name, own in self.roles.items() if own == role)
+        return sum(torch.Size(self.layout[name][0]).numel() for name in self.roles if self.roles[name] == role)
 
 
-def survey(folder: Path) -> Survey:
-    """Look at every checkpoint file of a folder.
+def inspect_folder(folder: Path) -> Inspection:
+    """Inspect every checkpoint file of a folder.
 
     Raises:
-        UserError: no folder, fewer than two files that can be used, or nothing in them that varies.
+        UserError: no folder, fewer than two files that can be used, or no tensor that varies.
     """
     if not folder.is_dir():
         raise UserError(f"--checkpoints: {folder} is not a folder")
-    looks = list(in_threads(_look, files_of(folder), "look"))
-    sound = [look for look in looks if not look.trouble]
+    files = list(in_threads(_summary, files_of(folder), "inspect"))
+    sound = [file for file in files if not file.problem]
     if len(sound) < 2:
-        why = next((f"; {look.path.name} {look.trouble}" for look in looks if look.trouble), "")
+        why = next((f"; {file.path.name} {file.problem}" for file in files if file.problem), "")
         raise UserError(f"--checkpoints: {folder} holds {len(sound)} usable checkpoint files, expected at least 2{why}")
-    common = Counter(frozenset(look.layout.items()) for look in sound).most_common(1)[0][0]
-    used = [look for look in sound if look.layout.items() == common]
-    unusable = {look.path.name: look.trouble or _difference(look.layout, used[0]) for look in looks if look not in used}
+    common = Counter(frozenset(file.layout.items()) for file in sound).most_common(1)[0][0]
+    used = [file for file in sound if file.layout.items() == common]
+    unusable = {f.path.name: f.problem or _difference(f.layout, used[0].layout) for f in files if f not in used}
     if len(used) < 2:
         raise UserError(
             f"--checkpoints: no two files in {folder} have the same layout; {next(iter(unusable.values()))}"
@@ -96,23 +100,23 @@ def survey(folder: Path) -> Survey:
     if "generated" not in roles.values():
         raise UserError(f"--checkpoints: the {len(used)} files in {folder} are all the same: nothing to generate")
     reported = {**_outliers(used, roles), **_duplicates(used)}
-    return Survey(folder, tuple(look.path for look in used), unusable, reported, used[0].layout, roles)
+    return Inspection(folder, tuple(file.path for file in used), unusable, reported, used[0].layout, roles)
 
 
-def _look(path: Path) -> Look:
+def _summary(path: Path) -> FileSummary:
     """Read one file."""
     try:
         if not path.stat().st_size:
-            return Look(path, "is empty")
+            return FileSummary(path, "is empty")
         state = Template.read(path).state
     except OSError as error:
-        return Look(path, f"cannot be read: {error.strerror}")
+        return FileSummary(path, f"cannot be read: {error.strerror}")
     except UserError as error:
-        return Look(path, str(error).removeprefix(f"{path}: "))
+        return FileSummary(path, str(error).removeprefix(f"{path}: "))
     if name := not_finite(state):
-        return Look(path, f"{name} holds NaN or infinity")
+        return FileSummary(path, f"{name} holds NaN or infinity")
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    return Look(path, "", layout, {name: _digest(tensor) for name, tensor in state.items()}, _sketch(state))
+    return FileSummary(path, "", layout, {name: _digest(tensor) for name, tensor in state.items()}, sketches(state))
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -120,13 +124,13 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).digest()[:16]
 
 
-def _sketch(state: StateDict) -> dict[str, tuple[Tensor, float]]:
-    """A few numbers per generated tensor, whose differences are about as long as those of the tensors themselves.
+def sketches(state: StateDict) -> dict[str, tuple[Tensor, float]]:
+    """A sketch of every tensor that can be generated, and its standard deviation; sketches preserve distances.
 
-    A count sketch (Charikar, Chen and Farach-Colton, 2002): numbers get random signs and are added up in SKETCH
-    buckets, so that the expected square of the sketch's length is that of the tensor.
+    A count sketch (Charikar, Chen and Farach-Colton, 2002): numbers get random signs and are summed in SKETCH buckets,
+    so that the expected squared norm of the sketch is that of the tensor.
     """
-    sketches = {}
+    found = {}
     for name, tensor in state.items():
         if is_generated(name, tensor):
             flat = tensor.flatten()
@@ -135,8 +139,8 @@ def _sketch(state: StateDict) -> dict[str, tuple[Tensor, float]]:
             for part, signs in zip(flat.split(BLOCK), _signs(len(flat)).split(BLOCK), strict=True):
                 signed = torch.nn.functional.pad(part.float() * signs, (0, -len(part) % buckets))
                 total += signed.view(-1, buckets).sum(dim=0, dtype=torch.float64)
-            sketches[name] = total, flat.float().std().item()
-    return sketches
+            found[name] = total, flat.float().std().item()
+    return found
 
 
 @lru_cache(maxsize=1024)
@@ -145,9 +149,8 @@ def _signs(count: int) -> Tensor:
     return torch.randint(2, (count,), generator=torch.Generator().manual_seed(count), dtype=torch.int8) * 2 - 1
 
 
-def _difference(layout: Layout, usual: Look) -> str:
+def _difference(layout: Layout, expected: Layout) -> str:
     """How a layout differs from the one that most files have."""
-    expected = usual.layout
     if missing := [name for name in expected if name not in layout]:
         return f"other layout than most files: has no {_some(missing)}"
     if more := [name for name in layout if name not in expected]:
@@ -166,52 +169,52 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _roles(looks: Sequence[Look]) -> dict[str, str]:
-    """Name -> role, see `Survey`."""
+def _roles(files: Sequence[FileSummary]) -> dict[str, str]:
+    """Name -> role, see `Inspection`."""
     roles = {}
-    for name, (shape, dtype) in looks[0].layout.items():
+    for name, (shape, dtype) in files[0].layout.items():
         if not dtype.is_floating_point:
             roles[name] = "integer"
         elif not is_generated(name, torch.empty(shape, dtype=dtype, device="meta")):
             roles[name] = "single"
         else:
-            roles[name] = "generated" if len({look.digests[name] for look in looks}) > 1 else "constant"
+            roles[name] = "generated" if len({file.digests[name] for file in files}) > 1 else "constant"
     return roles
 
 
-def _duplicates(looks: Sequence[Look]) -> dict[str, str]:
-    """Files whose tensors are all those of an earlier file."""
+def _duplicates(files: Sequence[FileSummary]) -> dict[str, str]:
+    """Files with the same tensors as an earlier one."""
     seen: dict[frozenset, str] = {}
     found = {}
-    for look in looks:
-        first = seen.setdefault(frozenset(look.digests.items()), look.path.name)
-        if first != look.path.name:
-            found[look.path.name] = f"duplicate of {first}"
+    for file in files:
+        first = seen.setdefault(frozenset(file.digests.items()), file.path.name)
+        if first != file.path.name:
+            found[file.path.name] = f"duplicate of {first}"
     return found
 
 
-def _outliers(looks: Sequence[Look], roles: Mapping[str, str]) -> dict[str, str]:
+def _outliers(files: Sequence[FileSummary], roles: Mapping[str, str]) -> dict[str, str]:
     """Files that lie far from all others in weight space.
 
-    A file's distance is that of its sketch from the median of all sketches, tensor by tensor in units of the tensor's
-    standard deviation, so that no tensor hides the others. Medians, since a mean follows the outliers it should find.
-    Far is a distance of a modified z-score 0.6745 (d - median) / MAD over 3.5, the usual robust rule, which for
-    networks is not enough: in many dimensions independent distances are nearly equal, and their MAD is nearly 0. So
-    it must also be over 3 times the median distance. Of checkpoints spread evenly over a straight path none is over
-    twice as far as the median, of a random walk about 1.5 times: what is found has left the path.
+    The distance of a file is that of its sketch from the median of all sketches, each tensor in units of its standard
+    deviation, so that none dominates. Medians are used because a mean follows the outliers. The usual robust rule is a
+    modified z-score 0.6745 (d - median) / MAD above 3.5. It is not enough for networks: in many dimensions independent
+    distances are nearly equal, and their MAD is nearly 0. So d must also be over 3 times the median distance. Of
+    checkpoints spread evenly over a straight path none is over twice as far as the median, of a random walk about 1.5
+    times: an outlier has left the path.
     """
-    squares = torch.zeros(len(looks), dtype=torch.float64)
+    squares = torch.zeros(len(files), dtype=torch.float64)
     for name in (name for name, role in roles.items() if role == "generated"):
-        rows = torch.stack([look.sketch[name][0] for look in looks])
-        scale = torch.tensor([look.sketch[name][1] for look in looks], dtype=torch.float64).median()
+        rows = torch.stack([file.sketch[name][0] for file in files])
+        scale = torch.tensor([file.sketch[name][1] for file in files], dtype=torch.float64).median()
         squares += ((rows - rows.median(dim=0).values) / (scale or 1.0)).square().sum(dim=1)
     distances = squares.sqrt()
-    usual = distances.median()
-    deviation = (distances - usual).abs().median()
-    far = (0.6745 * (distances - usual) > OUTLYING * deviation) & (distances > FAR * usual) & (usual > 0)
-    ratios = (distances / usual).tolist()
+    median = distances.median()
+    deviation = (distances - median).abs().median()
+    far = (0.6745 * (distances - median) > OUTLYING * deviation) & (distances > FAR * median) & (median > 0)
+    ratios = (distances / median).tolist()
     return {
-        look.path.name: f"outlier: {ratio:.1f} times as far from the median of all files as usual"
-        for look, ratio, is_far in zip(looks, ratios, far.tolist(), strict=True)
+        file.path.name: f"outlier: {ratio:.1f} times as far from the median of all files as usual"
+        for file, ratio, is_far in zip(files, ratios, far.tolist(), strict=True)
         if is_far
     }

@@ -1,4 +1,8 @@
-"""TODO networks.options."""
+"""Options of data sets, networks and populations of checkpoints, as sections of a configuration.
+
+They lie apart from what they configure (`datasets`, `architectures`, `populations`), because a configuration is read
+and checked without importing torch.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ from pdiff.method.options import NonNegative, Optimization, Positive, Rate, Sect
 
 
 class Dataset(Section):
-    """Images and their labels, split into train, validation and test.
+    """Labelled images, split into a training, a validation and a test part.
 
-    `image_size` is the side to which images are brought, 0 for their own; `resize` the side before the centre crop,
-    0 for none; `augment` draws random resized crops and flips for training; `validation_fraction` of the training
-    images, split off with `split_seed`, are never trained on.
+    `name` is one of DATASETS, `root` the folder that holds it (default: PDIFF_DATA), `download` whether it may be
+    downloaded. `image_size` is the side of the preprocessed images, 0 for that of the raw ones; `resize` the shorter
+    side before the centre crop, 0 for `image_size`; `channels` repeats grey (3) or decodes files as grey (1), 0 leaves
+    them; `augment` trains on random resized crops and flips; `mean` and `std` normalise, one number or one a channel.
+    `validation_fraction` of the training images, split off with `split_seed`, are never trained on.
     """
 
     name: str
@@ -31,8 +37,8 @@ class Dataset(Section):
 
 
 class Network(Section):
-    """The classifier whose weights are generated: `architecture` is a name (`pdiff.architectures`, timm's) or
-    `path/to/file.py:function`; `pretrained` takes timm's weights, or those in the file `weights`."""
+    """The classifier whose weights are generated: `architecture` is a name of ARCHITECTURES or of timm, or
+    `path/to/file.py:function`; `pretrained` starts from timm's weights, or from those in the file `weights`."""
 
     architecture: str
     pretrained: bool = False
@@ -46,7 +52,7 @@ class Network(Section):
 
 
 class Pretrain(Optimization):
-    """Training before checkpoints are collected; the epoch with the best validation accuracy is kept."""
+    """Training before checkpoints are collected; the weights of the epoch with the best validation accuracy count."""
 
     epochs: Annotated[int, Field(ge=0)] = 10
     learning_rate: Rate = 1e-3
@@ -54,7 +60,7 @@ class Pretrain(Optimization):
 
 
 class Collect(Optimization):
-    """Fine-tuning of the generated parameters, saved every few steps until there are enough checkpoints;
+    """Fine-tuning of the generated parameters: a checkpoint every `every_steps` steps until there are `checkpoints`;
     `every_steps: auto` spreads them over one epoch."""
 
     learning_rate: Rate = 0.03

@@ -1,4 +1,4 @@
-"""Predictions of every network of a collection: the frozen prefix once a batch, then all suffixes together."""
+"""Predictions of every network of a collection: the frozen prefix once per batch, then all suffixes together."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.func import functional_call, vmap
 from tqdm.auto import tqdm
 
 from pdiff.method.collection import Collection, StateDict
-from pdiff.networks.datasets import Part
+from pdiff.networks.images import Part
 from pdiff.networks.split import shrink, split
 from pdiff.parallel import ranks
 
-CHUNK_BYTES = 8 << 20  # of activations that enter the suffixes computed together: what stays in a cache
+CHUNK_BYTES = 8 << 20  # activations of the suffixes that are computed together: they fit in a cache
 
 
 def predictions(network: nn.Module, collection: Collection, images: Part, **options: Any) -> Tensor:
@@ -44,18 +44,18 @@ def batch_predictions(
         batch_size: images at a time.
         device: where to compute.
         label: of the progress bar.
-        start: image to begin at, a multiple of the batch size.
+        start: first image; rounded up to a multiple of the batch size.
 
     Yields:
         For every collection its predictions on a batch, uint8 or int16 (N, B), on the CPU.
     """
     network = network.to(device).eval()
     prefix, suffix = split(network, collections[0].tensors.keys())
-    read, own = suffix.state_dict().keys(), network.state_dict()  # a network need not read all that it has
+    base, used = network.state_dict(), suffix.state_dict().keys()  # a network may have tensors that it does not use
     shares = [_Share(c) for c in collections]
-    groups = [{n: t.to(device, own[n].dtype) for n, t in s.own.tensors.items() if n in read} for s in shares]
+    groups = [{n: t.to(device, base[n].dtype) for n, t in s.part.tensors.items() if n in used} for s in shares]
     run = _together if _cheap_together(collections[0]) else _in_turn
-    networks = sum(len(share.own) for share in shares)
+    networks = sum(len(share.part) for share in shares)
     total, done = networks * len(images), networks * start
     shrunk = None
     with tqdm(total=total, initial=done, desc=label, unit="prediction", unit_scale=True, disable=None) as bar:
@@ -63,26 +63,26 @@ def batch_predictions(
             activations = prefix(batch)
             shrunk = shrunk or shrink(suffix, activations, groups[0].keys())
             yield [
-                share.gathered(torch.cat(list(run(shrunk, states, activations, len(share.own), bar.update))).cpu())
+                share.gathered(torch.cat(list(run(shrunk, states, activations, len(share.part), bar.update))).cpu())
                 for states, share in zip(groups, shares, strict=True)
             ]
 
 
 class _Share:
-    """This process's part of a collection; all of it where there are fewer networks than processes."""
+    """The part of a collection that this process computes: all of it where there are fewer networks than processes."""
 
     def __init__(self, collection: Collection) -> None:
         self.count, self.split = len(collection), len(collection) >= ranks.world()
-        self.own = collection.select(ranks.rows()) if self.split else collection
+        self.part = collection.select(ranks.rows()) if self.split else collection
 
     def gathered(self, predicted: Tensor) -> Tensor:
-        """The predictions of all networks, of which every process has its own."""
+        """The predictions of all networks, from those that each process computed."""
         return ranks.gathered(predicted, self.count) if self.split else predicted
 
 
 def _cheap_together(collection: Collection) -> bool:
-    """Whether to vectorise over networks: not where each has convolution kernels of its own, since many small
-    grouped convolutions are slower than one network after the other (3 x on a CPU, measured on cnn_medium)."""
+    """Whether to vectorise over networks: not where convolution kernels are generated, since many small grouped
+    convolutions are slower than one network after the other (3 x on a CPU, measured on cnn_medium)."""
     return all(tensor.ndim <= 3 for tensor in collection.tensors.values())
 
 
@@ -104,17 +104,17 @@ def _together(suffix: nn.Module, states: StateDict, inputs: tuple, count: int, d
 
 
 def _classes(outputs: Tensor) -> Tensor:
-    """Predicted classes of logits (..., classes); NaN counts as class 0 would, never as an error."""
+    """Predicted classes of logits (..., classes), uint8 or int16; NaN does not raise."""
     return outputs.argmax(dim=-1).to(torch.uint8 if outputs.shape[-1] <= 256 else torch.int16)
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Share of right predictions (N, images) against labels (images,), float64 (N,)."""
+    """Accuracy of predictions (N, images) against labels (images,), float64 (N,)."""
     return (predicted == labels).double().mean(dim=1)
 
 
 def network_accuracy(network: nn.Module, images: Part, *, batch_size: int, device: torch.device | str) -> float:
-    """Share of right predictions of one network, restored to the mode that it was in."""
+    """Accuracy of one network; its mode (training or evaluation) is restored."""
     mode = network.training
     network.eval()
     right = 0

@@ -1,4 +1,4 @@
-"""Small networks: those of the paper that are trained from scratch, and smaller ones for small images."""
+"""Small networks: those that the paper trains from scratch, and smaller ones for small images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cnn_medium(*, classes: int, channels: int, image_size: int) -> nn.Module:
 
 
 def mlp_mini(*, classes: int, channels: int, image_size: int) -> nn.Module:
-    """The paper's MLP on grey images of half the size; 66 970 parameters for 3 x 64 x 64 and 10 classes."""
+    """The paper's MLP, on grey images of half the size; 66 970 parameters for 3 x 64 x 64 and 10 classes."""
     _needs_multiple("mlp_mini", image_size, 2)
     return nn.Sequential(
         *(nn.AvgPool2d(2), _Grey(), nn.Flatten()),
@@ -107,7 +107,7 @@ class _Grey(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """x plus two convolutions of it, by way of fewer channels."""
+    """x plus two convolutions of it, with fewer channels between them."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -123,12 +123,12 @@ class SimpleViT(nn.Module):
     Args:
         classes: logits.
         channels: of the images.
-        image_size: their side, a multiple of `patch`.
+        image_size: side of the images, a multiple of `patch`.
         patch: side of a patch.
         width: of a token.
-        depth: layers.
-        heads: of attention, each `head_width` wide.
-        head_width: their width.
+        depth: number of layers.
+        heads: of attention.
+        head_width: width of a head.
         hidden: width of the MLP in a layer.
     """
 
@@ -160,15 +160,15 @@ class SimpleViT(nn.Module):
 
 
 def positions(side: int, width: int) -> Tensor:
-    """Sines and cosines of the place of each patch, (side * side, width) (arXiv 2205.01580, appendix)."""
-    place = torch.arange(side * side) // side, torch.arange(side).repeat(side)
+    """Sines and cosines of the position of each patch, (side * side, width) (arXiv 2205.01580, appendix)."""
+    coordinates = torch.arange(side * side) // side, torch.arange(side).repeat(side)
     frequency = 10000 ** -(torch.arange(width // 4) / (width // 4 - 1))
-    down, right = (coordinate[:, None] * frequency for coordinate in place)
+    down, right = (coordinate[:, None] * frequency for coordinate in coordinates)
     return torch.cat([right.sin(), right.cos(), down.sin(), down.cos()], dim=1)
 
 
 class _Layer(nn.Module):
-    """Attention and an MLP, each added to its input, each after a LayerNorm."""
+    """A pre-norm transformer layer: attention and an MLP, each behind a LayerNorm and added to its input."""
 
     def __init__(self, width: int, heads: int, head_width: int, hidden: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class _Layer(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, patches, width) -> the same."""
+        """(B, patches, width) -> (B, patches, width)."""
         parts = self.qkv(self.norm(tokens)).unflatten(-1, (3, self.heads, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4)  # (B, heads, patches, head_width) each
         mixed = F.scaled_dot_product_attention(query, key, value)

@@ -1,4 +1,4 @@
-"""Functions in a file of somebody's own, `path/to/file.py:function`: their code, run as they would run it."""
+"""Functions in files of the user, referred to as `path/to/file.py:function`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import Any
 from pdiff.errors import UserError
 
 
-def is_own(name: str) -> bool:
-    """Whether a name is of the form `path/to/file.py:function`."""
+def is_reference(name: str) -> bool:
+    """Whether a name has the form `path/to/file.py:function`."""
     return ".py:" in name
 
 
 def source(name: str) -> Path:
-    """The file of such a name; relative paths are relative to the current folder."""
+    """The file of such a name; relative paths start in the current folder."""
     return Path(name.rpartition(":")[0]).expanduser()
 
 
 def load_function(name: str, key: str) -> Callable[..., Any]:
-    """The function that `path/to/file.py:function` names; modules beside the file can be imported by it.
+    """The function that `path/to/file.py:function` names; the file can import modules beside it.
 
     Args:
         name: file and function.
         key: of the configuration, for messages.
 
     Raises:
-        UserError: no such file or function, or an error while the file runs.
+        UserError: no such file or function, or an exception while the file runs.
     """
     path, function = source(name), name.rpartition(":")[2]
     if not path.is_file():
@@ -45,10 +45,10 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
 
 
 def call(name: str, key: str, **options: Any) -> Any:
-    """Call such a function with those of some options that it accepts.
+    """Call such a function with those of the options that it accepts.
 
     Raises:
-        UserError: as `load_function`; or an error in the function.
+        UserError: as `load_function`; or an exception in the function.
     """
     function = load_function(name, key)
     try:
@@ -60,17 +60,17 @@ def call(name: str, key: str, **options: Any) -> Any:
 
 
 def describe(error: BaseException) -> str:
-    """An error of somebody's code on one line: kind, message, and where it was raised."""
+    """An exception of the user's code on one line: type, message, and where it was raised."""
     where = traceback.extract_tb(error.__traceback__)[-1:]
     place = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in where)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
 def _imported(path: Path, key: str) -> ModuleType:
-    """Run a file as a module, its folder first where modules are sought, as Python does for a script."""
+    """Run a file as a module, with its folder first in `sys.path`, as Python does for a script."""
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    name = f"_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # two files may have one name
+    name = f"_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # two files may have one name
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there

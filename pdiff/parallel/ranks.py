@@ -1,27 +1,36 @@
-"""TODO parallel.ranks."""
+"""Data-parallel helpers: each rank handles a shard of every batch; the result is that of one process.
+
+A process that has not imported torch is alone, so that nothing here imports torch to find that out.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Arguments = ParamSpec("Arguments")
 
 
 def rank() -> int:
-    """The number of this process, from 0 on."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """Rank of this process, from 0 on."""
+    return dist.get_rank() if (dist := _process_group()) else 0
 
 
 def world() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Number of ranks."""
+    return dist.get_world_size() if (dist := _process_group()) else 1
+
+
+def _process_group() -> Any:
+    """The module torch.distributed if this process belongs to a process group, else None."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_available() and dist.is_initialized() else None
 
 
 def rows() -> slice:
@@ -33,6 +42,9 @@ def summed(value: float) -> float:
     """The sum of a number over all processes."""
     if world() == 1:
         return value
+    import torch
+    import torch.distributed as dist
+
     total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     return total.item()
@@ -47,6 +59,9 @@ def gathered(part: Tensor, count: int) -> Tensor:
     """All rows (count, ...) of a tensor on the CPU, of which every process has its `rows()`."""
     if world() == 1:
         return part
+    import torch
+    import torch.distributed as dist
+
     most = -(-count // world())
     padded = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])]).contiguous()
     if not padded.numel():  # old versions of gloo die of it

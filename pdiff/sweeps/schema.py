@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff.errors import UserError
 from pdiff.experiment import config, metrics
-from pdiff.experiment.schema import Experiment
+from pdiff.experiment.schema import Experiment, known_keys
 from pdiff.method.options import Positive, Section, Several
 
 FIRST = "first_batch/"  # prefix of the metrics of the first networks
@@ -278,7 +278,7 @@ def _problem(item: Any, path: Path) -> str:
     key = ".".join(str(part) for part in item["loc"])
     where = f"{path}: {key}".removesuffix(": ")
     if item["type"] == "extra_forbidden":
-        known = sorted({name.rpartition(".")[2] for name in config.known_keys(Sweep)})
+        known = sorted({name.rpartition(".")[2] for name in known_keys(Sweep)})
         return f"{where}: unknown key; {config.nearest(str(item['loc'][-1]), known)}"
     return f"{where}: {config.rule(item)}"
 

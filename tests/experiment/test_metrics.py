@@ -17,7 +17,7 @@ from pdiff.experiment.leaderboard import Result
 from pdiff.experiment.metrics import Metric
 from pdiff.method.collection import Collection
 from pdiff.method.standardize import Standardizer
-from pdiff.networks.evaluators import Verdict
+from pdiff.networks.evaluators import Evaluation
 from pdiff.sweeps import schema
 
 SIZES = {"original": 4, "generated": 3, "noise_0.05": 2, "average": 1}
@@ -32,14 +32,14 @@ def groups() -> dict[str, Collection]:
 
 
 @pytest.fixture
-def results() -> dict[str, dict[str, Verdict]]:
+def results() -> dict[str, dict[str, Evaluation]]:
     """Errors on 9 validation and 11 test images; the first original makes none."""
     g = torch.Generator().manual_seed(1)
     found = {}
     for part, images in {"validation": 9, "test": 11}.items():
         wrong = {name: torch.rand(count, images, generator=g) < 0.4 for name, count in SIZES.items()}
         wrong["original"][0] = False
-        found[part] = {name: Verdict.of(rows) for name, rows in wrong.items()}
+        found[part] = {name: Evaluation.of(rows) for name, rows in wrong.items()}
     return found
 
 
@@ -86,7 +86,7 @@ def test_the_summary_agrees_with_plain_python(groups, results):
 
 
 def test_what_cannot_be_measured_is_left_out(groups, results):
-    accuracies = {name: Verdict(verdict.accuracy) for name, verdict in results["test"].items()}
+    accuracies = {name: Evaluation(verdict.accuracy) for name, verdict in results["test"].items()}
     evaluation, matrices = compared(groups, {"test": accuracies})  # as a command that prints accuracies
     assert list(evaluation.columns) == ["group", "index", "test_accuracy", "nearest_distance"]
     assert not matrices

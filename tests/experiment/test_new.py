@@ -1,8 +1,6 @@
-"""From a folder of somebody's checkpoint files to an experiment: what is in it, what is wrong, what is written."""
+"""From a folder of checkpoint files to an experiment: what is written, what is printed, what is refused."""
 
 import json
-import math
-import os
 import statistics
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -11,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkpoints import REPORTED, UNUSABLE, State, folder_of, network, plain, suspicious
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from pdiff.cli.main import main
 from pdiff.errors import UserError
 from pdiff.experiment import config
-from pdiff.experiment.new import PAPERS, new, paper_settings, patterns_of
+from pdiff.experiment.new import new
+from pdiff.experiment.proposal import PAPERS, paper_settings, patterns_of
 from pdiff.method import baselines
 from pdiff.method.standardize import Standardizer
-from pdiff.networks.external import fractions, run_command
-from pdiff.networks.imported.plain import Template, adopt
-from pdiff.networks.inspect import _sketch, survey
+from pdiff.networks.evaluators.command import fractions, run_command
+from pdiff.networks.imported.plain import read_collection
+from pdiff.networks.imported.template import Template
+from pdiff.networks.inspect import inspect_folder
 from pdiff.networks.options import Dataset
-
-State = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -37,193 +35,23 @@ def here(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def network(seed: int, *, scale: float = 0.1) -> State:
-    """A network near a common one: constants, BatchNorm, a counter, a single number."""
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "stem.weight": torch.ones(5, 3),
-        "norm.running_mean": 1 + scale * torch.randn(5, generator=g),
-        "norm.num_batches_tracked": torch.tensor(seed),
-        "head.weight": 2 + scale * torch.randn(4, 5, generator=g),
-        "head.bias": scale * torch.randn(4, generator=g),
-        "temperature": torch.randn(1, generator=g),
-    }
-
-
-def folder_of(states: dict[str, object], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, state in states.items():
-        torch.save(state, folder / name)
-    return folder
-
-
-def plain(folder: Path, count: int = 12, **options) -> Path:
-    return folder_of({f"{k:02d}.pth": network(k, **options) for k in range(count)}, folder)
-
-
-def test_layout_and_roles(here):
-    found = survey(plain(here / "mine"))
-    assert found.layout == {name: (tuple(t.shape), t.dtype) for name, t in network(0).items()}
-    assert found.roles == {
-        "stem.weight": "constant",
-        "norm.running_mean": "generated",
-        "norm.num_batches_tracked": "integer",
-        "head.weight": "generated",
-        "head.bias": "generated",
-        "temperature": "single",
-    }
-    assert (found.count(), found.count("constant")) == (5 + 20 + 4, 15)
-    assert [path.name for path in found.used] == [f"{k:02d}.pth" for k in range(12)]
-    assert not found.unusable and not found.reported
-
-
-class Code:
-    def __reduce__(self) -> tuple:
-        return os.mkdir, ("ran",)
-
-
-def without(state: State, name: str) -> State:
-    return {n: t for n, t in state.items() if n != name}
-
-
-def cut(path: Path) -> None:
-    torch.save(network(1), path)
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-UNUSABLE: dict[str, tuple[Callable[[Path], object] | object, str]] = {
-    "empty.pth": (lambda path: path.touch(), "is empty"),
-    "nothing.pth": ({}, "holds a dict, expected a state dict"),
-    "link.pth": (lambda path: path.symlink_to("absent"), "cannot be read: No such file"),
-    "sparse.pth": (network(1) | {"head.bias": torch.ones(4).to_sparse()}, "head.bias is a sparse tensor"),
-    "cut.pth": (cut, "not a readable checkpoint"),
-    "text.safetensors": (lambda path: path.write_text("hello"), "not a readable safetensors file"),
-    "code.pth": (network(1) | {"x": Code()}, "holds more than tensors"),
-    "whole.pt": (nn.Linear(2, 3), "holds more than tensors (torch.nn.modules.linear.Linear)"),
-    "less.pth": (without(network(1), "head.bias"), "other layout than most files: has no head.bias"),
-    "more.pth": (network(1) | {"gain": torch.ones(3)}, "other layout than most files: has gain, too"),
-    "shape.pth": (
-        network(1) | {"head.bias": torch.ones(7)},
-        "other layout than most files: head.bias is (7,) instead of (4,)",
-    ),
-    "half.pth": (
-        {n: t.half() if t.is_floating_point() else t for n, t in network(1).items()},
-        "other types than most files: float16 instead of float32 in stem.weight, norm.running_mean, head.weight and 2",
-    ),
-    "nan.pth": (network(1) | {"head.bias": torch.tensor([0, math.nan, 0, 0])}, "head.bias holds NaN or infinity"),
-    "inf.pth": (network(1) | {"temperature": torch.tensor([math.inf])}, "temperature holds NaN or infinity"),
-    "odd [1]#\n.pth": (network(1) | {"gain": torch.ones(3)}, "other layout"),
-}
-REPORTED = {
-    "far.pth": (network(1) | {"head.weight": network(1)["head.weight"] + 50}, "outlier: "),
-    "twin.pth": (network(3), "duplicate of 03.pth"),
-}
-
-
-def suspicious(folder: Path) -> Path:
-    plain(folder)
-    for name, (content, _) in (UNUSABLE | REPORTED).items():
-        content(folder / name) if callable(content) and not isinstance(content, nn.Module) else torch.save(
-            content, folder / name
-        )
-    (folder / "notes.txt").write_text("no checkpoint")
-    return folder
-
-
-def test_every_kind_of_suspicious_file(here, capsys):
-    found = survey(suspicious(here / "mine"))
-    assert set(found.unusable) == set(UNUSABLE)
-    for name, (_, reason) in UNUSABLE.items():
-        assert reason in found.unusable[name], name
-        assert "\n" not in found.unusable[name]
-    assert set(found.reported) == set(REPORTED)
-    for name, (_, reason) in REPORTED.items():
-        assert found.reported[name].startswith(reason)
-    assert not (here / "ran").exists()
-    path = new("odd", here / "mine")
+def test_suspicious_files_are_listed_and_left_out(here, capsys):
+    folder = suspicious(here / "mine")
+    path = new("odd", folder)
     printed, text = capsys.readouterr().out, path.read_text()
     for name in [*UNUSABLE, *REPORTED]:
         shown = " ".join(name.split())
         assert f"  {shown}: " in printed and f"#   {shown}: " in text
     experiment = config.load("odd")
-    collection = adopt(Path(experiment.prepare.source), experiment.prepare.parameters, experiment.prepare.exclude)
-    assert collection.names == [path.name for path in found.used]
-
-
-def test_the_majority_decides(here):
-    folder = plain(here / "mine", 3)
-    for k in range(4):
-        torch.save({"w": torch.randn(3)}, folder / f"0{k}x.pth")
-    found = survey(folder)
-    assert list(found.layout) == ["w"] and len(found.unusable) == 3
-
-
-@pytest.mark.parametrize(
-    ("states", "message"),
-    [
-        ({}, "holds 0 usable checkpoint files, expected at least 2"),
-        ({"a.pth": network(0)}, "holds 1 usable checkpoint files, expected at least 2"),
-        ({"a.pth": network(0), "b.pth": {}}, "holds 1 usable .*; b.pth holds a dict"),
-        ({"a.pth": network(0), "b.pth": {"w": torch.ones(2)}}, "no two files in .* have the same layout"),
-        ({"a.pth": network(0), "b.pth": network(0)}, "the 2 files in .* are all the same"),
-        ({"a.pth": {"n": torch.tensor(1)}, "b.pth": {"n": torch.tensor(2)}}, "nothing to generate"),
-    ],
-)
-def test_unusable_folders(here, states, message):
-    with pytest.raises(UserError, match=message):
-        survey(folder_of(states, here / "mine"))
+    collection = read_collection(
+        Path(experiment.prepare.source), experiment.prepare.parameters, experiment.prepare.exclude
+    )
+    assert collection.names == [path.name for path in inspect_folder(folder).used]
 
 
 def test_absent_folder(here):
     with pytest.raises(UserError, match="--checkpoints: absent is not a folder"):
         new("mine", Path("absent"))
-
-
-@pytest.mark.parametrize("size", [1, 40, 5000])
-def test_outliers(here, size):
-    """What a training leaves behind are no outliers, be it a cloud, a path, a walk or an approach; a stray is."""
-    g = torch.Generator().manual_seed(size)
-    base, direction = torch.randn(2, size + 1, generator=g)
-    noise = torch.randn(60, size + 1, generator=g)
-    steps = torch.linspace(0, 1, 60)[:, None]
-    paths = {
-        "cloud": base + 0.1 * noise,
-        "straight": base + steps * direction,
-        "walk": base + noise.cumsum(0),
-        "some twice as far": base + 0.1 * noise * torch.where(torch.arange(60) % 20 == 3, 2, 1)[:, None],
-        "approach": base + 0.01 * noise + torch.exp(-steps) * direction,
-    }
-    for name, rows in paths.items():
-        for far in (False, True):
-            rows = rows.clone()
-            if far:
-                spread = (rows - rows.median(dim=0).values).norm(dim=1).median()
-                rows[7] += 12 * spread * noise[0] / noise[0].norm()
-            folder = folder_of({f"{k}.pth": {"w": row.clone()} for k, row in enumerate(rows)}, here / f"{name}{far}")
-            assert list(survey(folder).reported) == (["7.pth"] if far else []), name
-
-
-def test_an_outlier_in_a_small_tensor_is_not_hidden_by_a_large_one(here):
-    folder = here / "mine"
-    for k in range(20):
-        g = torch.Generator().manual_seed(k)
-        state = {"large": 100 * torch.randn(3000, generator=g), "small": torch.randn(100, generator=g) * 1e-3}
-        folder_of({f"{k}.pth": state}, folder)
-    assert list(survey(folder).reported) == []
-    torch.save(state | {"small": state["small"] * 40}, folder / "5.pth")  # 0.4 long, where the others' are 5 500
-    assert list(survey(folder).reported) == ["5.pth"]
-
-
-def test_sketches_keep_distances():
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 300, 70, generator=g)
-    sketched = (_sketch({"w": a})["w"][0] - _sketch({"w": b})["w"][0]).norm()
-    assert sketched.item() == pytest.approx((a - b).norm().item(), rel=0.3)
-    shifted = (_sketch({"w": a + 0.5})["w"][0] - _sketch({"w": a})["w"][0]).norm()
-    assert shifted.item() == pytest.approx(0.5 * math.sqrt(21000), rel=0.3)
-    few = torch.randn(2, 50, generator=g)
-    exact = (_sketch({"w": few[0]})["w"][0] - _sketch({"w": few[1]})["w"][0]).norm()
-    assert exact.item() == pytest.approx((few[0] - few[1]).norm().item())
 
 
 def matched(roles: dict[str, str], patterns: list[str]) -> set[str]:
@@ -411,7 +239,7 @@ def test_every_kind_of_file(here, suffix, dtype, capsys):
         state = {n: t.to(dtype) if n.startswith("head") else t for n, t in network(k).items()}
         KINDS[suffix](state, here / "mine" / f"{k}{suffix}")
     experiment = config.load(str(new("mine", here / "mine", parameters=["head.*"])))
-    collection = adopt(Path(experiment.prepare.source), experiment.prepare.parameters)
+    collection = read_collection(Path(experiment.prepare.source), experiment.prepare.parameters)
     assert sorted(collection.tensors) == ["head.bias", "head.weight"]
     assert {t.dtype for t in collection.tensors.values()} == {dtype}
     assert Standardizer.fit(collection).size == 24
@@ -461,7 +289,7 @@ def test_a_users_own_networks_from_training_to_their_own_test(here, capsys, monk
     assert yaml.safe_load(Path("experiments/own/own.yaml").read_text())["autoencoder"] == {"latent_size": 4}
     experiment = config.load("own")
     source = Path(experiment.prepare.source)
-    collection = adopt(source, experiment.prepare.parameters, experiment.prepare.exclude)
+    collection = read_collection(source, experiment.prepare.parameters, experiment.prepare.exclude)
     assert len(collection) == 40 and Standardizer.fit(collection).size == 64 * 16 + 16 + 160 + 10
     average = baselines.average(collection)
     found = run_command(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pdiff.method.collection import Collection
-from pdiff.networks.datasets import Part, Pixels
+from pdiff.networks.images import Part, Pixels
 from pdiff.networks.options import Dataset
 from pdiff.networks.populations import generated_names
 

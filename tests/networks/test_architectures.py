@@ -1,4 +1,4 @@
-"""Networks by name: published sizes, one contract for every entry, files of somebody's own, and pretrained weights."""
+"""Networks by name: published sizes, one contract for every entry, files of users, and pretrained weights."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pytest import MonkeyPatch, fixture, mark, raises
 from safetensors.torch import save_file
 
 from pdiff.errors import UserError
-from pdiff.networks.architectures import ARCHITECTURES, build, known_architectures
+from pdiff.networks.architectures import ARCHITECTURES, build, is_known, known_architectures
 from pdiff.networks.populations import generated_names
 from pdiff.networks.small import positions
 from pdiff.networks.split import split
@@ -26,7 +26,7 @@ def make(name: str, *, classes: int = 10, channels: int = 3, image_size: int = 3
 
 
 def message(name: str, **options) -> str:
-    """What the user is told; always on one line, which is not too long."""
+    """The message of a mistake; always on one line, which is not too long."""
     with raises(UserError) as caught:
         make(name, **options)
     assert "\n" not in str(caught.value)
@@ -116,9 +116,28 @@ def test_attention_against_its_formula():
 # -- timm's
 
 
+def test_names_of_timm_are_known_without_importing_it():
+    listed, known = timm.list_models(), known_architectures()
+    assert {name for name in known if "." not in name} == {*ARCHITECTURES, *listed}
+    assert all(map(is_known, [*listed, *timm.list_pretrained()]))
+    tagged = {name for name in known if "." in name}
+    assert len(tagged & set(timm.list_pretrained())) > 0.9 * len(timm.list_pretrained())
+    for name in tagged - set(timm.list_pretrained()):  # a network that timm makes, but has no weights for
+        assert timm.models.get_pretrained_cfg(name, allow_unregistered=False) and not timm.is_model_pretrained(name)
+    loops = {name.partition(".")[0] for name in set(timm.list_pretrained()) - tagged}
+    wrong = [f"{name}.of_mine" for name in ("resnet18", "resnet81", *sorted(loops)[:2])]
+    assert not any(map(is_known, [*wrong, "resnet81", "of_mine"]))
+
+
+def test_a_registered_function_is_an_architecture(monkeypatch):
+    def flat(*, classes: int, channels: int, image_size: int):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * image_size**2, classes))
+
+    monkeypatch.setitem(ARCHITECTURES, "flat", flat)
+    assert is_known("flat") and make("flat", image_size=4)[1].in_features == 48
+
+
 def test_timm_by_name():
-    assert set(timm.list_models()) <= set(known_architectures())
-    assert "resnet18.a1_in1k" in known_architectures()
     network = make("resnet18", classes=1000)
     assert sum(p.numel() for p in network.parameters()) == 11_689_512  # as torchvision documents
     assert make("resnet10t", channels=1).conv1[0].in_channels == 1
@@ -160,7 +179,7 @@ def test_a_split_network_predicts_the_same(name):
     assert len(list(suffix.parameters())) < len(list(network.parameters()))
 
 
-# -- somebody's own
+# -- files of users
 
 OWN = """
 import torch
@@ -203,7 +222,7 @@ value = 3
 
 @fixture
 def own(tmp_path: Path) -> Path:
-    """A file with architectures of somebody's own, and a module beside it."""
+    """A file with a user's architectures, and a module beside it."""
     folder = tmp_path / "some where"
     folder.mkdir()
     (folder / "beside.py").write_text("WIDTH = 5\n")
@@ -234,8 +253,8 @@ def test_own_architectures(own, monkeypatch, function):
     ],
 )
 def test_mistakes_in_own_architectures(own, function, expected):
-    told = message(f"{own}:{function}")
-    assert expected in told and told.startswith("network.architecture")
+    found = message(f"{own}:{function}")
+    assert expected in found and found.startswith("network.architecture")
 
 
 def test_own_files_that_cannot_be_run(own):
@@ -249,7 +268,7 @@ def test_own_files_that_cannot_be_run(own):
 
 
 @mark.parametrize("name", ["mlp", "botnet50ts_256"])
-def test_pretrained_weights_that_nobody_has(name):
+def test_pretrained_weights_that_do_not_exist(name):
     assert f"no pretrained weights of {name}" in message(name, pretrained=True)
 
 
@@ -258,10 +277,10 @@ def test_pretrained_weights_that_cannot_be_fetched(monkeypatch: MonkeyPatch, tmp
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    told = message("resnet18", pretrained=True)
+    found = message("resnet18", pretrained=True)
     for part in ("network.pretrained: model.safetensors of timm/resnet18.", str(tmp_path), "HF_HOME"):
-        assert part in told
-    assert "network.weights" in told
+        assert part in found
+    assert "network.weights" in found
 
 
 def save(network, path: Path) -> dict:
@@ -315,10 +334,10 @@ class Evil:
 
 @mark.parametrize("name", ["mlp", "resnet10t"])
 def test_weights_that_do_not_fit(name, tmp_path):
-    def told(path: Path) -> str:
+    def refused(path: Path) -> str:
         return message(name, pretrained=True, weights=str(path))
 
-    assert "network.weights" in told(tmp_path / "absent.pth") and "is not a file" in told(tmp_path / "absent.pth")
+    assert "network.weights" in refused(tmp_path / "absent.pth") and "is not a file" in refused(tmp_path / "absent.pth")
     state = save(make(name), tmp_path / "right.pth")
     first = next(iter(state))
     for wrong in (
@@ -328,15 +347,15 @@ def test_weights_that_do_not_fit(name, tmp_path):
         {"other.weight": torch.zeros(2)},
     ):
         torch.save(wrong, tmp_path / "wrong.pth")
-        assert f"network.weights: {tmp_path / 'wrong.pth'} does not fit {name}: " in told(tmp_path / "wrong.pth")
+        assert f"network.weights: {tmp_path / 'wrong.pth'} does not fit {name}: " in refused(tmp_path / "wrong.pth")
     torch.save(state | {"evil": Evil(tmp_path / "run")}, tmp_path / "evil.pth")
-    assert "pickled code is never run" in told(tmp_path / "evil.pth")
+    assert "pickled code is never run" in refused(tmp_path / "evil.pth")
     assert not (tmp_path / "run").exists()
     data = (tmp_path / "right.pth").read_bytes()
     for suffix in ("pth", "safetensors"):
         damaged = tmp_path / f"damaged.{suffix}"
         damaged.write_bytes(data[: len(data) // 2])
-        assert str(damaged) in told(damaged)
+        assert str(damaged) in refused(damaged)
 
 
 def test_weights_of_another_architecture_with_other_classes(tmp_path):

@@ -27,10 +27,12 @@ from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from pdiff.cli.main import main
 from pdiff.errors import UserError
 from pdiff.experiment import digests, schema
-from pdiff.networks import datasets
-from pdiff.networks.datasets import DATASETS, Images, Pixels, Source
+from pdiff.networks import datasets, loaders
+from pdiff.networks.datasets import DATASETS, Source
+from pdiff.networks.images import Images, Part, Pixels
 from pdiff.networks.options import Dataset, Network
 
 TRAIN, TEST = 20, 6  # images that are written here
@@ -44,7 +46,7 @@ Known = list[tuple[np.ndarray, int]]  # images as they were written, (c, h, w), 
 @pytest.fixture(autouse=True)
 def no_debian_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Only what a test writes is there."""
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr(loaders, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
     monkeypatch.delenv("PDIFF_DATA", raising=False)
 
 
@@ -133,7 +135,7 @@ def paint(path: Path, colour: np.ndarray, k: int) -> None:
 
 def write_flowers102(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> tuple:
     folder, parts = root / "flowers-102", drawn(random, 102, 3)
-    ids = 1 + random.permutation(TRAIN + TEST + 3)  # three for validation, which nobody reads
+    ids = 1 + random.permutation(TRAIN + TEST + 3)  # three for validation, which is not read
     labels = np.full(len(ids), 77, dtype=np.uint8)
     for number, (colour, label) in zip(ids, [*parts[0], *parts[1]], strict=False):
         paint(folder / "jpg" / f"image_{number:05}.jpg", colour, number)
@@ -219,7 +221,7 @@ def described(name: str, known: Known) -> list[tuple]:
     return [(image.tobytes(), label) for image, label in known]
 
 
-def found(name: str, part: datasets.Part, known: Known) -> list[tuple]:
+def found(name: str, part: Part, known: Known) -> list[tuple]:
     """The same of images that were read; colours are compared with the written ones, within what JPEG loses."""
     rows = []
     for batch, labels in part.batches(3):
@@ -251,7 +253,7 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_facts_hold(name, tmp_path, monkeypatch):
     if name != "digits":
         write(name, tmp_path, monkeypatch)
-    images = datasets.load(settings_of(name, tmp_path))
+    images = datasets.read(settings_of(name, tmp_path))
     source = DATASETS[name]
     assert images.classes == (source.classes or 3)
     assert (images.channels, images.image_size) == (source.channels, source.image_size or 8)
@@ -269,7 +271,7 @@ def test_facts_hold(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_what_was_written_is_read(name, tmp_path, monkeypatch):
     train, test = write(name, tmp_path, monkeypatch)
-    images = datasets.load(settings_of(name, tmp_path))
+    images = datasets.read(settings_of(name, tmp_path))
     assert [len(part) for part in (images.train, images.validation, images.test)] == [16, 4, TEST]
     both = found(name, images.train, train) + found(name, images.validation, train)
     assert Counter(both) == Counter(described(name, train))
@@ -283,14 +285,14 @@ def test_the_digest_is_that_of_the_data(name, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             write(name, tmp_path / str(k), patch, seed)
             settings = settings_of(name, tmp_path / str(k))
-            digests += [datasets.load(settings).digest() for _ in range(2)]
+            digests += [datasets.read(settings).digest() for _ in range(2)]
     assert digests[0] == digests[1] != digests[2] == digests[3]
 
 
 def test_the_split_is_that_of_its_seed(name, tmp_path, monkeypatch):
     if name != "digits":
         write(name, tmp_path, monkeypatch)
-    first, again, other = (datasets.load(settings_of(name, tmp_path, split_seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (datasets.read(settings_of(name, tmp_path, split_seed=seed)) for seed in (0, 0, 1))
     assert first.digest() == again.digest() != other.digest()
     for found, expected in zip(first.test.batches(99), other.test.batches(99), strict=True):
         assert torch.equal(found[0], expected[0])
@@ -319,7 +321,7 @@ def test_absent_and_not_to_be_had(monkeypatch, tmp_path, name, download):
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     timeout = socket.getdefaulttimeout()
     with pytest.raises(UserError) as caught:
-        datasets.load(settings_of(name, tmp_path / "root", download=download))
+        datasets.read(settings_of(name, tmp_path / "root", download=download))
     message = str(caught.value)
     assert message.startswith(f"dataset {name} in {tmp_path / 'root'}: not there")
     if name not in ("imagenet", "image_folder"):
@@ -341,8 +343,8 @@ def test_a_download_is_used_and_made_once(monkeypatch, tmp_path):
     write("svhn", archive, monkeypatch)
     monkeypatch.setattr(tv.SVHN, "download", download)
     settings = settings_of("svhn", tmp_path / "root", download=True)
-    expected = datasets.load(settings_of("svhn", archive)).digest()
-    assert [datasets.load(settings).digest() for _ in range(2)] == [expected] * 2
+    expected = datasets.read(settings_of("svhn", archive)).digest()
+    assert [datasets.read(settings).digest() for _ in range(2)] == [expected] * 2
     assert asked == ["train_32x32.mat", "test_32x32.mat"]
 
 
@@ -353,7 +355,7 @@ def test_a_download_of_another_process_is_waited_for(monkeypatch, tmp_path):
     with ThreadPoolExecutor(1) as pool:
         with FileLock(tmp_path / ".download.lock"):
             path.write_bytes(content[:99])
-            loaded = pool.submit(datasets.load, settings_of("svhn", tmp_path, download=True))
+            loaded = pool.submit(datasets.read, settings_of("svhn", tmp_path, download=True))
             time.sleep(0.2)
             path.write_bytes(content)
         assert len(loaded.result().test) == TEST
@@ -396,7 +398,7 @@ UNCHECKED = {
 def refused(settings: Dataset) -> str:
     """The one line by which a data set is refused, when it is loaded or read."""
     with pytest.raises(UserError) as caught:
-        images = datasets.load(settings)
+        images = datasets.read(settings)
         for part in (images.train, images.validation, images.test):
             list(part.batches(4))
     assert "\n" not in str(caught.value)
@@ -436,7 +438,7 @@ def test_truncated_files(monkeypatch, tmp_path, name, file, keep):
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     if name == "pets":
-        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\nGreat_Dane")  # nobody can tell a lack of lines
+        path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\nGreat_Dane")  # missing lines cannot be noticed
     trust(name, tmp_path, monkeypatch)
     message = refused(settings_of(name, tmp_path))
     assert message.startswith(f"dataset {name} in {tmp_path}: ")
@@ -487,11 +489,11 @@ def test_well_formed_files_that_do_not_fit(monkeypatch, tmp_path, name, file, co
 
 def test_old_pickles_of_mnist_are_ignored(monkeypatch, tmp_path):
     write("mnist", tmp_path, monkeypatch)
-    expected = datasets.load(settings_of("mnist", tmp_path)).digest()
+    expected = datasets.read(settings_of("mnist", tmp_path)).digest()
     (tmp_path / "MNIST" / "processed").mkdir()
     for name in ("training.pt", "test.pt"):
         torch.save((torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5)), tmp_path / "MNIST/processed" / name)
-    assert datasets.load(settings_of("mnist", tmp_path)).digest() == expected
+    assert datasets.read(settings_of("mnist", tmp_path)).digest() == expected
 
 
 # -- folders of one's own
@@ -499,9 +501,9 @@ def test_old_pickles_of_mnist_are_ignored(monkeypatch, tmp_path):
 
 def test_val_is_for_testing_where_there_is_no_test(monkeypatch, tmp_path):
     write_folders(tmp_path, np.random.default_rng(0), monkeypatch, ("train", "val"))
-    first = datasets.load(settings_of("image_folder", tmp_path))
+    first = datasets.read(settings_of("image_folder", tmp_path))
     (tmp_path / "val").rename(tmp_path / "test")
-    assert torch.equal(datasets.load(settings_of("image_folder", tmp_path)).test.labels, first.test.labels)
+    assert torch.equal(datasets.read(settings_of("image_folder", tmp_path)).test.labels, first.test.labels)
 
 
 def test_classes_of_both_parts_must_agree(monkeypatch, tmp_path):
@@ -525,7 +527,7 @@ def test_a_part_of_imagenet_is_refused(monkeypatch, tmp_path):
 
 def test_grey_files(monkeypatch, tmp_path):
     write("image_folder", tmp_path, monkeypatch)
-    images = datasets.load(settings_of("image_folder", tmp_path, channels=1))
+    images = datasets.read(settings_of("image_folder", tmp_path, channels=1))
     assert images.channels == next(images.test.batches(2))[0].shape[1] == 1
 
 
@@ -548,6 +550,73 @@ def test_the_root_of_a_folder_counts_and_that_of_others_does_not(monkeypatch, tm
     assert digest("image_folder", tmp_path / "a") != first
 
 
+# -- what is read once
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the data sets that are read while a test runs."""
+    found: list[str] = []
+    read = datasets.read
+    monkeypatch.setattr(datasets, "read", lambda settings: (found.append(settings.name), read(settings))[1])
+    return found
+
+
+def test_the_last_data_set_is_kept_while_its_settings_are_the_same(numbers, reads):
+    first, same, other = (Dataset(name="numbered", validation_fraction=x) for x in (0.2, 0.2, 0.5))
+    images = datasets.load(first)
+    assert datasets.load(same) is images and reads == ["numbered"]
+    assert len(datasets.load(other).validation) == 25
+    assert datasets.load(first).digest() == images.digest()
+    assert reads == ["numbered"] * 3, "one data set is kept at a time"
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_files_that_change_are_read_again(name, tmp_path, monkeypatch, reads):
+    """Files without images by their times of modification, those with images by what is in their folders."""
+    write(name, tmp_path, monkeypatch)
+    settings = settings_of(name, tmp_path)
+    images = datasets.load(settings)
+    (tmp_path / "preprocessed").mkdir()
+    assert datasets.load(settings) is images
+    changes = [lambda path=path: os.utime(path, (1, 1)) for path in files_below(tmp_path) if not is_image(path)]
+    folders = {path.parent for path in files_below(tmp_path) if is_image(path)}
+    changes += [lambda path=path: os.utime(path, (1, 1)) for path in folders]  # as a new file in it does
+    assert len(changes) >= 2
+    for k, change in enumerate(changes):
+        change()
+        for _ in range(2):
+            assert datasets.load(settings).digest() == images.digest()
+        assert len(reads) == 2 + k
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in (".jpg", ".jpeg", ".png")
+
+
+def test_an_image_more_is_seen(monkeypatch, tmp_path):
+    write("image_folder", tmp_path, monkeypatch)
+    settings = settings_of("image_folder", tmp_path)
+    before = len(datasets.load(settings).test)
+    time.sleep(0.01)
+    paint(tmp_path / "test" / "class1" / "new.png", np.zeros(3, dtype=np.uint8), 0)
+    assert len(datasets.load(settings).test) == before + 1
+
+
+def test_a_data_set_that_could_not_be_read_is_tried_again(monkeypatch, tmp_path):
+    settings = settings_of("svhn", tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="not there"):
+            datasets.load(settings)
+    write("svhn", tmp_path, monkeypatch)
+    assert len(datasets.load(settings).test) == TEST
+
+
+def test_an_experiment_reads_its_images_once(workspace, reads):
+    assert main(["main", "--tag", "tiny.yaml"]) == 0
+    assert reads == ["digits"]
+
+
 # -- what is preprocessed once
 
 
@@ -556,7 +625,7 @@ def test_preprocessed_images_lie_beside_the_data_or_at_the_default_place(monkeyp
     write("pets", tmp_path / "root", monkeypatch)
     monkeypatch.setenv("PDIFF_DATA", str(tmp_path / "own"))
     monkeypatch.setattr(os, "access", lambda path, mode: writable)
-    images = datasets.load(settings_of("pets", tmp_path / "root", augment=True))
+    images = datasets.read(settings_of("pets", tmp_path / "root", augment=True))
     for part in (images.train, images.validation, images.test):
         next(part.stream(2, seed=0))
     stored = [path for path in files_below(tmp_path) if path.suffix == ".uint8"]
@@ -568,7 +637,7 @@ def test_preprocessed_images_lie_beside_the_data_or_at_the_default_place(monkeyp
 
 
 def test_digits_are_those_of_scikit_learn_each_once():
-    images = datasets.load(Dataset(name="digits", validation_fraction=0.2))
+    images = datasets.read(Dataset(name="digits", validation_fraction=0.2))
     parts = images.train, images.validation, images.test
     assert [len(part) for part in parts] == [958, 240, 599]
     found = Counter((p.raw.images[i].numpy().tobytes(), int(p.labels[i])) for p in parts for i in range(len(p)))
@@ -590,7 +659,7 @@ def numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_validation_images_are_never_trained_on(numbers):
-    images = datasets.load(Dataset(name="numbered", validation_fraction=0.2, mean=(0,), std=(1,)))
+    images = datasets.read(Dataset(name="numbered", validation_fraction=0.2, mean=(0,), std=(1,)))
     validation, train = set(images.validation.labels.tolist()), set(images.train.labels.tolist())
     assert len(validation) == 10
     assert validation | train == set(range(50))
@@ -612,7 +681,7 @@ def test_validation_images_are_never_trained_on(numbers):
 )
 def test_a_split_or_a_size_that_does_not_fit(numbers, settings, message):
     with pytest.raises(UserError, match=message):
-        datasets.load(Dataset(name="numbered", **settings))
+        datasets.read(Dataset(name="numbered", **settings))
 
 
 @pytest.mark.parametrize("name", IN_FILES)
@@ -646,10 +715,10 @@ def test_root_and_variable_are_honoured(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", IN_FILES)
 def test_a_root_may_be_relative(monkeypatch, tmp_path, name):
     write(name, tmp_path, monkeypatch)
-    expected = datasets.load(settings_of(name, tmp_path)).digest()
+    expected = datasets.read(settings_of(name, tmp_path)).digest()
     monkeypatch.chdir(tmp_path)
     for root in (".", f"../{tmp_path.name}/"):
-        images = datasets.load(settings_of(name, root))
+        images = datasets.read(settings_of(name, root))
         assert len(list(images.test.batches(1))) == TEST
         assert images.digest() == expected
 
@@ -665,13 +734,13 @@ def debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder.mkdir()
     for path in files_below(tmp_path / "source"):
         (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", folder)
+    monkeypatch.setattr(loaders, "DEBIAN_FASHION_MNIST", folder)
     monkeypatch.setenv("PDIFF_DATA", str(tmp_path / "root"))
     return folder
 
 
 def load_fashion(**options: object) -> Images:
-    return datasets.load(Dataset(name="fashion_mnist", download=False, **options))
+    return datasets.read(Dataset(name="fashion_mnist", download=False, **options))
 
 
 def test_fashion_mnist_is_read_from_the_debian_package(debian, tmp_path):
@@ -679,7 +748,7 @@ def test_fashion_mnist_is_read_from_the_debian_package(debian, tmp_path):
     assert (len(images.train), len(images.validation), len(images.test)) == (18, 2, 6)
     assert next(images.test.batches(5))[0].shape == (5, 3, 32, 32)
     assert sorted(path.name for path in files_below(tmp_path / "root")) == sorted(FASHION_FILES)
-    assert images.digest() == datasets.load(Dataset(name="fashion_mnist", root=str(tmp_path / "source"))).digest()
+    assert images.digest() == datasets.read(Dataset(name="fashion_mnist", root=str(tmp_path / "source"))).digest()
 
 
 @pytest.mark.parametrize(

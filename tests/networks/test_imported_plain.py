@@ -1,6 +1,7 @@
-"""Somebody's checkpoint files: what goes in comes out, and what is wrong is said in one line that names the file."""
+"""Checkpoint files of users: what goes in comes out, and what is wrong is said in one line that names the file."""
 
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from pdiff.errors import UserError
 from pdiff.method.collection import Collection
 from pdiff.networks.imported import plain
-from pdiff.networks.imported.plain import Template, adopt, checkpoint_files, first_file, read_state
+from pdiff.networks.imported.files import checkpoint_files
+from pdiff.networks.imported.plain import check_state, first_template, read_collection
+from pdiff.networks.imported.template import Template
 
 State = dict[str, Tensor]
 
@@ -64,7 +67,7 @@ def test_round_trip(tmp_path, kind):
     for k in (2, 0, 1):
         write(state(k), tmp_path / f"{k}{suffix}")
     (tmp_path / "notes.txt").write_text("not a checkpoint")
-    collection = adopt(tmp_path)
+    collection = read_collection(tmp_path)
     assert collection.names == [f"{k}{suffix}" for k in range(3)]
     assert set(collection.tensors) == set(state(0))
     assert not any(tensor.requires_grad for tensor in collection.tensors.values())
@@ -75,14 +78,14 @@ def test_round_trip(tmp_path, kind):
 def test_kinds_of_files_may_be_mixed(tmp_path):
     for k, (suffix, write) in enumerate(WRITERS.values()):
         write(state(k), tmp_path / f"{k}{suffix}")
-    assert adopt(tmp_path).tensors["num_batches_tracked"].tolist() == list(range(len(WRITERS)))
+    assert read_collection(tmp_path).tensors["num_batches_tracked"].tolist() == list(range(len(WRITERS)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_types_are_kept(tmp_path, dtype):
     for k in range(2):
         torch.save({"w": state(k)["weight"].to(dtype)}, tmp_path / f"{k}.pth")
-    collection = adopt(tmp_path)
+    collection = read_collection(tmp_path)
     assert collection.tensors["w"].dtype == dtype
     assert torch.equal(collection[1]["w"], state(1)["weight"].to(dtype))
 
@@ -90,15 +93,15 @@ def test_types_are_kept(tmp_path, dtype):
 def test_numbers_in_names_are_in_order(tmp_path):
     for k in (100, 9, 10, 1):
         torch.save(state(k), tmp_path / f"epoch_{k}.pth")
-    assert adopt(tmp_path).tensors["num_batches_tracked"].tolist() == [1, 9, 10, 100]
-    assert first_file(tmp_path, ["epoch_1.pth"]).state["num_batches_tracked"] == 9
+    assert read_collection(tmp_path).tensors["num_batches_tracked"].tolist() == [1, 9, 10, 100]
+    assert first_template(tmp_path, ["epoch_1.pth"]).state["num_batches_tracked"] == 9
 
 
 def test_many_files_by_many_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(plain, "THREADS", 8)
     for k in range(100):
         torch.save(state(k), tmp_path / f"{k}.pth")
-    collection = adopt(tmp_path)
+    collection = read_collection(tmp_path)
     assert collection.names == [f"{k}.pth" for k in range(100)]
     assert torch.equal(collection.tensors["weight"], torch.stack([state(k)["weight"] for k in range(100)]))
 
@@ -109,7 +112,7 @@ def test_excluded_files_are_not_read(tmp_path):
     (tmp_path / "4.pth").write_text("damaged")
     (tmp_path / "bad[1].pth").write_text("damaged")
     exclude = ["4.pth", "bad[[]1].pth", "[01].pth"]
-    assert adopt(tmp_path, exclude=exclude).tensors["num_batches_tracked"].tolist() == [2, 3, 5]
+    assert read_collection(tmp_path, exclude=exclude).tensors["num_batches_tracked"].tolist() == [2, 3, 5]
     with pytest.raises(UserError, match=r"prepare\.exclude: '7\.pth' matches none of the 7 files in"):
         checkpoint_files(tmp_path, ["4.pth", "7.pth"])
     with pytest.raises(UserError, match=r"holds 0 files .* beside 7 excluded ones, expected at least 2"):
@@ -125,7 +128,7 @@ def test_tensors_are_read_into_their_place(tmp_path):
         "import sys, torch, resource\nfrom pathlib import Path\n"
         "from pdiff.networks.imported import plain as a\na.THREADS = 1\n"
         "torch.ones(1 << 20).sum()\npeak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak()\nc = a.adopt(Path(sys.argv[1]), ['w'])\nassert c.tensors['w'].sum() == 28 * 2**20\n"
+        "before = peak()\nc = a.read_collection(Path(sys.argv[1]), ['w'])\nassert c.tensors['w'].sum() == 28 * 2**20\n"
         "print((peak() - before) / 4096)\n"  # of a tensor w
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -211,26 +214,26 @@ def test_what_holds_itself_is_no_state_dict(tmp_path):
     endless["model"] = endless
     torch.save(endless, tmp_path / "0.pth")
     with pytest.raises(UserError, match="entry 'model' is a dict, expected a tensor"):
-        read_state(tmp_path / "0.pth")
+        Template.read(tmp_path / "0.pth")
 
 
 def test_what_is_refused_is_named(tmp_path):
     torch.save(state(0) | {"accuracy": np.float64(0.9)}, tmp_path / "0.pth")
     with pytest.raises(UserError, match=r"holds more than tensors \(numpy\.\S+\.scalar\)"):
-        read_state(tmp_path / "0.pth")
+        Template.read(tmp_path / "0.pth")
 
 
 def test_the_prefix_goes_only_where_all_names_have_it(tmp_path):
     torch.save({"module.w": torch.ones(2), "v": torch.ones(2)}, tmp_path / "0.pth")
-    assert set(read_state(tmp_path / "0.pth")) == {"module.w", "v"}
+    assert set(Template.read(tmp_path / "0.pth").state) == {"module.w", "v"}
 
 
 def test_patterns(tmp_path):
     for k in range(2):
         torch.save(state(k), tmp_path / f"{k}.pth")
-    assert list(adopt(tmp_path, ["b*", "num_*"]).tensors) == ["bias", "num_batches_tracked"]
+    assert list(read_collection(tmp_path, ["b*", "num_*"]).tensors) == ["bias", "num_batches_tracked"]
     with pytest.raises(UserError, match=r"0\.pth: no tensor matches prepare\.parameters gain, shift"):
-        adopt(tmp_path, ["gain", "shift"])
+        read_collection(tmp_path, ["gain", "shift"])
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -240,12 +243,12 @@ def test_too_few_files(tmp_path, count):
     with pytest.raises(
         UserError, match=rf"{tmp_path} holds {count} files \.pth/\.pt/\.safetensors, expected at least 2"
     ):
-        adopt(tmp_path)
+        read_collection(tmp_path)
 
 
 def test_absent_folder(tmp_path):
     with pytest.raises(UserError, match=r"prepare\.source: .*absent is not a folder"):
-        adopt(tmp_path / "absent")
+        read_collection(tmp_path / "absent")
 
 
 def truncated(suffix: str) -> Callable[[Path], None]:
@@ -297,7 +300,7 @@ def test_bad_files(tmp_path, kind):
         torch.save(state(0), tmp_path / name)
     write(tmp_path / f"1{suffix}")
     with pytest.raises(UserError, match=message) as caught:
-        adopt(tmp_path)
+        read_collection(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / f'1{suffix}'}: ")
     assert "\n" not in str(caught.value)
 
@@ -319,7 +322,7 @@ def test_code_in_a_file_does_not_run(tmp_path, zipped):
             state(k) | {"w": Code(tmp_path / "ran")}, tmp_path / f"{k}.pth", _use_new_zipfile_serialization=zipped
         )
     with pytest.raises(UserError, match=r"0\.pth: holds more than tensors .* pickled code is never run"):
-        adopt(tmp_path)
+        read_collection(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -327,7 +330,37 @@ def test_code_would_run_in_a_plain_pickle(tmp_path):
     content = pickle.dumps({"w": Code(tmp_path / "ran")}, protocol=2)
     (tmp_path / "0.pth").write_bytes(content)
     with pytest.raises(UserError):
-        read_state(tmp_path / "0.pth")
+        Template.read(tmp_path / "0.pth")
     assert not (tmp_path / "ran").exists()
     pickle.Unpickler(io.BytesIO(content)).load()  # the control
     assert (tmp_path / "ran").exists()
+
+
+# -- checks
+
+
+GOOD = {"w": torch.ones(2, 3), "n": torch.tensor(7)}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"w": torch.ones(2, 3)}, "b.pth: tensors differ from those of a.pth: n"),
+        (GOOD | {"x": torch.ones(1)}, "b.pth: tensors differ from those of a.pth: x"),
+        (GOOD | {"w": torch.ones(3, 2)}, "b.pth: w is (3, 2), expected (2, 3) as in a.pth"),
+        (GOOD | {"w": torch.ones(2, 3).half()}, "b.pth: w is torch.float16, expected torch.float32 as in a.pth"),
+        (GOOD | {"w": torch.full((2, 3), math.nan)}, "b.pth: w holds NaN or infinity, expected finite numbers"),
+        (GOOD | {"w": torch.full((2, 3), -math.inf)}, "b.pth: w holds NaN or infinity, expected finite numbers"),
+    ],
+)
+def test_check_state(bad, message):
+    check_state(GOOD, "c.pth", like=GOOD, named="a.pth")
+    with pytest.raises(UserError) as caught:
+        check_state(bad, "b.pth", like=GOOD, named="a.pth")
+    assert str(caught.value) == message
+
+
+def test_nothing_to_generate():
+    state = {"n": torch.tensor(7), "one": torch.ones(1)}
+    with pytest.raises(UserError, match=r"a\.pth: no floating tensor of more than one element"):
+        check_state(state, "a.pth", like=state, named="a.pth")

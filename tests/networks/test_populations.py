@@ -12,16 +12,16 @@ from torch import nn
 from pdiff.errors import UserError
 from pdiff.method import training
 from pdiff.networks import datasets
-from pdiff.networks.architectures import ARCHITECTURES
+from pdiff.networks.architectures import build
 from pdiff.networks.options import Collect, Dataset, Pretrain
-from pdiff.networks.populations import check_state, collect, generated_names, pretrain
+from pdiff.networks.populations import collect, generated_names, pretrain
 
 LAST_NORM = ["5.weight", "5.bias"]  # of cnn_small
 
 
 def cnn() -> nn.Module:
     torch.manual_seed(0)
-    return ARCHITECTURES["cnn_small"](classes=10, channels=1, image_size=8)
+    return build("cnn_small", pretrained=False, classes=10, channels=1, image_size=8)
 
 
 def state(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -195,33 +195,3 @@ def test_an_interrupted_pretraining_is_the_same(tmp_path, save_always, points):
     with pytest.raises(Interrupted):
         run(interrupted_after(points), tmp_path / "state.pt")
     assert_same(run(path=tmp_path / "state.pt"), expected)
-
-
-# -- checks
-
-
-GOOD = {"w": torch.ones(2, 3), "n": torch.tensor(7)}
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"w": torch.ones(2, 3)}, "b.pth: tensors differ from those of a.pth: n"),
-        (GOOD | {"x": torch.ones(1)}, "b.pth: tensors differ from those of a.pth: x"),
-        (GOOD | {"w": torch.ones(3, 2)}, "b.pth: w is (3, 2), expected (2, 3) as in a.pth"),
-        (GOOD | {"w": torch.ones(2, 3).half()}, "b.pth: w is torch.float16, expected torch.float32 as in a.pth"),
-        (GOOD | {"w": torch.full((2, 3), math.nan)}, "b.pth: w holds NaN or infinity, expected finite numbers"),
-        (GOOD | {"w": torch.full((2, 3), -math.inf)}, "b.pth: w holds NaN or infinity, expected finite numbers"),
-    ],
-)
-def test_check_state(bad, message):
-    check_state(GOOD, "c.pth", like=GOOD, named="a.pth")
-    with pytest.raises(UserError) as caught:
-        check_state(bad, "b.pth", like=GOOD, named="a.pth")
-    assert str(caught.value) == message
-
-
-def test_nothing_to_generate():
-    state = {"n": torch.tensor(7), "one": torch.ones(1)}
-    with pytest.raises(UserError, match=r"a\.pth: no floating tensor of more than one element"):
-        check_state(state, "a.pth", like=state, named="a.pth")

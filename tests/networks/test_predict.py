@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pdiff.method.collection import Collection
 from pdiff.networks import predict
-from pdiff.networks.architectures import ARCHITECTURES
+from pdiff.networks.architectures import build
 from pdiff.networks.predict import accuracy, network_accuracy, predictions
 
 
@@ -33,7 +33,7 @@ class Sign(Unused):
 
 
 def small(name: str) -> nn.Module:
-    return ARCHITECTURES[name](classes=10, channels=1, image_size=8)
+    return build(name, pretrained=False, classes=10, channels=1, image_size=8)
 
 
 def resnet18() -> nn.Module:
@@ -82,7 +82,7 @@ def test_many_classes_fit(classes, dtype):
 
 
 def test_half_precision_checkpoints_are_those_numbers():
-    network = ARCHITECTURES["mlp"](classes=10, channels=1, image_size=8)
+    network = small("mlp")
     half = Collection({n: t.half() for n, t in perturbed(network, ["all"], 3).tensors.items()})
     single = Collection({n: t.float() for n, t in half.tensors.items()})
     images = pictures(20, 1, 8)
@@ -97,7 +97,7 @@ def test_accuracy_is_the_share_of_right_ones():
 @pytest.mark.parametrize("training", [True, False])
 def test_network_accuracy_is_that_of_its_predictions(training):
     torch.manual_seed(0)
-    network = ARCHITECTURES["cnn_small"](classes=10, channels=1, image_size=8).train(training)
+    network = small("cnn_small").train(training)
     images = pictures(50, 1, 8)
     found = network_accuracy(network, images, batch_size=16, device="cpu")
     assert network.training is training

@@ -1,13 +1,15 @@
-"""A network in two is the network: to the last bit, with as little as possible in the suffix."""
+"""A network in two parts computes the same, to the last bit, with as little as possible in the suffix."""
 
 from fnmatch import fnmatchcase
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from pytest import fixture, mark
+from pytest import fixture, mark, raises
 from torch import Tensor, nn
 
+from pdiff.networks import split as module
 from pdiff.networks.split import shrink, split
 
 
@@ -121,6 +123,76 @@ def test_all_generated_or_untraceable_is_all_suffix(networks, name):
     x = torch.randn(2, 3, 4, 4)
     (passed,) = prefix(x)
     assert torch.equal(passed.flatten(), x.flatten())
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def refused(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise LookupError("expected a tensor,\nbut got something else")
+    return x
+
+
+TABLE = {4: 1.0}
+UNTRACEABLE = {  # operations that look at their input -> what tracing them raises
+    "TraceError: symbolically traced variables": lambda x: x if x.sum() > 0 else -x,
+    "TraceError: Proxy object cannot be iterated": lambda x: x.view(*x.shape),
+    "RuntimeError: 'len' is not supported": lambda x: x if len(x) else -x,
+    "RuntimeError: scripted()": scripted,
+    "TypeError: ": lambda x: torch.stack([x[:, k] for k in range(x.shape[1])], dim=1),
+    "KeyError: ": lambda x: x * TABLE[x.shape[1]],
+    "ValueError: ": lambda x: x * torch.tensor(np.sqrt(x.shape[1])),
+    "LookupError: expected a tensor": refused,
+}
+
+
+class Looking(nn.Module):
+    """Two layers, and between them something that looks at its input."""
+
+    def __init__(self, operation) -> None:
+        super().__init__()
+        self.first, self.second, self.operation = nn.Linear(4, 4), nn.Linear(4, 4), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.operation(self.first(x)))
+
+
+@mark.parametrize("reason", UNTRACEABLE)
+@torch.no_grad()
+def test_a_network_that_cannot_be_traced_is_all_suffix_and_this_is_said_once(reason, capsys):
+    network, x = Looking(UNTRACEABLE[reason]).eval(), torch.randn(3, 4)
+    for _ in range(2):
+        prefix, suffix = split(network, ["second.weight"])
+        assert suffix is network
+        assert torch.equal(suffix(*prefix(x)), network(x))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: Looking is computed as a whole for every checkpoint: ")
+    assert reason in line
+
+
+def test_nothing_is_said_of_networks_that_are_split(networks, capsys):
+    split(networks["residual"], ["right.weight"])
+    split(networks["residual"], list(networks["residual"].state_dict()))  # all generated: nothing to split off
+    assert not capsys.readouterr().out
+
+
+def test_views_of_what_changes_in_place_are_said_once(capsys):
+    class Viewing(InPlace):
+        """A name of its own, since it is said once of each."""
+
+    for _ in range(2):
+        split(Viewing(through_a_view).eval(), ["second.weight"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: Viewing is computed as a whole") and "view" in line
+
+
+def test_a_bug_in_the_tracer_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(module, "_Proxy", None)
+    with raises(TypeError, match="'NoneType' object is not callable"):
+        split(Residual(), ["right.weight"])
 
 
 def test_splitting_means_evaluation_mode():

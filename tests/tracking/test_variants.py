@@ -17,7 +17,7 @@ from tracked import artifacts, runs
 from pdiff.cli.main import main as pdiff
 from pdiff.experiment import config, evaluate, history, stages
 from pdiff.method.generators.base import Generator
-from pdiff.networks import evaluators
+from pdiff.networks.evaluators import images
 from pdiff.seeds import sample_seed
 
 
@@ -182,13 +182,13 @@ def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys
 
 def test_originals_are_judged_once(workspace, monkeypatch, capsys):
     """Whatever is generated, and whatever else it is compared with."""
-    judged, run = [], evaluators.batch_predictions
+    judged, run = [], images.batch_predictions
 
     def counted(network, groups, *arguments, **options):
         judged.append([len(group) for group in groups])
         return run(network, groups, *arguments, **options)
 
-    monkeypatch.setattr(evaluators, "batch_predictions", counted)
+    monkeypatch.setattr(images, "batch_predictions", counted)
     evaluated()
     first = table()
     words = ["--autoencoder.latent_size", "3", "--generate.count", "5", "--evaluate.noise", "[0.1, 0.2]"]

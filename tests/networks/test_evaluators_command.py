@@ -1,4 +1,4 @@
-"""Somebody's own measurements: commands and functions, in order, in parallel, with errors of one line."""
+"""Evaluation by a command: accuracies in the order of the networks, in parallel, resumable, errors in one line."""
 
 import json
 import os
@@ -6,21 +6,20 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from pdiff.errors import UserError
-from pdiff.experiment.schema import Evaluate
 from pdiff.method.collection import Collection
-from pdiff.networks import external
-from pdiff.networks.external import fractions, run_command, run_function
-from pdiff.networks.imported.plain import Template
+from pdiff.networks.evaluators import ByCommand
+from pdiff.networks.evaluators.command import CommandEvaluator, fractions, run_command
+from pdiff.networks.imported.template import Template
 
-PATTERN = Evaluate().pattern
+PATTERN = ByCommand.model_fields["pattern"].default
 
 
 class Texts:
@@ -117,7 +116,7 @@ def test_errors_of_commands(tmp_path, text, command, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_last_line_of_a_failing_script_is_told(tmp_path):
+def test_the_last_line_of_a_failing_script_is_in_the_message(tmp_path):
     (tmp_path / "bad.py").write_text("print('acc 0.5')\nraise RuntimeError('size mismatch for fc.weight')\n")
     with pytest.raises(UserError, match=r"exit code 1: RuntimeError: size mismatch for fc\.weight$"):
         run(tmp_path, ["", ""], "python bad.py {checkpoint}")
@@ -178,155 +177,15 @@ def test_networks_are_written_as_the_users_files_are_and_deleted(tmp_path):
     assert not list((tmp_path / "scratch").iterdir())
 
 
-LABELS = torch.arange(40) % 10
-USER = """
-from dataclasses import dataclass
-import torch
-import helper_beside
-labels = torch.arange(40) % 10
-
-@dataclass
-class Thing:
-    x: "int"
-
-def classes(state):
-    return (labels + state["shift"].long().sum()) % 10, labels
-
-def right(state):
-    return classes(state)[0] == labels
-
-def lists(state):
-    return [c.tolist() for c in classes(state)]
-
-def arrays(state):
-    return tuple(c.numpy().astype("float32") for c in classes(state))
-
-def changes(state):
-    state["shift"] += 1
-    return classes(state)
-
-def fails(state):
-    raise ValueError("no\\nsuch layer")
-
-def leaves(state):
-    raise SystemExit("bye")
-
-def logits(state):
-    return torch.zeros(40, 10), labels
-
-def fewer(state):
-    return labels[:3], labels
-
-def negative(state):
-    return labels - 1, labels
-
-def halves(state):
-    return labels + 0.5, labels
-
-def nothing(state):
-    return None
-
-def number(state):
-    return 0.93
-
-def other_labels(state):
-    return labels, labels + state["shift"].long().sum()
-
-def process(state):
-    import os
-    return torch.cat([torch.tensor([os.getpid()]), classes(state)[0][1:]]), labels
-
-def dies(state):
-    import os
-    if state["shift"].sum() > 2: os._exit(3)
-    return classes(state)
-
-no_function = 3
-"""
-
-
-@pytest.fixture
-def user(tmp_path) -> str:
-    (tmp_path / "helper_beside.py").write_text("")
-    (tmp_path / "test.py").write_text(USER)
-    return str(tmp_path / "test.py")
-
-
-def states(count: int) -> Collection:
-    """Network k shifts all classes by k."""
-    return Collection({"shift": torch.arange(count).float()[:, None]})
-
-
-@pytest.mark.parametrize("name", ["classes", "lists", "arrays"])
-def test_predictions(user, name):
-    predictions, labels = run_function(f"{user}:{name}", states(5))
-    assert labels.dtype == predictions.dtype == torch.uint8
-    assert torch.equal(labels.long(), LABELS)
-    expected = (np.arange(40)[None] + np.arange(5)[:, None]) % 10
-    assert np.array_equal(predictions.numpy(), expected)
-
-
-def test_what_is_right(user):
-    predictions, labels = run_function(f"{user}:right", states(11))
-    assert (predictions == labels).double().mean(dim=1).tolist() == [1.0, *[0.0] * 9, 1.0]
-
-
-def test_a_function_may_change_what_it_gets(user):
-    own = states(3)
-    predictions, _ = run_function(f"{user}:changes", own)
-    assert own.tensors["shift"].flatten().tolist() == [0, 1, 2]
-    assert torch.equal(predictions[0].long(), (LABELS + 1) % 10)
-
-
-def test_functions_get_complete_networks(tmp_path, user):
-    torch.save({"shift": torch.tensor([5.0, 0.0]), "other": torch.ones(2)}, tmp_path / "0.pth")
-    Path(user).write_text(USER + "\ndef both(state):\n    return state['other'].long(), state['shift'].long()\n")
-    own = Collection({"other": torch.tensor([[2.0, 3.0], [4.0, 300.0]])})
-    predictions, labels = run_function(f"{user}:both", own, template=Template.read(tmp_path / "0.pth"))
-    assert predictions.tolist() == [[2, 3], [4, 300]] and labels.tolist() == [5, 0]
-    assert predictions.dtype == torch.int16
-
-
-def test_processes_give_the_same(user, monkeypatch):
-    monkeypatch.setattr(external, "PROCESS_SECONDS", 0.0)
-    predictions, labels = run_function(f"{user}:process", states(7), workers=2)
-    assert (predictions[:, 1:] == (LABELS[None, 1:] + torch.arange(7)[:, None]) % 10).all()
-    assert torch.equal(labels.long(), LABELS)
-    ids = predictions[:, 0]
-    assert (ids[:2] == os.getpid()).all() and not (ids[2:] == os.getpid()).any()
-
-
-def test_a_process_that_dies(user, monkeypatch):
-    monkeypatch.setattr(external, "PROCESS_SECONDS", 0.0)
-    with pytest.raises(UserError, match="a process of 2 died"):
-        run_function(f"{user}:dies", states(9), workers=2)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("fails", "network 0: ValueError: no such layer"),
-        ("leaves", "network 0: SystemExit: bye"),
-        ("logits", r"network 0: predictions are float32 \(40, 10\), expected classes .*argmax\(1\)"),
-        ("fewer", "network 0: 3 predictions and 40 labels"),
-        ("negative", "network 0: predictions hold -1, expected classes from 0"),
-        ("halves", r"network 0: predictions are float32 \(40,\), expected .*whole numbers"),
-        ("nothing", "network 0: what it returns: NoneType, expected a tensor"),
-        ("number", r"network 0: returns float32 \(\), expected predictions and labels, or bool"),
-        ("other_labels", "network 1 has other labels than the first one"),
-        ("no_function", "has no function 'no_function'"),
-        ("absent", "has no function 'absent'"),
-    ],
-)
-def test_errors_of_functions(user, name, message):
-    with pytest.raises(UserError, match=message) as caught:
-        run_function(f"{user}:{name}", states(3))
-    assert str(caught.value).startswith("evaluate.function") and "\n" not in str(caught.value)
-
-
-def test_files_without_functions(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.py is not a file"):
-        run_function(f"{tmp_path}/absent.py:predict", states(2))
-    (tmp_path / "broken.py").write_text("import torch\n1 / 0\n")
-    with pytest.raises(UserError, match=r"broken\.py cannot be run: ZeroDivisionError: division by zero"):
-        run_function(f"{tmp_path}/broken.py:predict", states(2))
+def test_percentages_up_to_one_are_recognised_by_the_other_groups(tmp_path):
+    """Networks of chance level among 100 classes print 1.00, as perfect ones do that print fractions."""
+    script = "import sys\nfrom safetensors.numpy import load_file\nprint('acc', load_file(sys.argv[1])['x'][0])\n"
+    (tmp_path / "t.py").write_text(script)
+    groups = {
+        name: Collection({"x": torch.tensor([[value, 0.0]])}) for name, value in {"a": 75.5, "b": 1.0, "c": 0.5}.items()
+    }
+    template = replace(Template.of(groups["a"][0]), suffix=".safetensors")
+    evaluator = CommandEvaluator("python t.py {checkpoint}", template, tmp_path, PATTERN, workers=2)
+    found = evaluator(groups, tmp_path / "state")["test"]
+    assert [evaluation.accuracy.item() for evaluation in found.values()] == pytest.approx([0.755, 0.01, 0.005])
+    assert list(found) == list(groups)

@@ -1,0 +1,126 @@
+"""What there is to run: tags, show, memory, new."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pdiff.cli.app import EXPERIMENTS, TagArgument, Words, command, overrides
+from pdiff.cli.tables import print_table
+
+
+@command(EXPERIMENTS, "tags main cifar10 resnet18")
+def tags(words: Words = None) -> None:
+    """List all tags, or those whose row contains every WORD."""
+    from pdiff.experiment import catalogue
+
+    rows, problems = catalogue.table(words or [])
+    print_table(catalogue.HEADER, rows)
+    for problem in problems:
+        print(problem)
+
+
+@command(EXPERIMENTS, "show digits_mlp --generate.count 50", keys=True)
+def show(ctx: typer.Context, tag: TagArgument) -> None:
+    """Print the complete configuration of a tag."""
+    from pdiff.experiment import config
+
+    print(config.to_yaml(config.load(tag, overrides(ctx.args))), end="")
+
+
+@command(EXPERIMENTS, "memory digits_mlp --diffusion.batch_size 64", keys=True)
+def memory(
+    ctx: typer.Context,
+    tag: TagArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="The same in bytes, for programs.")] = False,
+) -> None:
+    """Print the parameters and the peak memory of a tag's autoencoder and denoiser, without needing either."""
+    from pdiff.experiment import config
+
+    experiment = config.load(tag, overrides(ctx.args))
+    from pdiff.experiment import memory
+
+    sizes = memory.sizes(experiment)
+    needs = memory.needs(experiment, sizes)
+    if as_json:
+        found = {**sizes._asdict(), "needs": [need._asdict() | {"peak": need.peak} for need in needs]}
+        print(json.dumps(found, indent=1))
+    else:
+        print(memory.text(experiment, sizes, needs))
+
+
+def complete_datasets() -> list[str]:
+    """The names of data sets."""
+    from pdiff.networks.datasets import DATASETS
+
+    return list(DATASETS)
+
+
+@command(EXPERIMENTS, "new my_tag --checkpoints FOLDER --generate.count 100", keys=True)
+def new(
+    ctx: typer.Context,
+    tag: Annotated[str, typer.Argument(metavar="TAG", help="Name of the new experiment.")],
+    checkpoints: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of .pth, .pt or .safetensors files, one state dict each; "
+            "or a folder with them in checkpoint/ and a test.py.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where TAG.yaml is written. Default: experiments/own.", show_default=False),
+    ] = None,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What the networks were trained on, if it is one of pdiff's data sets.",
+            show_default=False,
+            autocompletion=complete_datasets,
+        ),
+    ] = "",
+    architecture: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of the networks: pdiff's, timm's, or file.py:function.", show_default=False),
+    ] = "",
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN...", help="What to generate. Default: what varies.", show_default=False),
+    ] = None,
+    shell: Annotated[
+        str,
+        typer.Option(
+            "--command",
+            metavar="TEXT",
+            help='Prints the accuracy of a file, such as "python test.py {checkpoint}".',
+            show_default=False,
+        ),
+    ] = "",
+    function: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.PY:NAME", help="Takes a state dict, returns predictions and labels.", show_default=False
+        ),
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Write over an experiment of this name.")] = False,
+) -> None:
+    """Make an experiment of your own checkpoint files: look at them, propose settings, write its YAML."""
+    from pdiff.experiment.new import OWN, new
+
+    new(
+        tag,
+        checkpoints,
+        out=out or OWN,
+        dataset=dataset,
+        architecture=architecture,
+        parameters=parameters or [],
+        command=shell,
+        function=function,
+        overrides=overrides(ctx.args),
+        force=force,
+    )

@@ -1,0 +1,90 @@
+"""Commands that answer at once: they do not import torch, and take little longer than what they need."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+
+PROGRAM = """
+import shlex, sys
+from pdiff.cli.main import main
+for line in sys.argv[1:]:
+    code = main(shlex.split(line))
+    print("|", line, "|", code, "|", *sorted({"torch", "timm", "plotly"} & set(sys.modules)), file=sys.stderr)
+"""
+LIGHT = {
+    "--help": 0,
+    "main --help": 0,
+    "--version": 0,
+    "show cifar100_resnet18 --network.architecture resnet18.a1_in1k": 0,
+    "tags": 0,
+    "studies": 0,
+    "show nothing": 2,
+    "main --tag nothing": 2,
+    "main --tag digits_mlp --diffusion.stepz 3": 2,
+    "main --tag digits_mlp --diffusion.steps many": 2,
+    "main --tag digits_mlp --dataset.name digit": 2,
+    "main --tag digits_mlp --network.architecture resnet81": 2,
+    "main --tag digits_mlp --network.architecture resnet18.none_in1k": 2,
+    "main --tag digits_mlp --network.architecture absent.py:net": 2,
+    "train --tag digits_mlp again": 2,
+    "sweep --tag nothing --sweep layers": 2,
+    "sweep --tag digits_mlp --sweep nothing": 2,
+    "memory nothing": 2,
+    "new digits_mlp --checkpoints .": 2,
+    "new mine --checkpoints absent": 2,
+    "new mine --checkpoints . --function absent.py:predict": 2,
+    "new mine --checkpoints . --dataset digit --architecture mlp": 2,
+    "new mine --checkpoints . --diffusion.stepz 3": 2,
+    "export --run": 2,
+}
+
+
+def finished(*lines: str) -> dict[str, tuple[int, list[str]]]:
+    """Run some commands in one process: command -> its exit code, and which heavy libraries are imported after it."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *lines], capture_output=True, text=True)
+    rows = [row.split("|") for row in done.stderr.splitlines() if row.startswith("| ")]
+    found = {line.strip(): (int(code), heavy.split()) for _, line, code, heavy in rows}
+    assert list(found) == list(lines), done.stderr
+    return found
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder, and a new machine: nothing is cached."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_without_torch():
+    assert finished(*LIGHT) == {line: (code, []) for line, code in LIGHT.items()}
+
+
+def test_completion_is_without_torch():
+    asked = {"_PDIFF_COMPLETE": "complete_bash", "COMP_WORDS": "pdiff show digits_m", "COMP_CWORD": "2"}
+    command = [sys.executable, "-X", "importtime", "-m", "pdiff"]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["digits_mlp", "digits_mlp_paper"]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "pdiff.experiment.config" in imported and not imported & {"torch", "timm", "mlflow", "optuna", "pandas"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["show digits_mlp", "tags", "studies", "main --tag nothing"])
+def test_answers_at_once(line):
+    """Within five times what importing pydantic, yaml and pandas takes, the best of three of each."""
+
+    def seconds(*arguments: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], capture_output=True)
+        return time.perf_counter() - start
+
+    taken = {
+        arguments: min(seconds(*arguments) for _ in range(3))
+        for arguments in (("-c", "import pydantic, yaml, pandas"), ("-m", "pdiff", *shlex.split(line)))
+    }
+    least, command = taken.values()
+    assert command < 5 * least

@@ -24,7 +24,7 @@ STAGES = {
     "generate": "draw networks",
     "evaluate": "compare the generated networks with the originals and the baselines",
 }
-LAUNCHERS = ("processes", "local", "slurm")
+LAUNCHERS = ("processes", "inline", "local", "slurm")
 ENTRY_POINTS = STAGES | {
     "sweep": "search for the best settings with Optuna",
     "leaderboard": "published results beside the latest ones of every tag, as a run of its own",
@@ -209,24 +209,23 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     with store.connected():
         result = leader.run(command)
     if not result.final.empty:
-        print(f"\n{leader.final_text(result.final)}")
+        print(f"\n{result.final_text()}")
     print(f"\nstudy      {command.name} in {storage.without_password(command.storage)}")
-    print(f"best       {leader.best_text(result.study)}\nreport     {result.report}\nrun        {result.run_id}")
+    print(f"best       {result.best_text()}\nreport     {result.report}\nrun        {result.run_id}")
 
 
 def _work(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pdiff.sweeps import leader, storage
+    from pdiff.sweeps import objective, storage
 
     no_overrides(rest)
-    role = leader.finish if arguments.role == "final" else leader.work
-    role(arguments.study, arguments.storage or storage.default_storage())
+    objective.ROLES[arguments.role](arguments.study, arguments.storage or storage.default_storage())
 
 
 def _studies(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    from pdiff.sweeps import search, storage
+    from pdiff.sweeps import storage, trials
 
     no_overrides(rest)
-    table = search.listed(arguments.storage or storage.default_storage())
+    table = trials.studies(arguments.storage or storage.default_storage())
     print("no study" if table.empty else table.to_string(index=False))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff.errors import UserError
 from pdiff.experiment import config
-from pdiff.experiment.schema import Experiment
+from pdiff.experiment.schema import Experiment, all_keys, known_keys
 from pdiff.method.options import Positive, Section, Several
 
 FIRST = "first_batch/"  # prefix of the metrics of the first networks
@@ -107,6 +107,10 @@ class Parameter(Section):
     def value(self, suggested: Any) -> Any:
         """The value that a label stands for, or the suggested value itself."""
         return self.choices.get(suggested, suggested) if self.choices else suggested
+
+    def settings(self, name: str, suggested: Any) -> dict[str, str]:
+        """Configuration key -> value as text, of a suggested value."""
+        return dict.fromkeys(self.keys or (name,), as_text(self.value(suggested)))
 
 
 class Sampler(Section):
@@ -218,14 +222,27 @@ class Sweep(Section):
         """
         known, chosen = dict(given), {}
         for name, parameter in self.parameters.items():
-            if applies(parameter, known):
+            if all(known.get(key) in wanted for key, wanted in parameter.when.items()):
                 suggested = parameter.suggest(trial, name)
                 value = parameter.value(suggested)
-                known[name] = suggested if parameter.keys else value
-                for key in parameter.keys or (name,):
-                    known[key] = value
-                    chosen[key] = as_text(value)
+                known |= {name: suggested if parameter.keys else value, **dict.fromkeys(parameter.keys, value)}
+                chosen |= parameter.settings(name, suggested)
         return chosen
+
+    def context(self, parameter: Parameter, given: Mapping[str, Any]) -> dict[str, str] | None:
+        """Values of other parameters with which a parameter is searched; None where it never is.
+
+        Args:
+            parameter: one of this sweep.
+            given: configuration key -> value of the experiment without a trial.
+        """
+        found: dict[str, str] = {}
+        for name, wanted in parameter.when.items():
+            if name in self.parameters:
+                found |= self.parameters[name].settings(name, wanted[0])
+            elif given.get(name) not in wanted:
+                return None
+        return found
 
     def grid(self, given: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Parameter -> all its values, of those that apply.
@@ -237,16 +254,11 @@ class Sweep(Section):
         for name, parameter in self.parameters.items():
             if not parameter.when.keys().isdisjoint(self.parameters):
                 raise UserError(f"parameters.{name}.when: a grid takes no parameter that depends on another")
-            if applies(parameter, given):
+            if self.context(parameter, given) is not None:
                 found[name] = parameter.grid()
                 if not found[name]:
                     raise UserError(f"parameters.{name}: a grid needs choices or a step")
         return found
-
-
-def applies(parameter: Parameter, known: Mapping[str, Any]) -> bool:
-    """Whether a parameter is searched, given the values of other keys."""
-    return all(known.get(key) in wanted for key, wanted in parameter.when.items())
 
 
 def as_text(value: Any) -> str:
@@ -291,7 +303,7 @@ def _problem(item: Any, path: Path) -> str:
     key = ".".join(str(part) for part in item["loc"])
     where = f"{path}: {key}".removesuffix(": ")
     if item["type"] == "extra_forbidden":
-        known = sorted({name.rpartition(".")[2] for name in config.known_keys(Sweep)})
+        known = sorted({name.rpartition(".")[2] for name in known_keys(Sweep)})
         return f"{where}: unknown key; {config.nearest(str(item['loc'][-1]), known)}"
     return f"{where}: {config.rule(item)}"
 
@@ -300,17 +312,21 @@ def check(name: str, sweep: Sweep, tag: str, overrides: Mapping[str, str]) -> Ex
     """The experiment of a sweep without a trial, after a search for mistakes that every trial would meet.
 
     Raises:
-        UserError: keys that the configuration does not know, values that it never takes, no parameter that applies.
+        UserError: keys that no configuration has, values that it never takes, no parameter that applies.
     """
     path, given = str(find(name)), sweep.fixed(overrides)
     base = config.load(tag, given, origin=path)
-    known = config.flat(base)
-    problems = []
+    known, keys = config.flat(base), all_keys()
+    problems, searched = [], False
     for parameter_name, parameter in sweep.parameters.items():
-        for key in parameter.when.keys() - sweep.parameters.keys() - known.keys():
-            problems.append(f"{path}: parameters.{parameter_name}.when: {config.nearest(key, list(known))}")
-        problems += _refused(parameter_name, parameter, lambda more: config.load(tag, given | more, origin=path), path)
-    if not any(applies(p, known) or not p.when.keys().isdisjoint(sweep.parameters) for p in sweep.parameters.values()):
+        for key in parameter.when.keys() - sweep.parameters.keys() - set(keys):
+            problems.append(f"{path}: parameters.{parameter_name}.when: {config.nearest(key, keys)}")
+        for key in set(parameter.keys or (parameter_name,)) - set(keys):
+            problems.append(f"{path}: {key}: unknown key; {config.nearest(key, keys)}")
+        if (where := sweep.context(parameter, known)) is not None:
+            searched = True
+            problems += _refused(parameter_name, parameter, tag, given | where, path)
+    if not searched:
         conditions = {key: list(values) for p in sweep.parameters.values() for key, values in p.when.items()}
         problems.append(f"{path}: no parameter applies to {tag}; they are searched where {conditions}")
     if problems:
@@ -318,12 +334,12 @@ def check(name: str, sweep: Sweep, tag: str, overrides: Mapping[str, str]) -> Ex
     return base
 
 
-def _refused(name: str, parameter: Parameter, load: Callable[[dict[str, str]], object], path: str) -> Iterator[str]:
+def _refused(name: str, parameter: Parameter, tag: str, given: dict[str, str], path: str) -> Iterator[str]:
     """Problems with single values of a parameter; those with combinations are left to the trials."""
     for value in parameter.extremes():
-        more = {key: as_text(parameter.value(value)) for key in parameter.keys or (name,)}
+        chosen = parameter.settings(name, value)
         try:
-            load(more)
+            config.load(tag, given | chosen, origin=path)
         except UserError as error:
             problems = re.split(r"; (?=\S+\.ya?ml: )", str(error))
-            yield from (text for text in problems if any(text.startswith(f"{path}: {key}: ") for key in more))
+            yield from (text for text in problems if any(text.startswith(f"{path}: {key}: ") for key in chosen))

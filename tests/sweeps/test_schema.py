@@ -141,6 +141,22 @@ def test_conditions_look_at_the_configuration_and_at_other_parameters():
     assert kinds == {('"mlp"', True), ('"conv"', False)}
 
 
+def test_options_of_a_kind_are_checked_where_another_parameter_chooses_it(tmp_path):
+    """The tag has another denoiser, whose options do not include a width."""
+    parameters = {
+        "diffusion.denoiser": {"kind": "categorical", "choices": ["conv", "mlp"]},
+        "diffusion.width": {"kind": "int", "low": 8, "high": 64, "when": {"diffusion.denoiser": "mlp"}},
+    }
+    name = written(tmp_path / "s.yaml", MINIMAL | {"parameters": parameters})
+    assert schema.check(name, schema.load(name), "digits_mlp_paper", {}).diffusion.denoiser == "conv"
+    parameters["diffusion.width"]["low"] = -8
+    message = refusal(tmp_path / "s.yaml", MINIMAL | {"parameters": parameters}, "digits_mlp_paper")
+    assert "diffusion.width" in message and "-8" in message
+    del parameters["diffusion.width"]["when"]
+    message = refusal(tmp_path / "s.yaml", MINIMAL | {"parameters": parameters}, "digits_mlp_paper")
+    assert "belongs to denoiser mlp" in message
+
+
 def test_one_parameter_may_set_several_keys_and_stand_for_lists():
     sweep = made(
         parameters={

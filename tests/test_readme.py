@@ -8,7 +8,7 @@ import yaml
 
 from pdiff.cli.main import main
 from pdiff.experiment import config
-from pdiff.experiment.schema import Experiment
+from pdiff.experiment.schema import all_keys
 from pdiff.sweeps import schema
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ BLOCKS = re.findall(FENCED, TEXT, re.MULTILINE | re.DOTALL)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(FENCED, "", TEXT, flags=re.MULTILINE | re.DOTALL))
 LINES = [line for _, block in BLOCKS for line in block.replace("\\\n", " ").splitlines()] + INLINE
 COMMANDS = [part.strip() for line in LINES for part in re.split(r"[;#`]", line)]
-KEYS = set(config.known_keys(Experiment))
+KEYS = set(all_keys())
 
 
 def named(pattern: str) -> list[str]:

@@ -39,7 +39,7 @@ def sweep(
     storage: Storage = "",
     study: Annotated[str, typer.Option(help="Name of the study. Default: SWEEP-TAG.", show_default=False)] = "",
     launcher: Annotated[
-        Literal["processes", "local", "slurm"], typer.Option(help="Where the workers run.")
+        Literal["processes", "inline", "local", "slurm"], typer.Option(help="Where the workers run.")
     ] = "processes",
     launcher_options: Annotated[
         str,
@@ -80,9 +80,9 @@ def sweep(
     with store.connected():
         result = leader.run(order)
     if not result.final.empty:
-        print(f"\n{leader.final_text(result.final)}")
+        print(f"\n{result.final_text()}")
     print(f"\nstudy      {order.name} in {without_password(order.storage)}")
-    print(f"best       {leader.best_text(result.study)}\nreport     {result.report}\nrun        {result.run_id}")
+    print(f"best       {result.best_text()}\nreport     {result.report}\nrun        {result.run_id}")
 
 
 @command(SWEEPS, "work --study accuracy_cost-digits_mlp")
@@ -92,20 +92,19 @@ def work(
     role: Annotated[Literal["trials", "final"], typer.Option(hidden=True)] = "trials",
 ) -> None:
     """Add a worker to a study that a sweep leads."""
-    from pdiff.sweeps import leader
+    from pdiff.sweeps.objective import ROLES
     from pdiff.sweeps.storage import default_storage
 
-    run = leader.finish if role == "final" else leader.work
-    run(study, storage or default_storage())
+    ROLES[role](study, storage or default_storage())
 
 
 @command(SWEEPS, "studies --storage sqlite:///optuna.db")
 def studies(storage: Storage = "") -> None:
     """List the studies of a storage."""
-    from pdiff.sweeps import search
+    from pdiff.sweeps import trials
     from pdiff.sweeps.storage import default_storage
 
-    table = search.listed(storage or default_storage())
+    table = trials.studies(storage or default_storage())
     print("no study") if table.empty else print_frame(table)
 
 

@@ -55,10 +55,10 @@ def load(tag: str, overrides: Mapping[str, str] | None = None, *, origin: str = 
     """
     known = tags()
     tree, origins = _read(tag, known)
-    given: Tree = {}
+    layer: Tree = {}
     for key, text in (overrides or {}).items():
-        put(given, {}, key, text, origin)
-    tree = schema.without_stale(tree, given)
+        put(layer, {}, key, text, origin)
+    tree = schema.without_stale(tree, layer)
     for key, text in (overrides or {}).items():
         put(tree, origins, key, text, origin)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
@@ -173,9 +173,13 @@ def _read(tag: str, known: Mapping[str, Path], below: tuple[str, ...] = ()) -> t
     for parent in parents:
         beside = str(path.parent / Path(parent).expanduser()) if _is_path(parent) else parent
         inherited, inherited_origins = _read(beside, known, (*below, tag))
-        tree = _merged(schema.without_stale(tree, inherited), inherited)
-        origins |= inherited_origins
-    return _merged(schema.without_stale(tree, top), top), origins | {key: str(path) for key, _ in _leaves(top)}
+        tree, origins = _overlaid(tree, inherited), origins | inherited_origins
+    return _overlaid(tree, top), origins | {key: str(path) for key, _ in _leaves(top)}
+
+
+def _overlaid(base: Tree, top: Tree) -> Tree:
+    """A layer on top of others, which does not inherit the options of a kind that it replaces."""
+    return _merged(schema.without_stale(base, top), top)
 
 
 def _merged(base: Tree, top: Tree) -> Tree:
@@ -209,9 +213,9 @@ def _problem(item: Any, origins: dict[str, str], path: str, chosen: Mapping[str,
     """A validation error as `file: key: rule, value`.
 
     Args:
-        item: the error.
-        origins: of the keys of the configuration.
-        path: file of the tag, for what is in no file.
+        item: of pydantic.
+        origins: key -> where it is from.
+        path: the file of the tag, for what is in no file.
         chosen: the choices of the configuration by dotted key.
     """
     known, key = schema.all_keys(), ""
@@ -224,9 +228,7 @@ def _problem(item: Any, origins: dict[str, str], path: str, chosen: Mapping[str,
     where = f"{places[-1] if places else path}: {key}".removesuffix(": ")
     if not extra:
         return f"{where}: {rule(item)}"
-    if key not in known:
-        return f"{where}: unknown key; {nearest(key, known)}"
-    return f"{where}: {_foreign(key, chosen)}"
+    return f"{where}: {_foreign(key, chosen) if key in known else f'unknown key; {nearest(key, known)}'}"
 
 
 def _foreign(key: str, chosen: Mapping[str, str]) -> str:

@@ -1,22 +1,27 @@
-"""Where the workers of a sweep run: as processes of this host, or as jobs that submitit hands to Slurm."""
+"""Where the workers of a sweep run: processes of this host, this process, or jobs of a cluster through submitit."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any, NamedTuple, Protocol
 
 from pdiff.errors import UserError
 
-PARENT = "PDIFF_PARENT"  # the process without which a worker shall not go on
+PARENT = "PDIFF_PARENT"  # the process without which a worker does not go on
 MINUTES = 24 * 60  # of a job, unless its options say otherwise
-Command = Sequence[str]
+
+
+class Task(NamedTuple):
+    """What a worker does: a command line with environment variables, and the same as a function."""
+
+    command: Sequence[str]
+    variables: Mapping[str, str]
+    call: Callable[[], None]
 
 
 class Job(Protocol):
@@ -31,13 +36,16 @@ class Job(Protocol):
         """Ask it to end cleanly."""
 
     def wait(self, seconds: float) -> None:
-        """Wait until it has ended; end it after so many seconds."""
+        """Wait until it has ended; kill it after so many seconds."""
+
+
+Start = Callable[[Task, int], Job]  # the integer says which of the workers it is
 
 
 class Process:
-    """A process of this host, in a session of its own: what interrupts the parent reaches it through `stop` alone."""
+    """A process of this host, in a session of its own, so that Ctrl-C in the terminal does not reach it directly."""
 
-    def __init__(self, command: Command, variables: Mapping[str, str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
         self.log = log
         with log.open("ab") as out:
             self.process = subprocess.Popen(
@@ -62,7 +70,7 @@ class Process:
 
 
 class Submitted:
-    """A job of submitit's."""
+    """A job of submitit."""
 
     def __init__(self, job: Any) -> None:
         self.job, self.log = job, Path(job.paths.stderr)
@@ -79,39 +87,68 @@ class Submitted:
         """Leave its end to the cluster."""
 
 
-def processes(workers: int, folder: Path, options: Mapping[str, Any], *, pinned: bool) -> Callable[..., Job]:
-    """Start workers on this host: they share its cores, and its GPUs in turn where `pinned`."""
-    if options:
-        raise UserError(f"--launcher-options {options}: the launcher 'processes' has none")
+class Returned:
+    """A task that ran in this process, and has ended."""
+
+    log = Path(os.devnull)
+
+    def running(self) -> bool:
+        """Never."""
+        return False
+
+    def stop(self) -> None:
+        """Nothing is left to stop."""
+
+    def wait(self, seconds: float) -> None:
+        """Nothing is left to wait for."""
+
+
+def processes(workers: int, folder: Path, options: Mapping[str, Any], *, pinned: bool) -> Start:
+    """Workers as processes of this host: they divide its cores, and where `pinned` take its GPUs in turn."""
+    _refuse_options("processes", options)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(min(max(1, cores // workers), int(os.environ.get("OMP_NUM_THREADS") or cores)))
     shared = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-    gpus = [gpu for gpu in visible.split(",") if gpu] if pinned else []
+    gpus = visible_gpus() if pinned else []
 
-    def start(command: Command, variables: Mapping[str, str], slot: int) -> Process:
+    def start(task: Task, slot: int) -> Process:
         pin = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-        log = folder / f"worker_{slot}.log"
-        return Process(command, {**variables, **shared, **pin, PARENT: str(os.getpid())}, log)
+        variables = {**task.variables, **shared, **pin, PARENT: str(os.getpid())}
+        return Process(task.command, variables, folder / f"worker_{slot}.log")
 
     return start
 
 
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have variables in the environment: jobs inherit it, so that no password is pickled into a file of submitit's,
-    and what the cluster sets, such as a job's GPUs, stands."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def visible_gpus() -> list[str]:
+    """The GPUs of this host, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
+
+        return [str(gpu) for gpu in range(torch.cuda.device_count())]
+    return [gpu for gpu in visible.split(",") if gpu]
 
 
-def submitted(cluster: str, folder: Path, options: Mapping[str, Any]) -> Callable[..., Job]:
-    """Start workers through submitit, whose `AutoExecutor.update_parameters` takes the options."""
+def inline(workers: int, folder: Path, options: Mapping[str, Any], *, pinned: bool) -> Start:
+    """One worker in this process, for a debugger: `start` returns when no trial is left."""
+    _refuse_options("inline", options)
+    if workers > 1:
+        raise UserError(f"--workers {workers}: the launcher 'inline' has one worker, this process")
+
+    def start(task: Task, slot: int) -> Returned:
+        task.call()
+        return Returned()
+
+    return start
+
+
+def _refuse_options(launcher: str, options: Mapping[str, Any]) -> None:
+    if options:
+        raise UserError(f"--launcher-options {options}: the launcher {launcher!r} has none")
+
+
+def submitted(cluster: str, workers: int, folder: Path, options: Mapping[str, Any], *, pinned: bool) -> Start:
+    """Workers as jobs of submitit, whose `AutoExecutor.update_parameters` takes the options."""
     try:
         import submitit
         from submitit.helpers import CommandFunction
@@ -123,34 +160,51 @@ def submitted(cluster: str, folder: Path, options: Mapping[str, Any]) -> Callabl
     except (TypeError, ValueError, NameError, RuntimeError) as error:
         raise UserError(f"--launcher {cluster}: {' '.join(str(error).split())}") from None
 
-    def start(command: Command, variables: Mapping[str, str], slot: int) -> Submitted:
-        with _environment(variables):
-            return Submitted(executor.submit(CommandFunction(list(command))))
+    def start(task: Task, slot: int) -> Submitted:
+        with _environment(task.variables):
+            return Submitted(executor.submit(CommandFunction(list(task.command))))
 
     return start
 
 
-def launcher(kind: str, workers: int, folder: Path, options: Mapping[str, Any], *, pinned: bool) -> Callable[..., Job]:
-    """What starts workers: called with a command, environment variables, and which of the workers it is.
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a block. Jobs inherit them, so that submitit pickles no password into a file, and
+    what the cluster sets, such as a job's GPUs, remains."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+LAUNCHERS: dict[str, Callable[..., Start]] = {
+    "processes": processes,
+    "inline": inline,
+    "local": partial(submitted, "local"),  # submitit without a cluster
+    "slurm": partial(submitted, "slurm"),
+}
+
+
+def launcher(kind: str, workers: int, folder: Path, options: Mapping[str, Any], *, pinned: bool) -> Start:
+    """The function that starts workers.
 
     Args:
-        kind: "processes", "slurm", or "local" for submitit without a cluster.
-        workers: how many there are at most.
-        folder: for their logs; on a cluster, one that all hosts share.
+        kind: an entry of `LAUNCHERS`.
+        workers: how many run at once, at most.
+        folder: for their logs; on a cluster, one that all hosts see.
         options: of submitit.
         pinned: give each worker one of this host's GPUs.
+
+    Raises:
+        UserError: an unknown kind, options that it does not take, a library that is not installed.
     """
+    if kind not in LAUNCHERS:
+        raise UserError(f"--launcher {kind!r}: expected one of {', '.join(LAUNCHERS)}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if kind == "processes":
-        return processes(workers, folder, options, pinned=pinned)
-    if kind in ("slurm", "local"):
-        return submitted(kind, folder, options)
-    raise UserError(f"--launcher {kind!r}: expected processes, slurm or local")
-
-
-def pdiff(*words: str) -> list[str]:
-    """The command line of pdiff itself."""
-    return [sys.executable, "-m", "pdiff", *words]
+    return LAUNCHERS[kind](workers, folder, options, pinned=pinned)
 
 
 def abandoned() -> bool:

@@ -1,15 +1,19 @@
-"""Sweeps: one command leads a study and its parent run, its workers and those of other hosts run the trials."""
+"""The command `sweep`: the first one of a study leads it, others lend it workers."""
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 import pandas as pd
-from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
@@ -18,34 +22,46 @@ from pdiff.experiment.schema import Experiment
 from pdiff.experiment.stages import STAGES
 from pdiff.files import write_text
 from pdiff.parallel.liveness import alive, this_process
-from pdiff.sweeps import report, schema
-from pdiff.sweeps.launchers import Job, abandoned, launcher, pdiff
-from pdiff.sweeps.objective import Lost, Runner, attend
+from pdiff.sweeps import schema, trials
+from pdiff.sweeps.launchers import Job, Task, launcher
 from pdiff.sweeps.schema import Sweep
-from pdiff.sweeps.search import Exhausted, Study, best, fail_dead, make_pruner, make_sampler, requeue, values_text
-from pdiff.sweeps.storage import open_storage, without_password
-from pdiff.sweeps.workers import STOP_SECONDS, Crew, Display, last_line
-from pdiff.tracking import engine, runs, store
+from pdiff.sweeps.search import Grid, make_pruner, make_sampler
+from pdiff.sweeps.storage import default_storage, open_storage, without_password
+from pdiff.sweeps.workers import POLL, STOP_SECONDS, Workers, last_line, pause, supervise
+from pdiff.tracking import runs, store
 
-POLL = 1.0  # seconds
-LEASE = 60.0  # seconds for which a leader of another host is believed to be alive
-KEPT = ("val_accuracy/", "val_similarity/", "test_accuracy/", "similarity/", "seconds/")  # metrics over new seeds
+LEASE = 60.0  # seconds for which a leader of another host is taken to be alive
+SETTLE = 0.5  # seconds after which the last of several commands that claim a study leads it
+REHEARSALS = 20  # random trials, of which the configuration must accept one
 FINAL = [f"test_accuracy/{group}_{stat}" for group in ("original", "generated", "average") for stat in ("mean", "max")]
 FINAL += ["similarity/original_original", "similarity/generated_generated", "similarity/original_generated_max"]
 
 
-class Command(NamedTuple):
-    """What the user asked for."""
+@dataclass(frozen=True)
+class Command:
+    """A sweep as the user asks for it.
+
+    Args:
+        tag: an experiment.
+        sweep: the name of a sweep, or a path to its YAML file.
+        overrides: configuration key -> value as text, for all trials.
+        trials: of the whole study; 0 for the number in the sweep's file.
+        workers: that this command starts, at most.
+        storage: see `open_storage`.
+        study: its name; by default made of sweep and tag.
+        launcher: an entry of `LAUNCHERS`.
+        options: of the launcher.
+    """
 
     tag: str
     sweep: str
-    overrides: dict[str, str]
-    trials: int
-    workers: int
-    storage: str
-    study: str
-    launcher: str
-    options: dict[str, Any]
+    overrides: dict[str, str] = field(default_factory=dict)
+    trials: int = 0
+    workers: int = 1
+    storage: str = field(default_factory=default_storage)
+    study: str = ""
+    launcher: str = "processes"
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -53,303 +69,213 @@ class Command(NamedTuple):
         return self.study or f"{Path(self.sweep).stem}-{Path(self.tag).stem}"
 
 
+class Checked(NamedTuple):
+    """A sweep without mistakes, the experiment without a trial, and the values of a grid, if it searches one."""
+
+    sweep: Sweep
+    experiment: Experiment
+    grid: Grid
+
+
 class Result(NamedTuple):
-    """What a sweep came to."""
+    """What a sweep found: its run, its study, the page of its figures, and the metrics of the best trials on test
+    images (columns metric, mean, std, trial); a command that only lends workers has neither page nor metrics."""
 
     run_id: str
-    study: Study
+    study: optuna.Study
+    sweep: Sweep
     report: Path | None
     final: pd.DataFrame
 
+    def best_text(self) -> str:
+        """The best trials, one line each."""
+        found = trials.best(self.study, self.sweep.final.trials)
+        values = [trials.values_text(self.study, trial.values) for trial in found]
+        lines = [f"trial {trial.number}: {text} with {trial.params}" for trial, text in zip(found, values, strict=True)]
+        return "\n           ".join(lines) or "no trial completed"
+
+    def final_text(self) -> str:
+        """What the best trials reach on test images: mean and standard deviation over new seeds."""
+        shown = self.final[self.final.metric.isin(FINAL)]
+        text = shown.apply(lambda row: f"{row['mean']:.4f} ± {row['std']:.4f}", axis=1)
+        return shown.assign(text=text).pivot(index="metric", columns="trial", values="text").to_string()
+
 
 def run(command: Command) -> Result:
-    """Lead a study to its end, or, where another command leads it, lend it workers until it has none to do.
+    """Lead a study to its end, or, where another command leads it, lend it workers until then.
 
     Raises:
         UserError: a sweep, a tag, or a storage that cannot be used; a study that was begun with other settings.
     """
-    sweep, base, grid = _checked(command)
-    storage = open_storage(command.storage)
-    study = _study(command, sweep, base, grid, storage)
-    if not _claimed(study):
-        return _help(study, command)
-    label = f"sweep {study.study_name}"
-    tags = {
-        "pdiff.study": study.study_name,
-        "mlflow.note.content": f"Study {study.study_name} in {without_password(command.storage)}.",
-    }
-    with runs.around("sweep", base, label=label, tags=tags) as run_id:
-        _begin(study, command, run_id)
-        folder = store.work_folder() / "sweeps" / study.study_name
-        start = _launcher(command, folder, base)
+    checked = check(command)
+    study, folder = _study(command, checked), store.work_folder() / "sweeps" / command.name
+    start = launcher(
+        command.launcher, command.workers, folder, command.options, pinned=checked.experiment.device == "auto"
+    )
+    workers = Workers(partial(start, _task(command, "trials")), command.workers)
+    while not _claimed(study):
+        if "run" in study.user_attrs and study.get_trials(deepcopy=False):
+            tqdm.write(f"study {command.name}: another command leads it; {command.workers} workers join")
+            supervise(study, workers)
+            return Result(study.user_attrs["run"], study, checked.sweep, None, pd.DataFrame())
+        time.sleep(POLL)
+    note = f"Study {command.name} in {without_password(command.storage)}."
+    tags = {"pdiff.study": command.name, "mlflow.note.content": note}
+    with (
+        _leading(study),
+        runs.around("sweep", checked.experiment, label=f"sweep {command.name}", tags=tags) as run_id,
+    ):
+        _begin(study, command, checked, run_id)
         try:
-            _lead(study, Crew(start, _worker(command, "trials"), command.workers), run_id)
+            supervise(study, workers, run_id=run_id)
         finally:
-            study.set_user_attr("leader", ["", 0])
-            store.close_dead_runs()
-            page = report.write(study, folder / "report")
-            runs.record(run_id, **_best(study), files=dict.fromkeys(sorted((folder / "report").iterdir()), ""))
-        final = _final(study, start, command, run_id)
-    return Result(run_id, study, page, final)
+            page = _report(study, folder / "report", run_id)
+        final = _final(study, checked.sweep, partial(start, _task(command, "final")), folder / "final.csv", run_id)
+    return Result(run_id, study, checked.sweep, page, final)
 
 
-def _checked(command: Command) -> tuple[Sweep, Experiment, dict[str, list[Any]]]:
-    """The sweep, the experiment without a trial, and the grid; every mistake that can be seen now is told now."""
+def check(command: Command) -> Checked:
+    """Find every mistake that can be found before the first trial.
+
+    Raises:
+        UserError: where it is, and what was expected.
+    """
     config.load(command.tag, command.overrides)
     sweep = schema.load(command.sweep)
-    base = schema.check(command.sweep, sweep, command.tag, command.overrides)
-    given, path = config.flat(base), schema.find(command.sweep)
+    experiment = schema.check(command.sweep, sweep, command.tag, command.overrides)
+    given, path = config.flat(experiment), schema.find(command.sweep)
     try:
         grid = sweep.grid(given) if sweep.sampler.kind == "grid" else {}
-        study = _rehearsal(sweep, grid)
+        make_sampler(sweep.sampler, grid)
+        make_pruner(sweep.pruner)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    refused = []
-    for _ in range(20):
-        chosen = sweep.suggest(study.ask(), given)
+    fixed, refused = sweep.fixed(command.overrides), []
+    rehearsal = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(REHEARSALS):
         try:
-            config.load(command.tag, {**_fixed(sweep, command), **chosen}, origin=str(path))
-            return sweep, base, grid
+            config.load(command.tag, fixed | sweep.suggest(rehearsal.ask(), given), origin=str(path))
+            return Checked(sweep, experiment, grid)
         except UserError as error:
             refused.append(str(error))
     raise UserError(f"every trial would be refused, such as: {refused[0]}")
 
 
-def _rehearsal(sweep: Sweep, grid: Mapping[str, list[Any]]) -> optuna.Study:
-    """A study of random trials in memory, after the sweep's own sampler and pruner were made once."""
-    make_sampler(sweep.sampler, grid)
-    make_pruner(sweep.pruner)
-    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-
-
-def _fixed(sweep: Sweep, command: Command) -> dict[str, str]:
-    return {key: schema.as_text(value) for key, value in sweep.set.items()} | command.overrides
-
-
-def _study(
-    command: Command,
-    sweep: Sweep,
-    base: Experiment,
-    grid: Mapping[str, list[Any]],
-    storage: optuna.storages.BaseStorage,
-) -> Study:
+def _study(command: Command, checked: Checked) -> optuna.Study:
     """The study, created where there is none.
 
     Raises:
         UserError: there is one of this name that searches something else.
     """
+    sweep, storage = checked.sweep, open_storage(command.storage)
     directions = [objective.direction for objective in sweep.objectives.values()]
-    plain = optuna.create_study(study_name=command.name, storage=storage, directions=directions, load_if_exists=True)
+    study = optuna.create_study(study_name=command.name, storage=storage, directions=directions, load_if_exists=True)
     dumped = sweep.model_dump(mode="json")
     searched = {name: dumped[name] for name in ("objectives", "parameters", "set", "prune_if", "first_batch")}
-    searched["experiment"] = digests.digest(base, STAGES["evaluate"].sections)
-    before = plain.user_attrs.get("searched", searched)
+    searched["experiment"] = digests.digest(checked.experiment, STAGES["evaluate"].sections)
+    before = study.user_attrs.get("searched", searched)
     if changed := [name for name in searched if before.get(name) != searched[name]]:
         raise UserError(
             f"study {command.name} in {without_password(command.storage)} was begun with other settings "
             f"({', '.join(changed)}); --study NAME begins another one"
         )
-    plain.set_user_attr("searched", searched)
-    plain.set_metric_names(list(sweep.objectives))
-    return Study(command.name, storage, sweep, grid)
+    study.set_user_attr("searched", searched)
+    study.set_metric_names(list(sweep.objectives))
+    return study
 
 
-def _claimed(study: Study) -> bool:
+def _task(command: Command, role: str) -> Task:
+    """What a worker does. The storage, which may hold a password, is in its environment."""
+
+    def call() -> None:
+        from pdiff.sweeps import objective  # imports torch
+
+        objective.ROLES[role](command.name, command.storage)
+
+    words = [sys.executable, "-m", "pdiff", "work", "--study", command.name, "--role", role]
+    variables = {"PDIFF_STORAGE": command.storage, "MLFLOW_TRACKING_URI": store.address()}
+    return Task(words, variables, call)
+
+
+def _claimed(study: optuna.Study) -> bool:
     """Become the leader of a study, unless it has one that lives."""
     process, until = study.user_attrs.get("leader", ["", 0])
     if process and alive(process) and time.time() < until:
         return False
     _lease(study)
-    time.sleep(0.5)  # another command may have done the same: the last one leads
+    time.sleep(SETTLE)
     return study.user_attrs["leader"][0] == this_process()
 
 
-def _lease(study: Study) -> None:
+def _lease(study: optuna.Study) -> None:
     study.set_user_attr("leader", [this_process(), time.time() + LEASE])
 
 
-def _begin(study: Study, command: Command, run_id: str) -> None:
-    """Plan the trials; those of earlier commands move to this one's parent run."""
-    sweep = study.sweep
-    order = {"tag": command.tag, "overrides": command.overrides, "sweep": sweep.model_dump(mode="json")}
+@contextmanager
+def _leading(study: optuna.Study) -> Iterator[None]:
+    """Remain the leader of a study for a block."""
+    try:
+        with trials.repeating(partial(_lease, study), LEASE / 4):
+            yield
+    finally:
+        study.set_user_attr("leader", ["", 0])
+
+
+def _begin(study: optuna.Study, command: Command, checked: Checked, run_id: str) -> None:
+    """Plan the trials, and move those of earlier commands to this one's run."""
+    sweep = checked.sweep
+    job = {"tag": command.tag, "overrides": command.overrides, "sweep": sweep.model_dump(mode="json")}
     deadline = time.time() + sweep.timeout if sweep.timeout else None
-    for key, value in {"order": order, "run": run_id, "stopped": "", "deadline": deadline}.items():
+    for key, value in {"job": job, "run": run_id, "stopped": "", "deadline": deadline}.items():
         study.set_user_attr(key, value)
-    fail_dead(study)
-    store.disown(requeue(study))
-    size = 1
-    for values in study.grid.values():
-        size *= len(values)
-    trials = command.trials or sweep.trials
-    study.plan(min(trials, size) if study.grid else trials)
+    trials.StaleTrials().fail(study)
+    store.disown(trials.retry(study))
+    count = command.trials or sweep.trials
+    size = math.prod(len(values) for values in checked.grid.values())
+    trials.plan(study, min(count, size) if checked.grid else count)
     earlier = [trial.user_attrs["run"] for trial in study.get_trials(deepcopy=False) if "run" in trial.user_attrs]
     store.move(earlier, run_id)
 
 
-def _launcher(command: Command, folder: Path, base: Experiment) -> Callable[..., Job]:
-    return launcher(command.launcher, command.workers, folder, command.options, pinned=base.device == "auto")
+def _report(study: optuna.Study, folder: Path, run_id: str) -> Path:
+    """Record the best trial, the figures and the table of a study in its run; the path of the page."""
+    from pdiff.sweeps import report  # imports plotly and scikit-learn
+
+    store.close_dead_runs()
+    page = report.write(study, folder)
+    metrics, parameters = trials.best_found(study)
+    files = dict.fromkeys(sorted(folder.iterdir()), "")
+    runs.record(run_id, metrics=metrics, parameters=parameters, files=files)
+    return page
 
 
-def _worker(command: Command, role: str) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a worker; the storage, which may hold a password, is in the latter."""
-    variables = {"PDIFF_STORAGE": command.storage, "MLFLOW_TRACKING_URI": store.address()}
-    return pdiff("work", "--study", command.name, "--role", role), variables
+def _final(study: optuna.Study, sweep: Sweep, start: Callable[[int], Job], path: Path, run_id: str) -> pd.DataFrame:
+    """Let a worker run the best trials again on test images; their metrics over the new seeds, one row each.
 
-
-def _lead(study: Study, crew: Crew, run_id: str) -> None:
-    """Keep the workers busy until every planned trial has ended, or the time is up."""
-    try:
-        with Display(study) as display:
-            while True:
-                _lease(study)
-                fail_dead(study)
-                store.disown(requeue(study))
-                if stopped := study.user_attrs["stopped"]:
-                    raise UserError(stopped)
-                waiting, running, finished = display.update()
-                if display.improved:
-                    runs.record(run_id, metrics=_best(study)["metrics"])
-                waiting = 0 if _late(study) else waiting
-                if not waiting and not running:
-                    break
-                crew.keep(waiting, finished)
-                time.sleep(POLL)
-            crew.wait()
-    except BaseException:
-        crew.stop()
-        fail_dead(study)
-        raise
-
-
-def _help(study: Study, command: Command) -> Result:
-    """Lend workers to a study that another command leads."""
-    tqdm.write(f"study {study.study_name}: another command leads it; {command.workers} workers join")
-    while "run" not in study.user_attrs or not study.get_trials(deepcopy=False):  # it has only just begun
-        time.sleep(POLL)
-    folder = store.work_folder() / "sweeps" / study.study_name
-    base = config.load(command.tag, _fixed(study.sweep, command))
-    crew = Crew(_launcher(command, folder, base), _worker(command, "trials"), command.workers)
-    try:
-        with Display(study) as display:
-            while True:
-                fail_dead(study)
-                waiting, _, finished = display.update()
-                if _late(study) or study.user_attrs["stopped"] or not waiting:
-                    break
-                crew.keep(waiting, finished)
-                time.sleep(POLL)
-            while any(job.running() for job in crew.jobs.values()):
-                display.update()
-                time.sleep(POLL)
-    except BaseException:
-        crew.stop()
-        raise
-    return Result(study.user_attrs["run"], study, None, pd.DataFrame())
-
-
-def _late(study: optuna.Study) -> bool:
-    return (study.user_attrs["deadline"] or float("inf")) < time.time()
-
-
-def _best(study: Study) -> dict[str, dict[str, Any]]:
-    """Metrics and parameters of the best trial: the best value of each objective, the parameters of the first's."""
-    found = best(study)
-    if not found:
-        return {"metrics": {}, "parameters": {}}
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    metrics = {"trials": len(complete)}
-    for k, (name, objective) in enumerate(study.sweep.objectives.items()):
-        choose = max if objective.direction == "maximize" else min
-        metrics[f"best/{name}"] = choose(trial.values[k] for trial in complete)
-    parameters = {f"best.{name}": value for name, value in found[0].params.items()} | {"best.trial": found[0].number}
-    return {"metrics": metrics, "parameters": parameters}
-
-
-def _final(study: Study, start: Callable[..., Job], command: Command, run_id: str) -> pd.DataFrame:
-    """Let a worker run the best trials again on test images; their metrics over the new seeds, one row each."""
-    final, folder = study.sweep.final, store.work_folder() / "sweeps" / study.study_name
-    path = folder / "final.csv"
-    if not final.seeds or not best(study):
+    Raises:
+        UserError: it found no metrics.
+    """
+    if not sweep.final.seeds or not trials.best(study):
         return pd.DataFrame()
-    path.unlink(missing_ok=True)
-    tqdm.write(f"the best on test images, with {final.seeds} new seeds each:")
-    job = start(*_worker(command, "final"), 0)
+    study.set_user_attr("final", None)
+    tqdm.write(f"the best on test images, with {sweep.final.seeds} new seeds each:")
+    job = start(0)
     try:
         while job.running():
-            _lease(study)
-            time.sleep(POLL)
+            pause([job], POLL)
     except BaseException:
         job.stop()
         job.wait(STOP_SECONDS)
         raise
     finally:
-        study.set_user_attr("leader", ["", 0])
         store.close_dead_runs()
-    if not path.exists():
-        raise UserError(f"the best trials could not be run again; the last words of {job.log}: {last_line(job.log)}")
-    frame = pd.read_csv(path)
+    if not study.user_attrs["final"]:
+        reason = f"last line of {job.log}: {last_line(job.log)}"
+        raise UserError(f"the best trials could not be run again; {reason}")
+    frame = pd.DataFrame(study.user_attrs["final"])
+    write_text(path, frame.to_csv(index=False))
     first = frame[frame.trial == frame.trial.iloc[0]].set_index("metric")
     metrics = {f"final/{name}": row["mean"] for name, row in first.iterrows()}
     metrics |= {f"final_std/{name}": row["std"] for name, row in first.iterrows()}
     runs.record(run_id, metrics=metrics, files={path: ""})
     return frame
-
-
-def work(name: str, url: str) -> None:
-    """Run trials of a study until none waits, its time is up, or it was stopped."""
-    study, order = attend(name, url)
-    with store.connected():
-        runner = Runner(study, order)
-        while not (study.user_attrs["stopped"] or _late(study) or abandoned()):
-            try:
-                study.optimize(runner, n_trials=1, catch=(Exception,))
-            except Lost as lost:
-                tqdm.write(str(lost))
-            except Exhausted:
-                return
-
-
-def finish(name: str, url: str) -> None:
-    """Run the best trials again with seeds that selected nothing, and look at test images for the first time."""
-    study, order = attend(name, url)
-    rows = []
-    with store.connected():
-        for trial in best(study, study.sweep.final.trials):
-            overrides = order.fixed | trial.user_attrs["overrides"] | {"evaluate.test": "true"}
-            experiment = config.load(order.tag, overrides)
-            tags = {"pdiff.study": name, "pdiff.trial": str(trial.number)}
-            label = f"final of trial {trial.number}"
-            with runs.around("final", experiment, label=label, tags=tags, parent=order.run) as run_id:
-                metrics = _over_seeds(order.tag, overrides, experiment, study.sweep.final.seeds)
-                runs.record(run_id, metrics=metrics["mean"].to_dict())
-                runs.record(run_id, metrics={f"std/{key}": value for key, value in metrics["std"].items()})
-            rows.append(metrics.rename_axis("metric").reset_index().assign(trial=trial.number))
-    path = store.work_folder() / "sweeps" / name / "final.csv"
-    write_text(path, pd.concat(rows).to_csv(index=False))
-
-
-def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, seeds: int) -> pd.DataFrame:
-    """Metric -> mean and sample standard deviation over whole pipelines of new seeds."""
-    columns = []
-    for k in range(1, seeds + 1):
-        new = {"seed": str(experiment.seed + k), "generate.seed": str(experiment.generate.seed + k)}
-        metrics = engine.main(config.load(tag, {**overrides, **new})).metrics
-        columns.append({name: value for name, value in metrics.items() if name.startswith(KEPT)})
-    frame = pd.DataFrame(columns)
-    return pd.DataFrame({"mean": frame.mean(), "std": frame.std(ddof=1)})
-
-
-def best_text(study: Study) -> str:
-    """The best trials for people, one line each."""
-    lines = [
-        f"trial {trial.number}: {values_text(study, trial.values)} with {trial.params}"
-        for trial in best(study, study.sweep.final.trials)
-    ]
-    return "\n           ".join(lines) or "no trial completed"
-
-
-def final_text(final: pd.DataFrame) -> str:
-    """What the best trials reach on test images: mean and standard deviation over new seeds."""
-    shown = final[final.metric.isin(FINAL)]
-    text = shown.apply(lambda row: f"{row['mean']:.4f} ± {row['std']:.4f}", axis=1)
-    return shown.assign(text=text).pivot(index="metric", columns="trial", values="text").to_string()

@@ -1,15 +1,20 @@
-"""One trial of a sweep: its runs, what it reports while they last, and its values."""
+"""What a worker does: run trials, each with the stages of its experiment, and in the end the best ones again."""
 
 from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import optuna
-import torch
+import pandas as pd
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from tqdm.auto import tqdm
 
 from pdiff.errors import Pruned, UserError
 from pdiff.experiment import config
@@ -17,37 +22,39 @@ from pdiff.experiment.schema import Experiment
 from pdiff.experiment.stages import STAGES
 from pdiff.method.log import Point
 from pdiff.sweeps.launchers import abandoned
-from pdiff.sweeps.schema import FIRST, Objective, Sweep, as_text
-from pdiff.sweeps.search import Study
-from pdiff.sweeps.storage import PATIENCE, open_storage, without_password
+from pdiff.sweeps.schema import FIRST, Objective, Sweep
+from pdiff.sweeps.search import load_study
+from pdiff.sweeps.storage import MAX_WAIT, QueueEmpty, open_storage, without_password
+from pdiff.sweeps.trials import best, heartbeats, is_late
 from pdiff.tracking import engine, runs, store
 
-# What a trial leaves out: test images, groups that no objective looks at, and models that nobody will serve.
+# What a trial leaves out: test images, groups that no objective looks at, and models that are not served.
 CHEAP = {"evaluate.noise": "[]", "evaluate.baselines": "[]", "log_models": "false"}
 UNTESTED = {"evaluate.test": "false"}
+KEPT = ("val_accuracy/", "val_similarity/", "test_accuracy/", "similarity/", "seconds/")  # metrics over new seeds
 
 
-class Order(NamedTuple):
-    """What all workers of a study must know; kept in the study itself."""
+class JobSpec(NamedTuple):
+    """What all workers of a study need to know; the leader keeps it in the study itself."""
 
     tag: str
     overrides: dict[str, str]
-    sweep: dict[str, Any]
+    sweep: Sweep
     storage: str
     run: str
 
     @property
     def fixed(self) -> dict[str, str]:
         """Configuration key -> value as text, of every trial."""
-        return {key: as_text(value) for key, value in self.sweep["set"].items()} | self.overrides
+        return self.sweep.fixed(self.overrides)
 
 
-class Lost(BaseException):
-    """A trial was taken for dead, and somebody else has begun it again."""
+class StaleTrial(BaseException):
+    """The trial was declared stale and is being retried by another worker."""
 
 
-class Judge:
-    """Listens to the stages of a trial: reports the metric of the pruner, and ends what is not worth going on with.
+class PruningLog:
+    """A log of the stages of a trial that ends the trial where a threshold or the pruner says so.
 
     Optuna's pruners follow the direction of the objective; a metric of the other direction is reported negated.
     """
@@ -58,10 +65,10 @@ class Judge:
         self.sign = 1 if objective.direction == sweep.pruner.direction else -1
 
     def __call__(self, point: Point) -> None:
-        """Hear one point.
+        """Take one point.
 
         Raises:
-            Pruned: it says that the trial is not worth going on with.
+            Pruned: the trial is not worth continuing.
             KeyboardInterrupt: the process that started this worker is gone.
         """
         if abandoned():
@@ -74,11 +81,16 @@ class Judge:
                 raise Pruned(f"{pruner.kind} pruner: {point.name} is {point.value:.4g} at step {point.step}")
 
     def check(self, point: Point) -> None:
-        """End the trial at a gate that does not let a point pass."""
-        for gate in self.sweep.prune_if:
-            if gate.shut(*point):
-                limit = f"below {gate.below:g}" if gate.below is not None else f"above {gate.above:g}"
-                raise Pruned(f"prune_if: {point.name} is {point.value:.4g} at step {point.step}, {limit}")
+        """Raise Pruned where a point is beyond a threshold."""
+        for threshold in self.sweep.prune_if:
+            if threshold.prunes(*point):
+                raise Pruned(f"prune_if: {point.name} is {point.value:.4g} at step {point.step}, {threshold}")
+
+    def final(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Check the final metrics of a stage, which may have finished in an earlier run; returns them."""
+        for name, value in metrics.items():
+            self.check(Point(name, value))
+        return metrics
 
 
 def objective_value(name: str, objective: Objective, metrics: Mapping[str, float]) -> float:
@@ -90,67 +102,43 @@ def objective_value(name: str, objective: Objective, metrics: Mapping[str, float
     return sum(metrics[metric] for metric in objective.sum or (name,))
 
 
-class Runner:
-    """The objective that Optuna calls."""
+class ObjectiveFunction:
+    """The objective function of a study: trial -> values of the objectives."""
 
-    def __init__(self, study: Study, order: Order) -> None:
-        self.study, self.order, self.sweep = study, order, study.sweep
-        self.given = config.flat(config.load(order.tag, order.fixed))
+    def __init__(self, study: optuna.Study, job: JobSpec) -> None:
+        self.study, self.job, self.sweep = study, job, job.sweep
+        self.given = config.flat(config.load(job.tag, job.fixed))
 
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
-        """Run a trial; whatever ends it early, it says why."""
-        chosen = self.sweep.suggest(trial, self.given)
-        trial.set_user_attr("overrides", chosen)
-        try:
-            return self._values(trial, self._experiment(chosen))
-        except Pruned as reason:
-            trial.set_user_attr("pruned", str(reason))
-            raise optuna.TrialPruned(str(reason)) from None
-        except KeyboardInterrupt:
-            trial.set_user_attr("interrupted", True)
-            raise
-        except Exception as error:
-            if store.is_away(error):  # not the trial's fault: it says no reason, and is begun again
-                _await_tracking()
-            else:
-                trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            if torch.cuda.is_initialized():  # what a failed trial held must not fail the next one
-                gc.collect()
-                torch.cuda.empty_cache()
-
-    def _experiment(self, chosen: Mapping[str, str], **more: str) -> Experiment:
-        """The experiment of a trial, or of a part of one.
+        """Run the stages of a trial, nested in its run.
 
         Raises:
-            Pruned: the configuration refuses the combination.
+            Pruned: the trial is not worth continuing, or the configuration refuses its parameters.
+            StaleTrial: it is another worker's now.
         """
+        chosen = self.sweep.suggest(trial, self.given)
+        trial.set_user_attr("overrides", chosen)
+        experiment = self._experiment(chosen)
+        name, number = self.study.study_name, trial.number
+        note = f"Trial {number} of study {name} in {without_password(self.job.storage)}, a run of sweep {self.job.run}."
+        tags = {"pdiff.study": name, "pdiff.trial": str(number), "mlflow.note.content": note}
+        with runs.around("trial", experiment, label=f"trial {number}", tags=tags, parent=self.job.run) as run_id:
+            trial.set_user_attr("run", run_id)
+            metrics = self._metrics(PruningLog(trial, self.sweep), experiment, chosen)
+            values = self._objectives(metrics)
+            runs.record(run_id, metrics=metrics, parameters={f"trial.{k}": v for k, v in trial.params.items()})
+            if self.study.get_trials(deepcopy=False)[number].state.is_finished():
+                raise StaleTrial
+        return values
+
+    def _experiment(self, chosen: Mapping[str, str], **more: str) -> Experiment:
+        """The experiment of a trial, or of a part of one."""
         try:
-            return config.load(self.order.tag, CHEAP | self.order.fixed | dict(chosen) | more | UNTESTED)
+            return config.load(self.job.tag, CHEAP | self.job.fixed | dict(chosen) | more | UNTESTED)
         except UserError as error:
             raise Pruned(f"the configuration refuses it: {error}") from None
 
-    def _values(self, trial: optuna.Trial, experiment: Experiment) -> tuple[float, ...]:
-        """Run the stages of a trial, nested in its run, and take the objectives from their metrics."""
-        tags = {
-            "pdiff.study": self.study.study_name,
-            "pdiff.trial": str(trial.number),
-            "mlflow.note.content": (
-                f"Trial {trial.number} of study {self.study.study_name} in {without_password(self.order.storage)}, "
-                f"a run of the sweep {self.order.run}."
-            ),
-        }
-        label = f"trial {trial.number}"
-        with runs.around("trial", experiment, label=label, tags=tags, parent=self.order.run) as run_id:
-            trial.set_user_attr("run", run_id)
-            metrics = self._metrics(Judge(trial, self.sweep), experiment, trial.user_attrs["overrides"])
-            values = self._objectives(metrics)
-            runs.record(run_id, metrics=metrics, parameters={f"trial.{k}": v for k, v in trial.params.items()})
-            self._still_ours(trial)
-        return values
-
-    def _metrics(self, judge: Judge, experiment: Experiment, chosen: Mapping[str, str]) -> dict[str, float]:
+    def _metrics(self, log: PruningLog, experiment: Experiment, chosen: Mapping[str, str]) -> dict[str, float]:
         """All metrics of a trial's stages, those of its first batch of networks among them."""
         metrics: dict[str, float] = {}
         known: dict[str, engine.Done] = {}
@@ -158,10 +146,10 @@ class Runner:
             if stage == "generate" and self.sweep.first_batch:
                 part = self._experiment(chosen, **{"generate.count": str(self.sweep.first_batch)})
                 done = engine.execute("evaluate", part, known={name: known[name] for name in ("prepare", "train")})
-                metrics |= _heard(judge, {f"{FIRST}{name}": value for name, value in done.metrics.items()})
-            with runs.listening(judge):
+                metrics |= log.final({f"{FIRST}{name}": value for name, value in done.metrics.items()})
+            with runs.listening(log):
                 done = engine.execute(stage, experiment, known=known)
-            metrics |= _heard(judge, done.metrics)
+            metrics |= log.final(done.metrics)
         return metrics
 
     def _objectives(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
@@ -183,21 +171,54 @@ class Runner:
                 raise UserError(f"objectives.{name} is NaN")
         return tuple(values)
 
-    def _still_ours(self, trial: optuna.Trial) -> None:
-        if self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
-            raise Lost(f"trial {trial.number} was begun again by another worker")
+
+def run_trial(study: optuna.Study, function: Callable[[optuna.Trial], tuple[float, ...]]) -> None:
+    """Take a waiting trial, run it, and record how it ended and why.
+
+    Raises:
+        QueueEmpty: no trial is waiting.
+        KeyboardInterrupt: the worker was interrupted; its trial will be retried.
+    """
+    trial = study.ask()
+    state, values = TrialState.FAIL, None
+
+    def note(key: str, value: Any) -> None:
+        with suppress(UpdateFinishedTrialError):
+            trial.set_user_attr(key, value)
+
+    with heartbeats(trial):
+        try:
+            values = function(trial)
+            state = TrialState.COMPLETE
+        except Pruned as reason:
+            note("pruned", str(reason))
+            state = TrialState.PRUNED
+        except (StaleTrial, UpdateFinishedTrialError):
+            tqdm.write(f"trial {trial.number} was declared stale and is being retried by another worker")
+        except KeyboardInterrupt:
+            note("interrupted", True)
+            raise
+        except Exception as error:
+            if store.is_away(error):  # no fault of the trial: it records no error, and is retried
+                _await_tracking()
+            else:
+                note("error", f"{type(error).__name__}: {error}")
+        finally:
+            study.tell(trial, values, state=state, skip_if_finished=True)
+            _release_memory()
 
 
-def _heard(judge: Judge, metrics: Mapping[str, float]) -> Mapping[str, float]:
-    """Final metrics, those of finished runs included, after a look at the gates."""
-    for name, value in metrics.items():
-        judge.check(Point(name, value))
-    return metrics
+def _release_memory() -> None:
+    """Return to the GPU what a failed trial held, or it would fail the next one."""
+    torch = sys.modules.get("torch")  # imported by the stages, if one has run
+    if torch and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _await_tracking() -> None:
     """Wait until the tracking store answers."""
-    end, pause = time.monotonic() + PATIENCE, 0.5
+    end, pause = time.monotonic() + MAX_WAIT, 0.5
     while time.monotonic() < end:
         try:
             with store.connected():
@@ -207,30 +228,62 @@ def _await_tracking() -> None:
             pause = min(2 * pause, 10.0)
 
 
-def order_of(study: optuna.Study, storage: str) -> Order:
-    """What a study says of itself.
+def attend(name: str, url: str) -> tuple[optuna.Study, JobSpec]:
+    """The study that a worker works on, and what its leader left there for workers.
 
     Raises:
-        UserError: it is not one of pdiff's.
+        UserError: there is no such study, or no sweep began it.
     """
+    storage = open_storage(url, wait=True)
     try:
-        return Order(**study.user_attrs["order"], storage=storage, run=study.user_attrs["run"])
-    except KeyError:
-        raise UserError(f"--study {study.study_name}: no sweep of pdiff's began it") from None
-
-
-def attend(name: str, url: str) -> tuple[Study, Order]:
-    """The study that this worker works on.
-
-    Raises:
-        UserError: there is none.
-    """
-    storage = open_storage(url, patient=True)
-    try:
-        plain = optuna.load_study(study_name=name, storage=storage)
+        attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
     except KeyError:
         raise UserError(f"--study {name}: no such study in {without_password(url)}") from None
-    order = order_of(plain, url)
-    sweep = Sweep.model_validate(order.sweep)
-    grid = sweep.grid(config.flat(config.load(order.tag, order.fixed))) if sweep.sampler.kind == "grid" else {}
-    return Study(name, storage, sweep, grid), order
+    if "job" not in attributes:
+        raise UserError(f"--study {name}: not begun by `pdiff sweep`")
+    spec = attributes["job"]
+    sweep = Sweep.model_validate(spec["sweep"])
+    job = JobSpec(spec["tag"], spec["overrides"], sweep, url, attributes["run"])
+    grid = sweep.grid(config.flat(config.load(job.tag, job.fixed))) if sweep.sampler.kind == "grid" else {}
+    return load_study(name, storage, sweep, grid), job
+
+
+def work(name: str, url: str) -> None:
+    """Run trials of a study until none is waiting, its time is up, or it was stopped."""
+    study, job = attend(name, url)
+    with store.connected(), suppress(QueueEmpty):
+        function = ObjectiveFunction(study, job)
+        while not (study.user_attrs["stopped"] or is_late(study) or abandoned()):
+            run_trial(study, function)
+
+
+def finish(name: str, url: str) -> None:
+    """Run the best trials again with seeds that selected nothing, and evaluate on test images for the first time."""
+    study, job = attend(name, url)
+    frames, final = [], job.sweep.final
+    with store.connected():
+        for trial in best(study, final.trials):
+            overrides = job.fixed | trial.user_attrs["overrides"] | {"evaluate.test": "true"}
+            experiment = config.load(job.tag, overrides)
+            tags = {"pdiff.study": name, "pdiff.trial": str(trial.number)}
+            label = f"final of trial {trial.number}"
+            with runs.around("final", experiment, label=label, tags=tags, parent=job.run) as run_id:
+                metrics = _over_seeds(job.tag, overrides, experiment, final.seeds)
+                runs.record(run_id, metrics=metrics["mean"].to_dict())
+                runs.record(run_id, metrics={f"std/{key}": value for key, value in metrics["std"].items()})
+            frames.append(metrics.rename_axis("metric").reset_index().assign(trial=trial.number))
+    study.set_user_attr("final", pd.concat(frames).to_dict("records"))
+
+
+def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, seeds: int) -> pd.DataFrame:
+    """Metric -> mean and sample standard deviation over whole pipelines of new seeds."""
+    columns = []
+    for k in range(1, seeds + 1):
+        new = {"seed": str(experiment.seed + k), "generate.seed": str(experiment.generate.seed + k)}
+        metrics = engine.main(config.load(tag, {**overrides, **new})).metrics
+        columns.append({name: value for name, value in metrics.items() if name.startswith(KEPT)})
+    frame = pd.DataFrame(columns)
+    return pd.DataFrame({"mean": frame.mean(), "std": frame.std(ddof=1)})
+
+
+ROLES: dict[str, Callable[[str, str], None]] = {"trials": work, "final": finish}

@@ -1,4 +1,4 @@
-"""Figures of a study: one page that works offline, and a file for each."""
+"""Figures of a study: one page that works offline, and a file per figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pdiff.experiment.figures import PLOTLY_CONFIG, TEMPLATE
 from pdiff.experiment.metrics import MISSING
 from pdiff.experiment.report import page, plot
 from pdiff.files import write_text
-from pdiff.sweeps.search import best, table, values_text
+from pdiff.sweeps.trials import best, table, values_text
 
 SHOWN = 4  # parameters in the figure of pairs, the most important ones
 PLOTLY = "plotly.min.js"
@@ -25,15 +25,15 @@ READING = {
     "importances": "How much of the variance of the objective each parameter explains (fANOVA).",
     "parallel": "Each line is a trial. Drag along an axis to keep only the lines that pass there.",
     "slices": "The objective against each parameter; darker trials came later.",
-    "contour": "The objective over pairs of important parameters; a diagonal shape: they depend on one another.",
-    "front": "Trials that no other one beats in every objective are marked; choose among these.",
+    "contour": "The objective over pairs of important parameters; a diagonal shape shows that they interact.",
+    "front": "Marked trials are those that no other one beats in every objective; choose among these.",
     "timeline": "When each trial ran, and how it ended.",
-    "intermediate": "What the pruner saw: its metric at every step, negated where it and the objective point apart.",
+    "intermediate": "The metric of the pruner at every step, negated where its direction is not the objective's.",
 }
 
 
 def figures(study: optuna.Study) -> Iterator[tuple[str, str, go.Figure]]:
-    """Yield name, objective and figure; what the trials are too few for is left out."""
+    """Yield name, objective and figure; figures for which there are too few trials are left out."""
     single = len(study.directions) == 1
     for k, objective in enumerate(study.metric_names):
         target = None if single else lambda trial, k=k: trial.values[k]
@@ -60,14 +60,14 @@ def _contour(study: optuna.Study, **options: object) -> go.Figure:
 def _tried(name: str, objective: str, make: Callable[[], go.Figure]) -> Iterator[tuple[str, str, go.Figure]]:
     try:
         figure = make()
-    except (ValueError, RuntimeError):  # Optuna's way to say that there are too few trials, or all are alike
+    except (ValueError, RuntimeError):  # what Optuna raises where there are too few trials, or all are alike
         return
     if figure.data:
         yield name, objective, figure.update_layout(template=TEMPLATE, title=None, plot_bgcolor=None)
 
 
 def write(study: optuna.Study, folder: Path) -> Path:
-    """Write `study.html`, every figure as a file of its own, and `trials.csv`; the path of the page."""
+    """Write `study.html`, a file per figure, and `trials.csv`; the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
     for name, objective, figure in figures(study):
@@ -78,7 +78,7 @@ def write(study: optuna.Study, folder: Path) -> Path:
     frame = table(study)
     write_text(folder / "trials.csv", frame.to_csv(index=False))
     trials = frame.drop(columns="run").apply(lambda column: column.map(_cell))
-    text = page("study", title=f"Study {study.study_name}", findings=verdict(study), trials=trials, plots=plots)
+    text = page("study", title=f"Study {study.study_name}", findings=summary(study), trials=trials, plots=plots)
     write_text(folder / "study.html", text)
     return folder / "study.html"
 
@@ -90,12 +90,12 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def verdict(study: optuna.Study) -> str:
-    """In plain words: how many trials, how they ended, and the best."""
+def summary(study: optuna.Study) -> str:
+    """How many trials there are, how they ended, and the best, in a sentence or two."""
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     counts = {state.name.lower(): states.count(state) for state in TrialState if state in states}
     text = f"{len(states)} trials: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + "."
     for trial in best(study, 3):
         chosen = ", ".join(f"{name} = {value}" for name, value in trial.params.items())
         text += f" Trial {trial.number}: {values_text(study, trial.values)} with {chosen}."
-    return text + " All values are of validation images."
+    return text + " All values are measured on validation images."

@@ -1,10 +1,10 @@
-"""Sweep files: what a sweep searches for, where, and when a trial is not worth going on with."""
+"""Sweep files: objectives, parameters, sampler, and when a trial is not worth continuing."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff.errors import UserError
 from pdiff.experiment import config, metrics
-from pdiff.experiment.schema import Experiment
+from pdiff.experiment.schema import Experiment, all_keys, known_keys
 from pdiff.method.options import Positive, Section, Several
 
 FIRST = "first_batch/"  # prefix of the metrics of the first networks
@@ -40,7 +40,7 @@ class Parameter(Section):
     """One dimension of the search.
 
     It sets the configuration key of its name, or all `keys`. `choices` are values, or label -> value where a value
-    is no scalar. It is searched only where every key of `when` (a configuration key, or a parameter above it) has
+    is not a scalar. It is searched only where every key of `when` (a configuration key, or a parameter above it) has
     one of the values listed there.
     """
 
@@ -75,7 +75,7 @@ class Parameter(Section):
         return self
 
     def suggest(self, trial: Any, name: str) -> Any:
-        """Ask a trial of Optuna's for a value, or for the label of one."""
+        """The value, or the label of one, that Optuna's `trial` suggests."""
         if self.kind == "categorical":
             return trial.suggest_categorical(name, list(self.choices))
         if self.kind == "int":
@@ -102,9 +102,13 @@ class Parameter(Section):
         """The value that a label stands for, or the suggested value itself."""
         return self.choices.get(suggested, suggested) if self.choices else suggested
 
+    def settings(self, name: str, suggested: Any) -> dict[str, str]:
+        """Configuration key -> value as text, of a suggested value."""
+        return dict.fromkeys(self.keys or (name,), as_text(self.value(suggested)))
+
 
 class Sampler(Section):
-    """How values are chosen: `options` are those of Optuna's sampler."""
+    """How parameters are sampled; `options` are those of Optuna's sampler."""
 
     kind: Literal["tpe", "gp", "random", "grid", "cmaes", "nsga2", "qmc"] = "tpe"
     seed: Annotated[int, Field(ge=0)] = 0
@@ -112,8 +116,8 @@ class Sampler(Section):
 
 
 class Pruner(Section):
-    """Which trials are ended early: one `metric`, whose values are compared among trials at equal steps; `options`
-    are those of Optuna's pruner. Metrics of different scales are never mixed in one pruner."""
+    """Which trials end early: values of one `metric` are compared among trials at equal steps; `options` are those of
+    Optuna's pruner."""
 
     kind: Literal["none", "median", "percentile", "hyperband", "successive_halving", "patient", "threshold"] = "none"
     metric: str = ""
@@ -129,8 +133,8 @@ class Pruner(Section):
         return self
 
 
-class Gate(Section):
-    """A trial ends as pruned when a metric is `below` or `above` a limit, at `from_step` or later."""
+class Threshold(Section):
+    """A trial ends as pruned when a metric is `below` or `above` a limit, or NaN, at `from_step` or later."""
 
     metric: str
     below: float | None = None
@@ -140,33 +144,36 @@ class Gate(Section):
     _metric = field_validator("metric")(_not_on_test)
 
     @model_validator(mode="after")
-    def _check(self) -> Gate:
+    def _check(self) -> Threshold:
         if (self.below is None) == (self.above is None):
             raise ValueError("either below or above is needed")
         return self
 
-    def shut(self, name: str, value: float, step: int) -> bool:
-        """Whether a value must not pass; NaN never does."""
+    def prunes(self, name: str, value: float, step: int) -> bool:
+        """Whether a value of a metric ends the trial."""
         passes = value >= self.below if self.below is not None else value <= self.above
         return name == self.metric and step >= self.from_step and not passes
 
+    def __str__(self) -> str:
+        return f"below {self.below:g}" if self.below is not None else f"above {self.above:g}"
+
 
 class Final(Section):
-    """What is run again on test images in the end: the best `trials` of the front, each with so many new `seeds`."""
+    """What is evaluated on test images in the end: the best `trials`, each run again with so many new `seeds`."""
 
     seeds: Annotated[int, Field(ge=0)] = 3
     trials: Positive = 3
 
 
 class Sweep(Section):
-    """A sweep: what is searched, what for, how, and for how long (`timeout` in seconds, 0 for no limit)."""
+    """A sweep: what to search for, where, how, and for how long (`timeout` in seconds, 0 for no limit)."""
 
     objectives: Annotated[dict[str, Objective], Field(min_length=1)]
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
     set: dict[str, Any] = {}
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
-    prune_if: tuple[Gate, ...] = ()
+    prune_if: tuple[Threshold, ...] = ()
     first_batch: Annotated[int, Field(ge=0)] = 0
     trials: Positive = 30
     timeout: Annotated[float, Field(ge=0)] = 0
@@ -187,17 +194,21 @@ class Sweep(Section):
         if len(self.objectives) > 1 and self.pruner.kind != "none":
             raise ValueError("pruner: Optuna cannot prune a study of several objectives; prune_if can")
         if len(self.objectives) > 1 and self.sampler.kind == "cmaes":
-            raise ValueError("sampler: cmaes knows one objective only; tpe, gp, nsga2, qmc and random know several")
-        watched = [gate.metric for gate in self.prune_if] + [self.pruner.metric]
+            raise ValueError("sampler: cmaes takes one objective only; tpe, gp, nsga2, qmc and random take several")
+        watched = [threshold.metric for threshold in self.prune_if] + [self.pruner.metric]
         if not self.first_batch and any(metric.startswith(FIRST) for metric in watched):
             raise ValueError(f"metrics {FIRST}... need first_batch > 0, a number of networks")
         return self
 
+    def fixed(self, overrides: Mapping[str, str]) -> dict[str, str]:
+        """Configuration key -> value as text, of every trial."""
+        return {key: as_text(value) for key, value in self.set.items()} | dict(overrides)
+
     def suggest(self, trial: Any, given: Mapping[str, Any]) -> dict[str, str]:
-        """Ask a trial for its configuration.
+        """The configuration of a trial.
 
         Args:
-            trial: of Optuna's.
+            trial: a trial of Optuna, which suggests the values.
             given: configuration key -> value of the experiment without a trial.
 
         Returns:
@@ -205,14 +216,27 @@ class Sweep(Section):
         """
         known, chosen = dict(given), {}
         for name, parameter in self.parameters.items():
-            if applies(parameter, known):
+            if all(known.get(key) in wanted for key, wanted in parameter.when.items()):
                 suggested = parameter.suggest(trial, name)
                 value = parameter.value(suggested)
-                known[name] = suggested if parameter.keys else value
-                for key in parameter.keys or (name,):
-                    known[key] = value
-                    chosen[key] = as_text(value)
+                known |= {name: suggested if parameter.keys else value, **dict.fromkeys(parameter.keys, value)}
+                chosen |= parameter.settings(name, suggested)
         return chosen
+
+    def context(self, parameter: Parameter, given: Mapping[str, Any]) -> dict[str, str] | None:
+        """Values of other parameters with which a parameter is searched; None where it never is.
+
+        Args:
+            parameter: one of this sweep.
+            given: configuration key -> value of the experiment without a trial.
+        """
+        found: dict[str, str] = {}
+        for name, wanted in parameter.when.items():
+            if name in self.parameters:
+                found |= self.parameters[name].settings(name, wanted[0])
+            elif given.get(name) not in wanted:
+                return None
+        return found
 
     def grid(self, given: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Parameter -> all its values, of those that apply.
@@ -223,17 +247,12 @@ class Sweep(Section):
         found = {}
         for name, parameter in self.parameters.items():
             if not parameter.when.keys().isdisjoint(self.parameters):
-                raise UserError(f"parameters.{name}.when: a grid knows no parameter that depends on another")
-            if applies(parameter, given):
+                raise UserError(f"parameters.{name}.when: a grid takes no parameter that depends on another")
+            if self.context(parameter, given) is not None:
                 found[name] = parameter.grid()
                 if not found[name]:
                     raise UserError(f"parameters.{name}: a grid needs choices or a step")
         return found
-
-
-def applies(parameter: Parameter, known: Mapping[str, Any]) -> bool:
-    """Whether a parameter is searched, given the values of other keys."""
-    return all(known.get(key) in wanted for key, wanted in parameter.when.items())
 
 
 def as_text(value: Any) -> str:
@@ -278,27 +297,30 @@ def _problem(item: Any, path: Path) -> str:
     key = ".".join(str(part) for part in item["loc"])
     where = f"{path}: {key}".removesuffix(": ")
     if item["type"] == "extra_forbidden":
-        known = sorted({name.rpartition(".")[2] for name in config.known_keys(Sweep)})
+        known = sorted({name.rpartition(".")[2] for name in known_keys(Sweep)})
         return f"{where}: unknown key; {config.nearest(str(item['loc'][-1]), known)}"
     return f"{where}: {config.rule(item)}"
 
 
-def check(name: str, sweep: Sweep, tag: str, fixed: Mapping[str, str]) -> Experiment:
-    """The experiment of a sweep without a trial; what no trial could mend is told now.
+def check(name: str, sweep: Sweep, tag: str, overrides: Mapping[str, str]) -> Experiment:
+    """The experiment of a sweep without a trial, after a search for mistakes that every trial would meet.
 
     Raises:
-        UserError: keys that the configuration does not know, values that it never takes, no parameter that applies.
+        UserError: keys that no configuration has, values that it never takes, no parameter that applies.
     """
-    path = str(find(name))
-    given = {key: as_text(value) for key, value in sweep.set.items()} | dict(fixed)
+    path, given = str(find(name)), sweep.fixed(overrides)
     base = config.load(tag, given, origin=path)
-    known = config.flat(base)
-    problems = []
+    known, keys = config.flat(base), all_keys()
+    problems, searched = [], False
     for parameter_name, parameter in sweep.parameters.items():
-        for key in parameter.when.keys() - sweep.parameters.keys() - known.keys():
-            problems.append(f"{path}: parameters.{parameter_name}.when: {config.nearest(key, list(known))}")
-        problems += _refused(parameter_name, parameter, lambda more: config.load(tag, given | more, origin=path), path)
-    if not any(applies(p, known) or not p.when.keys().isdisjoint(sweep.parameters) for p in sweep.parameters.values()):
+        for key in parameter.when.keys() - sweep.parameters.keys() - set(keys):
+            problems.append(f"{path}: parameters.{parameter_name}.when: {config.nearest(key, keys)}")
+        for key in set(parameter.keys or (parameter_name,)) - set(keys):
+            problems.append(f"{path}: {key}: unknown key; {config.nearest(key, keys)}")
+        if (where := sweep.context(parameter, known)) is not None:
+            searched = True
+            problems += _refused(parameter_name, parameter, tag, given | where, path)
+    if not searched:
         conditions = {key: list(values) for p in sweep.parameters.values() for key, values in p.when.items()}
         problems.append(f"{path}: no parameter applies to {tag}; they are searched where {conditions}")
     if problems:
@@ -306,12 +328,12 @@ def check(name: str, sweep: Sweep, tag: str, fixed: Mapping[str, str]) -> Experi
     return base
 
 
-def _refused(name: str, parameter: Parameter, load: Callable[[dict[str, str]], object], path: str) -> Iterator[str]:
+def _refused(name: str, parameter: Parameter, tag: str, given: dict[str, str], path: str) -> Iterator[str]:
     """Problems with single values of a parameter; those with combinations are left to the trials."""
     for value in parameter.extremes():
-        more = {key: as_text(parameter.value(value)) for key in parameter.keys or (name,)}
+        chosen = parameter.settings(name, value)
         try:
-            load(more)
+            config.load(tag, given | chosen, origin=path)
         except UserError as error:
-            told = re.split(r"; (?=\S+\.ya?ml: )", str(error))
-            yield from (text for text in told if any(text.startswith(f"{path}: {key}: ") for key in more))
+            problems = re.split(r"; (?=\S+\.ya?ml: )", str(error))
+            yield from (text for text in problems if any(text.startswith(f"{path}: {key}: ") for key in chosen))

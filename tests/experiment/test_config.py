@@ -372,11 +372,11 @@ def test_digest_sees_the_script_of_a_command(write, tmp_path, command):
     script = tmp_path / ("my test.py" if "my" in command else "test.py")
     tree = {"prepare": {"source": "absent"}, "evaluate": {"command": command, "folder": str(tmp_path)}}
     experiment = config.load(str(write("own", yaml.safe_dump(tree))))
-    found = set()
+    seen = set()
     for text in ("print(1)", "print(12)"):
         script.write_text(text)
-        found.add(digests.digest(experiment, ("prepare", "evaluate")))
-    assert len(found) == 2
+        seen.add(digests.digest(experiment, ("prepare", "evaluate")))
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(

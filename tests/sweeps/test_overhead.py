@@ -2,11 +2,11 @@
 
 import time
 
+import optuna
 import pytest
 from tracked import runs
 
 from pdiff.cli.main import main as pdiff
-from pdiff.sweeps.search import Study
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///optuna.db", "journal:///optuna.log"])
@@ -18,8 +18,8 @@ def test_a_benchmark_is_a_run(workspace, capsys, monkeypatch, storage):
         asked.append(ask(study, **options))
         return asked[-1]
 
-    ask = Study.ask
-    monkeypatch.setattr(Study, "ask", slow)
+    ask = optuna.Study.ask
+    monkeypatch.setattr(optuna.Study, "ask", slow)
     storage = storage.replace("journal:///", f"journal://{workspace}/")
     begin = time.perf_counter()
     assert pdiff(["overhead", "--storage", storage, "--trials", "4", "--sampler", "random"]) == 0

@@ -1,4 +1,4 @@
-"""Sweep files: what they hold, what is refused, and what a trial is asked for."""
+"""Sweep files: what they hold, what is refused, and what a trial samples."""
 
 import itertools
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from pdiff.errors import UserError
 from pdiff.experiment import config
 from pdiff.sweeps import schema
-from pdiff.sweeps.schema import Gate, Sweep
+from pdiff.sweeps.schema import Sweep, Threshold
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "sweeps"
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -33,7 +33,7 @@ def written(path: Path, tree: dict) -> str:
 
 
 def refusal(path: Path, tree: dict, tag: str = "digits_mlp") -> str:
-    """What the user is told of a sweep file, on one line."""
+    """The one line that refuses a sweep file."""
     name = written(path, tree)
     with pytest.raises(UserError) as caught:
         schema.check(name, schema.load(name), tag, {})
@@ -41,8 +41,8 @@ def refusal(path: Path, tree: dict, tag: str = "digits_mlp") -> str:
     return str(caught.value)
 
 
-def asked(sweep: Sweep, tag: str, overrides: dict, trials: int = 30) -> list[dict[str, str]]:
-    """What so many random trials are asked for."""
+def sampled(sweep: Sweep, tag: str, overrides: dict, trials: int = 30) -> list[dict[str, str]]:
+    """The configurations of so many random trials."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     given = config.flat(config.load(tag, overrides))
     return [sweep.suggest(study.ask(), given) for _ in range(trials)]
@@ -56,7 +56,7 @@ def test_sweeps_of_the_repository_are_valid_for_both_generators(name, tag):
             schema.check(name, sweep, tag, {})
         tag = "fashion_resnet18_paper"
     base = schema.check(name, sweep, tag, {})
-    for chosen in asked(sweep, tag, {key: schema.as_text(value) for key, value in sweep.set.items()}):
+    for chosen in sampled(sweep, tag, {key: schema.as_text(value) for key, value in sweep.set.items()}):
         assert chosen
         experiment = config.load(tag, {key: schema.as_text(value) for key, value in sweep.set.items()} | chosen)
         assert experiment != base or sweep.sampler.kind == "grid"
@@ -90,8 +90,8 @@ def test_the_ones_that_were_promised_are_there():
     ],
 )
 def test_mistakes_in_a_sweep(change, hints, tmp_path):
-    told = refusal(tmp_path / "s.yaml", MINIMAL | change)
-    assert str(tmp_path / "s.yaml") in told and all(hint in told for hint in hints), told
+    message = refusal(tmp_path / "s.yaml", MINIMAL | change)
+    assert str(tmp_path / "s.yaml") in message and all(hint in message for hint in hints), message
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_mistakes_in_a_sweep(change, hints, tmp_path):
     ],
 )
 def test_mistakes_in_a_parameter(name, parameter, hints, tmp_path):
-    told = refusal(tmp_path / "s.yaml", MINIMAL | {"parameters": {name: parameter}})
-    assert all(hint in told for hint in hints), told
+    message = refusal(tmp_path / "s.yaml", MINIMAL | {"parameters": {name: parameter}})
+    assert all(hint in message for hint in hints), message
 
 
-def test_an_unknown_sweep_is_told_with_the_nearest():
+def test_an_unknown_sweep_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="did you mean accuracy_cost"):
         schema.load("acuracy_cost")
 
@@ -134,11 +134,27 @@ def test_conditions_look_at_the_configuration_and_at_other_parameters():
             "autoencoder.latent_noise": {"kind": "float", "low": 0, "high": 1, "when": {"autoencoder.kind": "conv"}},
         }
     )
-    fast, paper = asked(sweep, "digits_mlp", {}), asked(sweep, "digits_mlp_paper", {})
+    fast, paper = sampled(sweep, "digits_mlp", {}), sampled(sweep, "digits_mlp_paper", {})
     assert not any("autoencoder.latent_noise" in chosen for chosen in fast)
     assert all("autoencoder.latent_noise" in chosen for chosen in paper)
     kinds = {(chosen["diffusion.denoiser"], "diffusion.width" in chosen) for chosen in fast}
     assert kinds == {('"mlp"', True), ('"conv"', False)}
+
+
+def test_options_of_a_kind_are_checked_where_another_parameter_chooses_it(tmp_path):
+    """The tag has another denoiser, whose options do not include a width."""
+    parameters = {
+        "diffusion.denoiser": {"kind": "categorical", "choices": ["conv", "mlp"]},
+        "diffusion.width": {"kind": "int", "low": 8, "high": 64, "when": {"diffusion.denoiser": "mlp"}},
+    }
+    name = written(tmp_path / "s.yaml", MINIMAL | {"parameters": parameters})
+    assert schema.check(name, schema.load(name), "digits_mlp_paper", {}).diffusion.denoiser == "conv"
+    parameters["diffusion.width"]["low"] = -8
+    message = refusal(tmp_path / "s.yaml", MINIMAL | {"parameters": parameters}, "digits_mlp_paper")
+    assert "diffusion.width" in message and "-8" in message
+    del parameters["diffusion.width"]["when"]
+    message = refusal(tmp_path / "s.yaml", MINIMAL | {"parameters": parameters}, "digits_mlp_paper")
+    assert "belongs to denoiser mlp" in message
 
 
 def test_one_parameter_may_set_several_keys_and_stand_for_lists():
@@ -157,7 +173,7 @@ def test_one_parameter_may_set_several_keys_and_stand_for_lists():
         }
     )
     found = set()
-    for chosen in asked(sweep, "digits_mlp", {}):
+    for chosen in sampled(sweep, "digits_mlp", {}):
         prepare = config.load("digits_mlp", chosen).prepare
         assert prepare.pretrain.optimizer == prepare.collect.optimizer
         found.add((prepare.collect.optimizer, prepare.parameters))
@@ -193,7 +209,7 @@ def test_grids_list_every_value():
 
 
 @pytest.mark.parametrize(
-    ("gate", "points", "shut"),
+    ("limits", "points", "pruned"),
     [
         ({"below": 0.5}, [0.5, 0.7], False),
         ({"below": 0.5}, [0.7, 0.49], True),
@@ -205,7 +221,7 @@ def test_grids_list_every_value():
         ({"above": 0.5}, [float("nan")], True),
     ],
 )
-def test_gates(gate, points, shut):
-    gate = Gate(metric="m", **gate)
-    assert any(gate.shut("m", value, step) for step, value in enumerate(points)) == shut
-    assert not any(gate.shut("other", value, step) for step, value in enumerate(points))
+def test_thresholds(limits, points, pruned):
+    threshold = Threshold(metric="m", **limits)
+    assert any(threshold.prunes("m", value, step) for step, value in enumerate(points)) == pruned
+    assert not any(threshold.prunes("other", value, step) for step, value in enumerate(points))

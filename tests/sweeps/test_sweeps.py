@@ -29,12 +29,10 @@ from pdiff.experiment.history import STATE, History
 from pdiff.experiment.stages import STAGES
 from pdiff.files import write_json
 from pdiff.method.log import Point
-from pdiff.sweeps import launchers, objective, schema, search
 from pdiff.sweeps import leader as leading
+from pdiff.sweeps import objective, trials
 from pdiff.sweeps import storage as storages
-from pdiff.sweeps import workers as crew
 from pdiff.tracking import engine, queries, store
-from pdiff.tracking import runs as tracked_runs
 
 SMALLER = """
 extends: base.yaml
@@ -58,7 +56,7 @@ def stores(tmp_path_factory):
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     mlflow.search_experiments()
     mlflow.set_tracking_uri(None)
-    storages.open_storage(f"sqlite:///{folder}/optuna.db").engine.dispose()
+    storages.open_storage(f"sqlite:///{folder}/optuna.db").backend.engine.dispose()
     return folder
 
 
@@ -68,6 +66,7 @@ def workspace(workspace, monkeypatch, stores):
     for name in ("mlflow.db", "optuna.db"):
         shutil.copy(stores / name, workspace)
     monkeypatch.delenv("PDIFF_STORAGE", raising=False)
+    monkeypatch.setattr(leading, "SETTLE", 0.01)  # no other command claims these studies
     (workspace / "tiny.yaml").rename(workspace / "base.yaml")
     (workspace / "tiny.yaml").write_text(SMALLER)
     return workspace
@@ -78,11 +77,6 @@ def written(**more) -> str:
     return "s.yaml"
 
 
-def command(*, tag="tiny.yaml", overrides=None, **more) -> leading.Command:
-    options = {"trials": 0, "workers": 1, "storage": storages.STORAGE, "study": "", "launcher": "processes"}
-    return leading.Command(tag, "s.yaml", overrides or {}, **(options | {"options": {}} | more))
-
-
 def loaded(name="s-tiny", url=storages.STORAGE):
     return optuna.load_study(study_name=name, storage=storages.open_storage(url))
 
@@ -91,11 +85,11 @@ def states(study):
     return [trial.state.name for trial in study.get_trials()]
 
 
-# -- trials in this process, with stages that only tell numbers
+# -- trials in this process, with stages that only log numbers
 
 
 @pytest.fixture
-def told(monkeypatch):
+def measured(monkeypatch):
     """Stages that measure what the test says: metric -> values at steps 1, 2, ..., or what to raise."""
     numbers: dict = {"prepare": {}, "train": {}, "generate": {}, "evaluate": {"val_accuracy/generated_mean": [0.5]}}
 
@@ -118,21 +112,14 @@ def told(monkeypatch):
     return numbers
 
 
-def in_process(count: int, *, begin=True, **more) -> optuna.Study:
-    """What a sweep does, with its one worker in this process."""
-    written(**more)
-    asked = command(trials=count)
+def in_process(count: int, **more) -> optuna.Study:
+    """Lead a sweep whose one worker is this process."""
+    command = leading.Command("tiny.yaml", written(**more), trials=count, storage=storages.STORAGE, launcher="inline")
     with store.connected():
-        checked, base, grid = leading._checked(asked)
-        study = leading._study(asked, checked, base, grid, storages.open_storage(asked.storage))
-        if begin:
-            with tracked_runs.around("sweep", base, label="sweep", tags={}) as run_id:
-                leading._begin(study, asked, run_id)
-        leading.work(study.study_name, asked.storage)
-    return study
+        return leading.run(command).study
 
 
-def test_a_trial_is_a_run_with_its_stages_in_it(workspace, told):
+def test_a_trial_is_a_run_with_its_stages_in_it(workspace, measured):
     study = in_process(3)
     (parent,) = runs("sweep")
     assert states(study) == ["COMPLETE"] * 3 and study.best_value == 0.5
@@ -151,13 +138,13 @@ def test_a_trial_is_a_run_with_its_stages_in_it(workspace, told):
     assert inside == {run.info.run_id for run in runs("trial")}
 
 
-def test_a_failed_trial_says_why_and_the_next_goes_on(workspace, told):
+def test_a_failed_trial_says_why_and_the_next_goes_on(workspace, measured):
     def sometimes(experiment):
         if experiment.generate.count % 2:
             raise MemoryError("no memory for it")
         return {}
 
-    told["generate"] = sometimes
+    measured["generate"] = sometimes
     study = in_process(6)
     assert set(states(study)) == {"COMPLETE", "FAIL"}
     for trial, run in zip(study.get_trials(), runs("trial"), strict=True):
@@ -165,23 +152,25 @@ def test_a_failed_trial_says_why_and_the_next_goes_on(workspace, told):
         assert trial.state.name == ("FAIL" if failed else "COMPLETE")
         assert run.info.status == ("FAILED" if failed else "FINISHED")
         assert trial.user_attrs.get("error") == ("MemoryError: no memory for it" if failed else None)
-    search.requeue(study)
-    assert "WAITING" not in states(study)
+    assert trials.retry(study) == [] and "WAITING" not in states(study)
 
 
-def test_nan_is_a_failure(workspace, told):
-    told["evaluate"] = {"val_accuracy/generated_mean": [float("nan")]}
+def test_nan_is_a_failure(workspace, measured):
+    measured["evaluate"] = {"val_accuracy/generated_mean": [float("nan")]}
     study = in_process(1)
     assert states(study) == ["FAIL"] and "NaN" in study.get_trials()[0].user_attrs["error"]
 
 
-def test_a_metric_that_nobody_measures_stops_the_study(workspace, told):
-    study = in_process(5, objectives={"val_accuracy/generatd_mean": "maximize"})
+def test_a_metric_that_no_stage_measures_stops_the_study(workspace, measured):
+    with pytest.raises(UserError, match="did you mean val_accuracy/generated_mean"):
+        in_process(5, objectives={"val_accuracy/generatd_mean": "maximize"})
+    study = loaded()
     assert states(study) == ["FAIL"] + ["WAITING"] * 4
     assert "did you mean val_accuracy/generated_mean" in study.user_attrs["stopped"]
+    assert [run.info.status for run in runs("sweep")] == ["FAILED"]
 
 
-def test_refused_combinations_are_pruned_and_hopeless_ones_are_told_at_once(workspace, told):
+def test_refused_combinations_are_pruned_and_hopeless_ones_are_refused_at_once(workspace, measured):
     steps = {"generate.sampling_steps": {"kind": "int", "low": 40, "high": 80}}
     study = in_process(8, parameters=steps, set={"diffusion.timesteps": 60})
     for trial in study.get_trials():
@@ -193,8 +182,8 @@ def test_refused_combinations_are_pruned_and_hopeless_ones_are_told_at_once(work
         in_process(1, parameters=steps, set={"diffusion.timesteps": 30})
 
 
-@pytest.mark.parametrize("way", ["pruner", "gate", "first batch"])
-def test_a_pruned_trial_leaves_nothing_behind(workspace, told, way):
+@pytest.mark.parametrize("way", ["pruner", "threshold", "first batch"])
+def test_a_pruned_trial_leaves_nothing_behind(workspace, measured, way):
     """The first trial of three is better than the others, which end early, in the stage that says so."""
     seen = []
 
@@ -206,21 +195,21 @@ def test_a_pruned_trial_leaves_nothing_behind(workspace, told, way):
         return measure
 
     if way == "pruner":
-        told["generate"] = worse("diffusion/heldout_loss", [1.0, 1.0, 1.0])
+        measured["generate"] = worse("diffusion/heldout_loss", [1.0, 1.0, 1.0])
         pruner = {"kind": "median", "metric": "diffusion/heldout_loss", "options": {"n_startup_trials": 1}}
         study = in_process(3, pruner=pruner)
         reported = [list(trial.intermediate_values.values()) for trial in study.get_trials()]
         assert reported == [[-1.0, -1.0, -1.0], [-2.0], [-3.0]], "losses are reported negated: the objective goes up"
-    elif way == "gate":
-        told["generate"] = worse("autoencoder/reconstruction_val_accuracy", [-0.5])
+    elif way == "threshold":
+        measured["generate"] = worse("autoencoder/reconstruction_val_accuracy", [-0.5])
         both = {"val_accuracy/generated_mean": "maximize", "seconds": {"sum": ["x"], "direction": "minimize"}}
-        told["evaluate"] |= {"x": [1.0]}
-        gates = [{"metric": "autoencoder/reconstruction_val_accuracy", "below": -0.9}]
-        study = in_process(3, objectives=both, prune_if=gates)
+        measured["evaluate"] |= {"x": [1.0]}
+        thresholds = [{"metric": "autoencoder/reconstruction_val_accuracy", "below": -0.9}]
+        study = in_process(3, objectives=both, prune_if=thresholds)
     else:
-        told["evaluate"] = worse("val_accuracy/generated_mean", [-1.0])
-        gates = [{"metric": "first_batch/val_accuracy/generated_mean", "below": -2.5}]
-        study = in_process(3, first_batch=2, prune_if=gates)
+        measured["evaluate"] = worse("val_accuracy/generated_mean", [-1.0])
+        thresholds = [{"metric": "first_batch/val_accuracy/generated_mean", "below": -2.5}]
+        study = in_process(3, first_batch=2, prune_if=thresholds)
         assert seen.count(2) == 1, "the first batch of a number of networks is evaluated once"
     expected = ["COMPLETE", "COMPLETE", "COMPLETE"] if way == "first batch" else ["COMPLETE", "PRUNED", "PRUNED"]
     assert states(study) == expected
@@ -233,15 +222,15 @@ def test_a_pruned_trial_leaves_nothing_behind(workspace, told, way):
     assert not list(workspace.glob(".pdiff/*/.state")), "work folders are removed"
 
 
-def test_gates_look_at_reused_stages_too(workspace, told):
-    told["prepare"] = {"pretrain/val_accuracy": [0.3]}
+def test_thresholds_look_at_reused_stages_too(workspace, measured):
+    measured["prepare"] = {"pretrain/val_accuracy": [0.3]}
     study = in_process(2, prune_if=[{"metric": "pretrain/val_accuracy", "below": 0.4}])
     assert states(study) == ["PRUNED", "PRUNED"]
     study = in_process(3, prune_if=[{"metric": "pretrain/val_accuracy", "below": 0.4}])
     assert states(study) == ["PRUNED"] * 3
 
 
-def test_an_interrupted_trial_is_begun_again_with_the_same_parameters(workspace, told):
+def test_an_interrupted_trial_is_retried_with_the_same_parameters(workspace, measured):
     calls = []
 
     def once(experiment):
@@ -250,7 +239,7 @@ def test_an_interrupted_trial_is_begun_again_with_the_same_parameters(workspace,
             raise KeyboardInterrupt
         return {}
 
-    told["generate"] = once
+    measured["generate"] = once
     with pytest.raises(KeyboardInterrupt):
         in_process(3)
     assert states(loaded()) == ["COMPLETE", "FAIL", "WAITING"]
@@ -263,20 +252,20 @@ def test_an_interrupted_trial_is_begun_again_with_the_same_parameters(workspace,
     assert {run.data.tags["mlflow.parentRunId"] for run in runs("trial")} == {newest}
 
 
-def test_a_worker_that_dies_between_its_run_and_its_trial(workspace, told):
-    """The run was FINISHED, the trial not yet told: it is begun again, and only one run may say that it finished."""
+def test_a_worker_that_dies_between_its_run_and_its_trial(workspace, measured):
+    """The run was FINISHED, the trial still RUNNING: it is retried, and only one run may say that it finished."""
     study = in_process(1, timeout=1e-6)
     trial = study.ask()
     run_id = runs("sweep")[0].info.run_id
     assert mlflow.get_run(run_id).info.status == "FINISHED"
     trial.set_user_attr("run", run_id)
     trial.set_user_attr("process", f"{socket.gethostname()}:1:1")
-    search.fail_dead(study)
-    store.disown(search.requeue(study))
+    trials.StaleTrials().fail(study)
+    store.disown(trials.retry(study))
     assert mlflow.get_run(run_id).info.status == "KILLED" and states(study) == ["FAIL", "WAITING"]
 
 
-def test_a_tracking_store_that_is_away_is_not_the_trials_fault(workspace, told, monkeypatch):
+def test_a_tracking_store_that_is_away_is_not_the_foundfault(workspace, measured, monkeypatch):
     away = [mlflow.MlflowException("connection refused"), None, None, None]
 
     def sometimes(experiment):
@@ -284,13 +273,12 @@ def test_a_tracking_store_that_is_away_is_not_the_trials_fault(workspace, told, 
             raise error
         return {}
 
-    told["generate"] = sometimes
+    measured["generate"] = sometimes
     study = in_process(1)
-    assert states(study) == ["FAIL"] and "error" not in study.get_trials()[0].user_attrs
-    assert states(in_process(1)) == ["FAIL", "COMPLETE"]
+    assert states(study) == ["FAIL", "COMPLETE"] and "error" not in study.get_trials()[0].user_attrs
 
 
-def test_a_study_is_not_continued_with_other_settings(workspace, told):
+def test_a_study_is_not_continued_with_other_settings(workspace, measured):
     in_process(1)
     for more, hint in (({"prune_if": [{"metric": "m", "below": 1}]}, "prune_if"), ({"set": {"seed": 3}}, "experiment")):
         with pytest.raises(UserError, match=rf"begun with other settings.*{hint}.*--study NAME"):
@@ -298,7 +286,7 @@ def test_a_study_is_not_continued_with_other_settings(workspace, told):
     assert len(states(in_process(2, sampler={"kind": "tpe"}))) == 2, "another sampler may go on"
 
 
-def test_a_time_limit_leaves_the_rest_waiting(workspace, told):
+def test_a_time_limit_leaves_the_rest_waiting(workspace, measured):
     study = in_process(4, timeout=1e-6)
     assert states(study) == ["WAITING"] * 4
     assert states(in_process(4)) == ["COMPLETE"] * 4
@@ -308,7 +296,7 @@ def test_a_time_limit_leaves_the_rest_waiting(workspace, told):
 
 
 def begun(storage):
-    """Trials that are in somebody's hands."""
+    """Trials that a worker runs."""
     with contextlib.suppress(KeyError):
         study = optuna.load_study(study_name="s-tiny", storage=storage)
         return [t for t in study.get_trials() if t.state.name == "RUNNING" and "process" in t.user_attrs]
@@ -411,86 +399,22 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
         assert leader.returncode == 0, leader.communicate()[0]
         printed = helper.communicate()[0]
         assert helper.returncode == 0 and "another command leads it" in printed, printed
-        trials_ = study.get_trials()
+        found = study.get_trials()
     finally:
         leader.kill()
         helper.kill()
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
     assert len(killed) >= 2 and stopped
-    assert [trial.number for trial in trials_] == list(range(len(trials_)))
-    complete = [trial for trial in trials_ if trial.state.name == "COMPLETE"]
-    assert len(complete) == 40 and {trial.state.name for trial in trials_} <= {"COMPLETE", "FAIL"}
+    assert [trial.number for trial in found] == list(range(len(found)))
+    complete = [trial for trial in found if trial.state.name == "COMPLETE"]
+    assert len(complete) == 40 and {trial.state.name for trial in found} <= {"COMPLETE", "FAIL"}
     finished = collections.Counter(
         run.data.tags["pdiff.trial"] for run in runs("trial") if run.info.status == "FINISHED"
     )
     assert finished == {str(trial.number): 1 for trial in complete}
     assert not [run for run in runs() if run.info.status == "RUNNING"]
     assert "password" not in url
-
-
-# -- where workers run
-
-
-def test_workers_share_cores_and_gpus(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    seen = []
-
-    class Recorded:
-        def __init__(self, command, env, **_):
-            seen.append((env["OMP_NUM_THREADS"], env["CUDA_VISIBLE_DEVICES"], env["PDIFF_PARENT"]))
-
-    monkeypatch.setattr("subprocess.Popen", Recorded)
-    for workers, pinned in ((3, True), (100, False)):
-        begin = launchers.launcher("processes", workers, tmp_path, {}, pinned=pinned)
-        for slot in range(3):
-            begin(["x"], {}, slot)
-    me = str(os.getpid())
-    assert seen[:3] == [("2", "4", me), ("2", "7", me), ("2", "4", me)]
-    assert seen[3:] == [("1", "4,7", me)] * 3
-
-
-def test_jobs_inherit_their_environment_and_no_file_holds_it(tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "first-secret")
-    names = ["MLFLOW_TRACKING_PASSWORD", "PDIFF_STORAGE", "SUBMITIT_EXECUTOR"]  # the last one is set in the job
-    code = f"import os; print(*(len(os.environ[name]) for name in {names}))"
-    begin = launchers.launcher("local", 1, tmp_path, {}, pinned=False)
-    submitted = begin([sys.executable, "-c", code], {"PDIFF_STORAGE": "second-secret"}, 0)
-    assert submitted.job.result().split() == ["12", "13", "5"]
-    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) >= 3 and not any(b"-secret" in content for content in files)
-    assert "PDIFF_STORAGE" not in os.environ or os.environ["PDIFF_STORAGE"] != "second-secret"
-
-
-def test_a_worker_without_its_parent_ends(monkeypatch):
-    assert not launchers.abandoned()
-    monkeypatch.setenv("PDIFF_PARENT", str(os.getppid()))
-    assert not launchers.abandoned()
-    monkeypatch.setenv("PDIFF_PARENT", "1" if os.getppid() != 1 else "2")
-    assert launchers.abandoned()
-    judge = objective.Judge(None, schema.Sweep.model_validate(SPACE))
-    with pytest.raises(KeyboardInterrupt):
-        judge(Point("loss", 1.0, 1))
-
-
-def test_workers_that_cannot_start_are_told_once(tmp_path):
-    log = tmp_path / "w.log"
-
-    class Broken:
-        def __init__(self, *_):
-            self.log = log
-            log.write_text("first\npdiff: no such tag\n")
-
-        def running(self):
-            return False
-
-    workers = crew.Crew(Broken, ([], {}), 2)
-    with pytest.raises(UserError, match="pdiff: no such tag"):
-        for _ in range(30):
-            workers.keep(waiting=3, finished=0)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tracked import STAGES, artifacts, runs, start, statuses, wait_for
 
 from pdiff.cli.main import main as pdiff
-from pdiff.method.generators import Generator
+from pdiff.method.generators.base import Generator
 from pdiff.networks import architectures
 
 

@@ -252,13 +252,13 @@ def _print_evaluation(experiment: Experiment, folder: Path) -> None:
     """Print the table of an evaluation, and what was published of its tag beside it."""
     import pandas as pd
 
-    from pdiff.experiment import config, figures, published
+    from pdiff.experiment import config, published, report
     from pdiff.files import read_json
 
-    print(f"\n{figures.table_text(figures.table(pd.read_csv(folder / 'evaluation.csv')))}")
+    print(f"\n{report.table_text(report.table(pd.read_csv(folder / 'evaluation.csv')))}")
     if published := published.published(experiment.tag):
         measured = {n: v for n, v in read_json(folder / "summary.json").items() if v is not None}
-        print(f"\n{figures.published_table(measured, published).to_string(index=False)}")
+        print(f"\n{report.published_table(measured, published).to_string(index=False)}")
         changes = ", ".join(f"{key}={value}" for key, value in config.changes(experiment).items())
         print(f"changed    {changes or 'nothing: settings as published'}")
     print(f"\nreport     {folder / 'report.html'}")
@@ -315,17 +315,13 @@ def _leaderboard(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    from pdiff.experiment import metrics
     from pdiff.tracking import queries, store
 
     no_overrides(rest)
     with store.connected():
         table = queries.compare()
-    print("no finished run of main" if table.empty else table.to_string(index=False, float_format=_rounded))
-
-
-def _rounded(value: float) -> str:
-    """A number with as many decimals as it needs beside the others."""
-    return f"{value:.3f}" if value <= 1 else f"{value:.2f}"
+    print("no finished run of main" if table.empty else metrics.readable(table).to_string(index=False))
 
 
 def _export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

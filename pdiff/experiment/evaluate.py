@@ -9,11 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pdiff.experiment import config, figures, published
+from pdiff.experiment import config, published, report
 from pdiff.experiment.history import STATE, History, Metrics
+from pdiff.experiment.metrics import by_part
 from pdiff.experiment.prepared import base_network, originals, spread
 from pdiff.experiment.schema import Experiment
-from pdiff.experiment.summary import COLUMNS, evaluation_table, similarity_matrices, summary
+from pdiff.experiment.summary import compare_networks, summary
 from pdiff.files import (
     copy_file,
     read_tensors,
@@ -55,7 +56,7 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
     if ranks.rank():  # these have judged their networks, and the first one has all verdicts
         return {}
     with measured(history, "similarity"):
-        evaluation, matrices = evaluation_table(groups, verdicts, standardizer), similarity_matrices(verdicts)
+        evaluation, matrices = compare_networks(groups, verdicts, standardizer)
         metrics = summary(evaluation, matrices)
     write_text(out / "evaluation.csv", evaluation.to_csv(index=False))
     if on_the_way.exists():
@@ -69,7 +70,7 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
 
 
 def _verdicts(evaluator: Evaluator, groups: dict[str, Collection], out: Path) -> Evaluations:
-    """Verdicts on all groups; those on the originals are kept for other evaluations, or come from one."""
+    """Evaluations of all groups; those of the originals are kept for other runs, or come from one."""
     state, kept = out / STATE, out / VERDICTS
     with rank_zero_first():
         for path in sorted(kept.glob("original.*")):
@@ -115,7 +116,7 @@ def _baselines(experiment: Experiment, collection: Collection, standardizer: Sta
 def _trajectory_table(trajectory: Collection, verdicts: Evaluations) -> pd.DataFrame:
     """One row for each look at a draw on its way: timestep, draw, accuracies."""
     timesteps, draws = zip(*(name.split() for name in trajectory.names), strict=True)
-    columns = {COLUMNS[part]: verdict["trajectory"].accuracy for part, verdict in verdicts.items()}
+    columns = {by_part("accuracy")[part]: verdict["trajectory"].accuracy for part, verdict in verdicts.items()}
     return pd.DataFrame({"timestep": map(float, timesteps), "draw": map(int, draws), **columns})
 
 
@@ -131,7 +132,7 @@ def _report(
     histories = [pd.read_csv(folder / "history.csv") for folder in upstream]
     matrix = next(reversed(matrices.values()), torch.zeros(0, 0))
     trajectory = out / "trajectory.csv"
-    html = figures.report(
+    html = report.report(
         title=experiment.tag,
         summary={**metrics, "config": config.to_yaml(experiment)},
         evaluation=evaluation,

@@ -1,16 +1,14 @@
-"""What fitting a generator and drawing from it will need, without images, weights, a GPU, or that much memory.
+"""The memory that fitting a generator and sampling from it need, found without images, weights, a GPU, or that memory.
 
-The real modules, losses and optimisers run on PyTorch's fake tensors, which have shapes and no numbers, and whoever
-makes a tensor is told on: so the peak is counted, not guessed. What libraries of kernels take for themselves (cuDNN's
-workspaces, blocks that an allocator keeps) comes on top; a GPU's own tools show that, too.
+The real modules, losses and optimisers run on fake tensors, which have shapes and no data, and every allocation is
+counted: the peak is not an estimate. What libraries allocate for themselves comes on top (cuDNN's workspaces,
+blocks that an allocator caches); a GPU's tools show that, too.
 """
 
 from __future__ import annotations
 
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +16,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_flatten
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pdiff.errors import UserError
+from pdiff.experiment.allocations import bytes_of, counted
 from pdiff.experiment.schema import Experiment
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import AUTOENCODERS, convolutional
@@ -45,7 +42,7 @@ STEPS = 2  # from the second on, a step also holds the gradients of the one befo
 
 
 class Sizes(NamedTuple):
-    """What memory depends on: D, L, and how many checkpoints are used, are fitted, are held out."""
+    """What memory depends on: D, L, and the numbers of checkpoints that are used, fitted, and held out."""
 
     size: int
     latent_size: int
@@ -55,7 +52,7 @@ class Sizes(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a part of the generator holds when it holds most, in bytes.
+    """What a part of the generator holds in memory at its peak, in bytes.
 
     Attributes:
         part: autoencoder or denoiser.
@@ -66,8 +63,9 @@ class Need(NamedTuple):
         gradients: of the parameters.
         optimizer: the optimiser's state.
         copies: the averaged weights, and the best ones so far.
-        data: what stays in memory of the collection.
-        activations: saved for the backward pass, or passing: all the rest, less what gradients take that are to come.
+        data: the part of the collection that stays in memory.
+        activations: saved for the backward pass, or temporary: the rest of the peak. Where the peak comes before all
+            gradients exist, they are counted nevertheless, and these are fewer by as much.
     """
 
     part: str
@@ -91,50 +89,11 @@ class Need(NamedTuple):
         return dict(list(self._asdict().items())[4:])
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it: `now` those that are alive, `peak` the most that ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
-                self.seen[storage] = True
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes())
-        return result
-
-    def _add(self, count: int) -> None:
-        self.now += count
-        self.peak = max(self.peak, self.now)
-
-
-class Fake(FakeTensorMode):
-    """Fake tensors that may be copied (as the averaged weights are), beside small real ones."""
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-
-    def __deepcopy__(self, memo: dict) -> Fake:
-        return self
-
-
-@contextmanager
-def _fake() -> Iterator[None]:
-    """Tensors that are made here are fake."""
-    with warnings.catch_warnings(), Fake():
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # when one is copied
-        yield
-
-
 def sizes(experiment: Experiment) -> Sizes:
-    """The sizes of an experiment; the latents of an automatic PCA are counted as many as there can be.
+    """The sizes of an experiment, with the largest latent size that an automatic PCA can choose.
 
     Raises:
-        UserError: a data set that tells its classes or its image size only when it is read; an unreadable source.
+        UserError: a data set whose classes or image size are known only once it is read; an unreadable source.
     """
     settings = experiment.prepare
     files = checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
@@ -159,7 +118,7 @@ def _adopted(experiment: Experiment, file: Path) -> int:
 
 
 def _generated(experiment: Experiment) -> int:
-    """D of a network that has shapes and no numbers."""
+    """D of a network on the meta device, which has shapes and no data."""
     facts = datasets.known_sizes(experiment.dataset)
     for name, value in facts.items():
         if not value:
@@ -170,7 +129,7 @@ def _generated(experiment: Experiment) -> int:
 
 
 def needs(experiment: Experiment, sizes: Sizes) -> list[Need]:
-    """What every part needs for everything that it does; training in float32 and as on CUDA, in bfloat16 autocast."""
+    """What each phase of each part needs; training in float32, and in bfloat16 autocast as on CUDA."""
     options = experiment.generator_options
     trained = options.diffusion.steps > 0
     return [*_autoencoder(experiment, options, sizes), *(_denoiser(experiment, options, sizes) if trained else [])]
@@ -180,7 +139,7 @@ def _autoencoder(experiment: Experiment, options: LatentDiffusionOptions, sizes:
     """Fit, encode and decode."""
     kind = resolve(AUTOENCODERS[experiment.autoencoder.kind].module)
     if kind is PCA:
-        make, fits = partial(PCA, sizes.size, sizes.latent_size), [_pca_fit(sizes)]
+        make, fits = partial(PCA, sizes.size, sizes.latent_size), [pca_fit(sizes)]
     else:
         short = options.autoencoder.model_copy(update={"steps": STEPS})
         make = partial(convolutional.initialised, sizes.size, short)
@@ -189,8 +148,8 @@ def _autoencoder(experiment: Experiment, options: LatentDiffusionOptions, sizes:
     encoded = min(ENCODED, sizes.checkpoints)
     return [
         *fits,
-        _inference("autoencoder", "encode", make, kind.encode, (encoded, sizes.size)),
-        _inference("autoencoder", "decode", make, kind.decode, (_sampled(experiment), sizes.latent_size)),
+        inference("autoencoder", "encode", make, kind.encode, (encoded, sizes.size)),
+        inference("autoencoder", "decode", make, kind.decode, (_sampled(experiment), sizes.latent_size)),
     ]
 
 
@@ -203,11 +162,11 @@ def _denoiser(experiment: Experiment, options: LatentDiffusionOptions, sizes: Si
     fits = _fits("denoiser", make, train, shape, short.batch_size, best=best)
     if sizes.heldout:
         heldout = partial(diffusion.heldout_loss, options.objective)
-        fits.append(_inference("denoiser", "held-out loss", make, heldout, (sizes.heldout, length)))
-    return [*fits, _inference("denoiser", "sample", make, _call, (_sampled(experiment), length))]
+        fits.append(inference("denoiser", "held-out loss", make, heldout, (sizes.heldout, length)))
+    return [*fits, inference("denoiser", "sample", make, predict, (_sampled(experiment), length))]
 
 
-def _call(denoiser: nn.Module, z: Tensor) -> Tensor:
+def predict(denoiser: nn.Module, z: Tensor) -> Tensor:
     """A denoiser's prediction from latents (B, L)."""
     return denoiser(z, torch.zeros(len(z)))
 
@@ -235,14 +194,14 @@ def training(
 
     Args:
         part: what is trained.
-        make: makes it.
-        train: makes its trainer, of it and `batches`.
+        make: builds the module.
+        train: builds its trainer, given the module and `batches`.
         shape: of the data, (N, numbers).
         batch_size: rows of a batch.
-        best: whether the best weights so far are kept, too.
-        bfloat16: compute the loss under autocast, as on CUDA; the CPU's does the same to these modules.
+        best: whether a copy of the best weights so far is kept.
+        bfloat16: compute the loss under autocast, as on CUDA; autocast on a CPU treats these modules alike.
     """
-    with _fake(), Alive() as alive:
+    with counted() as allocations:
         data, kept = torch.zeros(shape), Best()
         trainer = train(make().train(), batches=shuffled_rows(data, batch_size, 0))
         rows = len(next(trainer.batches(0)))
@@ -252,11 +211,11 @@ def training(
                 kept.update(step.number, trainer.averaged)
     parameters = list(trainer.module.parameters())
     held = {
-        "weights": _bytes(trainer.module.state_dict().values()),
-        "gradients": _bytes(parameter.grad for parameter in parameters),
-        "optimizer": _bytes(tree_flatten(list(trainer.optimizer.state.values()))[0]),
-        "copies": _bytes([*kept.state.values(), *(trainer.ema.state_dict().values() if trainer.ema else ())]),
-        "data": _bytes([data]),
+        "weights": bytes_of(trainer.module.state_dict().values()),
+        "gradients": bytes_of(parameter.grad for parameter in parameters),
+        "optimizer": bytes_of(tree_flatten(list(trainer.optimizer.state.values()))[0]),
+        "copies": bytes_of([*kept.state.values(), *(trainer.ema.state_dict().values() if trainer.ema else ())]),
+        "data": bytes_of([data]),
     }
     return Need(
         part,
@@ -264,21 +223,21 @@ def training(
         rows,
         _numbers(trainer.module),
         **held,
-        activations=alive.peak - sum(held.values()),
+        activations=allocations.peak - sum(held.values()),
     )
 
 
-def _inference(part: str, does: str, make: Callable[[], nn.Module], call: Callable, shape: tuple[int, int]) -> Need:
-    """The peak of one call of a module with rows of a shape; what it does with the numbers at the end is left out."""
-    with _fake(), Alive() as alive, torch.no_grad():
+def inference(part: str, does: str, make: Callable[[], nn.Module], call: Callable, shape: tuple[int, int]) -> Need:
+    """The peak of one call of a module with rows of a shape, up to the first operation that depends on values."""
+    with counted() as allocations, torch.no_grad():
         module = make().eval()
         with suppress(DataDependentOutputException):
             call(module, torch.zeros(shape))
-    weights = _bytes(module.state_dict().values())
-    return Need(part, does, shape[0], _numbers(module), weights, activations=alive.peak - weights)
+    weights = bytes_of(module.state_dict().values())
+    return Need(part, does, shape[0], _numbers(module), weights, activations=allocations.peak - weights)
 
 
-def _pca_fit(sizes: Sizes) -> Need:
+def pca_fit(sizes: Sizes) -> Need:
     """The peak of `PCA.fit`, of main memory: the matrix and its eigenvectors, and a block of centred vectors, in
     float64 after float32, or with the components of its columns."""
     shape = (sizes.fitted, sizes.size)
@@ -292,13 +251,8 @@ def _pca_fit(sizes: Sizes) -> Need:
 
 
 def _numbers(module: nn.Module) -> int:
-    """Numbers that a module has learned: its parameters, or the buffers of one that has none."""
+    """How many numbers a module learns: its parameters, or the buffers of one that has none, as a PCA."""
     return sum(tensor.numel() for tensor in (list(module.parameters()) or module.buffers()))
-
-
-def _bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of what are tensors among some things."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def table(found: Iterable[Need]) -> pd.DataFrame:
@@ -311,7 +265,7 @@ def table(found: Iterable[Need]) -> pd.DataFrame:
 
 
 def text(experiment: Experiment, sizes: Sizes, found: list[Need]) -> str:
-    """For people: the sizes, the table in MB, and what dominates on either kind of device."""
+    """The needs as text: the sizes, the table in MB, and what dominates on either kind of device."""
     settings = experiment.autoencoder
     least = "at most " if settings.kind == "pca" and settings.latent_size == "auto" else ""
     known = f" (pca: as many as explain {settings.variance:.2%} of the variance, known after the fit)" if least else ""
@@ -330,7 +284,7 @@ def text(experiment: Experiment, sizes: Sizes, found: list[Need]) -> str:
 
 
 def _peak(found: Iterable[Need]) -> str:
-    """What needs most, and what of it."""
+    """The largest need, and the largest part of it."""
     need = max(found, key=lambda need: need.peak)
     kind, most = max(need.kinds().items(), key=lambda item: item[1])
     return f"{need.peak / 2**20:,.0f} MB: {need.part}, {need.does}; {most / need.peak:.0%} of it {kind}"

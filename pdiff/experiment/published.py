@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 
 from pdiff.experiment.config import FOLDERS
-
-SIMILARITIES = ("original_original", "generated_generated", "original_generated", "original_generated_max")
+from pdiff.experiment.metrics import PAIRS
 
 
 def published(tag: str) -> dict[str, float]:
@@ -19,7 +18,7 @@ def published(tag: str) -> dict[str, float]:
         rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else []
         found |= next((row for row in rows if row["tag"] == tag), {})
     return {
-        f"{'similarity' if name in SIMILARITIES else 'test_accuracy'}/{name}": float(value)
+        f"{'similarity' if name in PAIRS else 'test_accuracy'}/{name}": float(value)
         for name, value in found.items()
         if value and name not in ("tag", "checkpoints", "generated")
     }

@@ -11,7 +11,9 @@ from optuna import visualization as plots
 from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
-from pdiff.experiment.figures import PLOTLY_CONFIG, TEMPLATE, page, section
+from pdiff.experiment.figures import PLOTLY_CONFIG, TEMPLATE
+from pdiff.experiment.metrics import MISSING
+from pdiff.experiment.report import page, plot
 from pdiff.files import write_text
 from pdiff.sweeps.search import best, table, values_text
 
@@ -61,24 +63,31 @@ def _tried(name: str, objective: str, make: Callable[[], go.Figure]) -> Iterator
     except (ValueError, RuntimeError):  # Optuna's way to say that there are too few trials, or all are alike
         return
     if figure.data:
-        yield name, objective, figure.update_layout(template=TEMPLATE, title=None)
+        yield name, objective, figure.update_layout(template=TEMPLATE, title=None, plot_bgcolor=None)
 
 
 def write(study: optuna.Study, folder: Path) -> Path:
     """Write `study.html`, every figure as a file of its own, and `trials.csv`; the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = []
+    plots = []
     for name, objective, figure in figures(study):
         key = "_".join([name, *(objective.replace("/", "_").split() if len(study.directions) > 1 else [])])
-        sections.append(section(f"{name}: {objective}".capitalize(), READING[name], figure, key=key))
+        plots.append(plot(f"{name}: {objective}".capitalize(), READING[name], figure, key=key))
         write_text(folder / "figures" / f"{key}.html", figure.to_html(include_plotlyjs=PLOTLY, config=PLOTLY_CONFIG))
     write_text(folder / "figures" / PLOTLY, get_plotlyjs())
     frame = table(study)
     write_text(folder / "trials.csv", frame.to_csv(index=False))
-    rows = frame.drop(columns="run").to_html(index=False, border=0, na_rep="–", float_format="%.4g")
-    text = page(title=f"Study {study.study_name}", verdict=verdict(study), table=rows, sections=sections)
+    trials = frame.drop(columns="run").apply(lambda column: column.map(_cell))
+    text = page("study", title=f"Study {study.study_name}", findings=verdict(study), trials=trials, plots=plots)
     write_text(folder / "study.html", text)
     return folder / "study.html"
+
+
+def _cell(value: object) -> str:
+    """A cell of the table of trials, for people."""
+    if value is None or value != value:
+        return MISSING
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def verdict(study: optuna.Study) -> str:

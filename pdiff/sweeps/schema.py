@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff.errors import UserError
-from pdiff.experiment import config
+from pdiff.experiment import config, metrics
 from pdiff.experiment.schema import Experiment
 from pdiff.method.options import Positive, Section, Several
 
 FIRST = "first_batch/"  # prefix of the metrics of the first networks
-ON_TEST = ("test_accuracy/", "similarity/")  # metrics that are measured on test images
 Direction = Literal["maximize", "minimize"]
 Scalar = None | bool | int | float | str
 NOT_ON_TEST = "is measured on test images, and nothing is ever selected on those; expected a metric such as {}"
@@ -25,9 +24,8 @@ NOT_ON_TEST = "is measured on test images, and nothing is ever selected on those
 def _not_on_test(metric: str) -> str:
     """The metric, unless it would select on test images."""
     name = metric.removeprefix(FIRST)
-    if name.startswith(ON_TEST):
-        instead = name.replace("test_accuracy/", "val_accuracy/").replace("similarity/", "val_similarity/")
-        raise ValueError(f"{metric} {NOT_ON_TEST.format(instead)}")
+    if metrics.on_test(name):
+        raise ValueError(f"{metric} {NOT_ON_TEST.format(metrics.on_validation(name))}")
     return metric
 
 

@@ -12,6 +12,7 @@ from mlflow.entities import Run
 
 from pdiff.experiment import config, leaderboard, published
 from pdiff.experiment.leaderboard import Result
+from pdiff.experiment.metrics import COMPARED
 from pdiff.tracking.engine import Done
 from pdiff.tracking.runs import CONFIG, _run
 from pdiff.tracking.store import _artifacts, _runs
@@ -26,31 +27,15 @@ def _finished(*stages: str) -> list[Run]:
     return sorted(own, key=lambda run: run.info.start_time, reverse=True)
 
 
-COMPARED = {
-    "original mean": "test_accuracy/original_mean",
-    "max": "test_accuracy/original_max",
-    "min": "test_accuracy/original_min",
-    "generated mean": "test_accuracy/generated_mean",
-    "max ": "test_accuracy/generated_max",
-    "min ": "test_accuracy/generated_min",
-    "average": "test_accuracy/average_mean",
-    "original-original": "similarity/original_original",
-    "generated-generated": "similarity/generated_generated",
-    "original-generated(max)": "similarity/original_generated_max",
-}
-"""Column -> metric of the table that `compare` returns."""
-
-
 def compare() -> pd.DataFrame:
-    """Every finished run of all stages, one row each, the oldest first: test accuracy in %, similarity, seconds."""
+    """Every finished run of all stages, one row each, the oldest first; `metrics.readable` makes a table for people."""
     rows = []
     for run in reversed(_finished("main")):
         metrics, parameters = run.data.metrics, run.data.params
         row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
-        for column, name in COMPARED.items():
-            row[column] = metrics.get(name, math.nan) * (100 if name.startswith("test_accuracy") else 1)
-        row["fit s"] = sum(metrics.get(f"seconds/{part}", math.nan) for part in ("autoencoder", "diffusion"))
-        row["draw s"] = metrics.get("seconds/generate", math.nan)
+        row |= {name: metrics.get(name, math.nan) for name in COMPARED.values()}
+        row["seconds/fit"] = sum(metrics.get(f"seconds/{part}", math.nan) for part in ("autoencoder", "diffusion"))
+        row["seconds/generate"] = metrics.get("seconds/generate", math.nan)
         rows.append(row | {"run": run.info.run_id[:8]})
     return pd.DataFrame(rows)
 

@@ -1,124 +1,12 @@
-"""Figures, table, verdict and report, against plain Python and a plain HTML parser."""
+"""Figures of an evaluation, against plain Python."""
 
-from html.parser import HTMLParser
-from math import inf, isnan, nan
-from statistics import fmean, pstdev
+from math import inf, nan
 
 import numpy as np
-import pandas as pd
 import pytest
+from reports import ACCURACIES, evaluation, history, trajectory
 
 from pdiff.experiment import figures
-
-ACCURACIES = {
-    "original": [0.90, 0.92, 0.94],
-    "generated": [0.93, 0.95],
-    "noise_0.05": [0.80, 0.85, 0.87],
-    "average": [0.945],
-    "gaussian": [0.91, 0.97],
-}
-SUMMARY = {
-    "val_accuracy/original_mean": 0.92,
-    "val_accuracy/generated_mean": 0.94,
-    "val_accuracy/average_mean": 0.945,
-    "val_accuracy/noise_0.05_mean": 0.84,
-    "similarity/original_original": 0.742,
-    "similarity/generated_generated": 0.898,
-    "similarity/original_generated_max": 0.85,
-}
-
-
-def evaluation() -> pd.DataFrame:
-    """Five groups; on test images every accuracy is lower by 0.01."""
-    rows = [
-        (group, index, accuracy, accuracy - 0.01, accuracy - 0.1, 2.5)
-        for group, accuracies in ACCURACIES.items()
-        for index, accuracy in enumerate(accuracies)
-    ]
-    return pd.DataFrame(rows, columns=["group", "index", *figures.MEASURES])
-
-
-def history(steps: int = 5) -> pd.DataFrame:
-    """A falling loss and a held-out loss of one part, a loss of another that reaches 0, and no loss."""
-    names = ["diffusion/loss", "diffusion/heldout_loss", "autoencoder/loss", "pretrain/val_accuracy"]
-    rows = [(n, s, 1 - s / (steps - 1) + (n != "autoencoder/loss")) for n in names for s in range(steps)]
-    return pd.DataFrame(rows, columns=["name", "step", "value"])
-
-
-def trajectory() -> pd.DataFrame:
-    """Two draws at three timesteps."""
-    rows = [(t, draw, 0.9 - t / 10 - draw / 10, 0.8 - t / 10) for t in (2.0, 1.0, 0.0) for draw in (0, 1)]
-    return pd.DataFrame(rows, columns=["timestep", "draw", "val_accuracy", "test_accuracy"])
-
-
-def report(**changes: object) -> str:
-    """The report on the data above."""
-    groups = ["original"] * 3 + ["generated"] * 2
-    arguments = {
-        "title": "tag",
-        "summary": SUMMARY,
-        "evaluation": evaluation(),
-        "similarity": np.eye(5),
-        "groups": groups,
-        "history": history(),
-        "trajectory": trajectory(),
-    }
-    return figures.report(**arguments | changes)
-
-
-class Page(HTMLParser):
-    """What a page consists of: its tags with their attributes, and the text inside each kind of tag."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.texts: dict[str, list[str]] = {}
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open:
-            self.texts.setdefault(self._open[-1], []).append(data)
-
-
-def test_table_agrees_with_plain_python():
-    table = figures.table(evaluation())
-    assert list(table["group"]) == list(ACCURACIES)
-    for row, accuracies in zip(table.itertuples(), ACCURACIES.values(), strict=True):
-        assert row.networks == len(accuracies)
-        assert row.val_mean == pytest.approx(fmean(accuracies))
-        assert row.val_std == row.test_std == pytest.approx(pstdev(accuracies))
-        assert row.val_max == max(accuracies)
-        assert row.test_mean == pytest.approx(fmean(accuracies) - 0.01)
-        assert row.test_max == pytest.approx(max(accuracies) - 0.01)
-        assert row.max_similarity == pytest.approx(fmean(accuracies) - 0.1)
-
-
-def test_table_skips_values_that_are_missing():
-    frame = evaluation().drop(columns="test_accuracy")
-    frame.loc[0, "val_accuracy"] = nan
-    row = next(figures.table(frame).itertuples())
-    assert row.val_mean == pytest.approx(0.93)
-    assert isnan(row.test_mean)
-    assert isnan(row.test_max)
-
-
-def test_table_text_is_aligned_and_in_percent():
-    lines = figures.table_text(figures.table(evaluation().assign(max_similarity=nan))).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].split()[0] == "group"
-    assert lines[2].split() == ["generated", "2", "94.00", "±", "1.00", "95.00", "93.00", "±", "1.00", "94.00", "–"]
 
 
 def test_scatter_shows_every_network_once_in_the_colour_of_its_group():
@@ -143,37 +31,6 @@ def test_distributions_hold_both_splits():
     original = figures.accuracy_distributions(evaluation()).data[0]
     assert list(original.x) == ["validation"] * 3 + ["test"] * 3
     assert list(original.y) == pytest.approx([0.90, 0.92, 0.94, 0.89, 0.91, 0.93])
-
-
-@pytest.mark.parametrize("column", figures.MEASURES)
-@pytest.mark.parametrize("spoil", [lambda f, c: f.assign(**{c: nan}), lambda f, c: f.drop(columns=c)])
-def test_missing_measures_do_no_harm(column, spoil):
-    Page(report(evaluation=spoil(evaluation(), column)))
-
-
-def test_figures_without_data_are_left_out():
-    headings = Page(
-        report(
-            evaluation=evaluation().drop(columns=list(figures.MEASURES)),
-            similarity=np.empty((0, 0)),
-            groups=[],
-            history=pd.DataFrame(columns=["name", "step", "value"]),
-            trajectory=None,
-        )
-    ).texts
-    assert "h2" not in headings
-    assert (
-        "h2"
-        not in Page(
-            report(
-                evaluation=evaluation()[:0],
-                similarity=np.empty((0, 0)),
-                groups=[],
-                history=history()[:0],
-                trajectory=None,
-            )
-        ).texts
-    )
 
 
 def test_heatmap_keeps_the_order_and_marks_the_border():
@@ -219,75 +76,6 @@ def test_loss_curves_are_thinned_and_keep_their_ends():
         assert np.all(np.diff(curve.x) > 0)
 
 
-def test_verdict_follows_the_numbers():
-    text = figures.verdict(SUMMARY)
-    assert "at least as accurate as the originals (94.00% against 92.00%)" in text
-    assert "they beat noise_0.05 (84.00%); they do not beat average (94.50%)" in text
-    assert "less diverse than the originals (mean similarity 0.898 against 0.742)" in text
-    assert "test images" not in text
-
-    flipped = SUMMARY | {
-        "val_accuracy/original_mean": 0.96,
-        "val_accuracy/noise_0.05_mean": 0.95,
-        "val_accuracy/average_mean": 0.93,
-        "similarity/generated_generated": 0.7,
-    }
-    text = figures.verdict(flipped)
-    assert "less accurate than the originals (94.00% against 96.00%)" in text
-    assert "they beat average (93.00%); they do not beat noise_0.05 (95.00%)" in text
-    assert "at least as diverse as the originals" in text
-
-
-def test_verdict_gives_validation_before_test():
-    tested = {key.replace("val_", "test_"): value for key, value in SUMMARY.items()}
-    text = figures.verdict(tested | SUMMARY)
-    assert text.index("On validation images") < text.index("On test images")
-
-
-@pytest.mark.parametrize("summary", [{}, dict.fromkeys(SUMMARY, nan)])
-def test_verdict_without_numbers(summary):
-    assert figures.verdict(summary) == "Too little was measured for a verdict."
-
-
-def test_report_is_one_page_that_needs_nothing_from_outside():
-    html = report()
-    page = Page(html)
-    assert [script for script in page.texts["script"] if "plotly.js v" in script] == [
-        max(page.texts["script"], key=len)
-    ]
-    assert not {"src", "href", "srcset", "action"} & {name for name, _ in page.attributes}
-    assert not {"link", "iframe", "img", "base"} & set(page.tags)
-    assert "url(" not in "".join(page.texts["style"])
-    assert "@import" not in "".join(page.texts["style"])
-    plots = [value for name, value in page.attributes if name == "class" and value == "plotly-graph-div"]
-    assert len(plots) == len(page.texts["h2"]) == len(figures.READING)
-    assert html.count('"modeBarButtons": [["toImage", ') == len(plots)
-
-
-def test_report_escapes_what_it_is_given():
-    evil = "<script>alert(1)</script>{title}"
-    frame = evaluation().replace({"group": {"gaussian": evil}})
-    summary = SUMMARY | {"config": evil, f"val_accuracy/{evil}_mean": 0.5}
-    html = report(title=evil, evaluation=frame, summary=summary)
-    page = Page(html)
-    assert "<script>alert" not in html
-    assert "".join(page.texts["h1"]) == "".join(page.texts["title"]) == "".join(page.texts["pre"]) == evil
-    assert page.tags.count("script") == 1 + len(figures.READING)
-
-
-def test_report_is_the_same_for_the_same_data():
-    assert report() == report()
-
-
-def test_report_shows_the_configuration_only_where_there_is_one():
-    assert "details" not in Page(report()).tags
-    page = Page(report(summary=SUMMARY | {"config": "seed: 0\n"}))
-    assert page.texts["pre"] == ["seed: 0\n"]
-
-
-# -- on the way, and published
-
-
 def test_accuracy_over_time_has_mean_and_band():
     traces = figures.accuracy_over_time(trajectory()).data
     lines = {trace.name: trace for trace in traces if trace.name}
@@ -301,21 +89,13 @@ def test_accuracy_over_time_has_mean_and_band():
     assert list(high.y) == pytest.approx([0.9, 0.8, 0.7])
 
 
-PUBLISHED = {"test_accuracy/generated_mean": 0.95, "similarity/generated_generated": 0.9, "test_accuracy/x_mean": 0.5}
+def test_losses_of_a_single_point_are_left_out():
+    losses = history()
+    losses = losses[(losses["name"] != "autoencoder/loss") | (losses["step"] == 0)]  # of a PCA, which has no steps
+    figure = figures.loss_curves(losses)
+    assert [trace.name for trace in figure.data] == ["diffusion/loss", "diffusion/heldout_loss"]
+    assert not figures.loss_curves(losses[losses["name"] == "autoencoder/loss"]).data
 
 
-def test_published_numbers_stand_beside_ours():
-    ours = {"test_accuracy/generated_mean": 0.93, "similarity/generated_generated": 0.95}
-    rows = figures.published_table(ours, PUBLISHED).to_numpy().tolist()
-    assert rows == [
-        ["test % generated mean", "95.00", "93.00", "-2.00"],
-        ["similarity generated generated", "0.900", "0.950", "+0.050"],
-        ["test % x mean", "50.00", "–", "–"],
-    ]
-
-
-def test_report_shows_what_was_published_and_what_was_done_otherwise():
-    page = Page(report(published=PUBLISHED, changes={"dataset.name": "<digits>"}))
-    assert "Published" in page.texts["h2"]
-    assert any("dataset.name=<digits>" in text for text in page.texts["p"])
-    assert "Published" not in Page(report()).texts["h2"]
+def test_nothing_is_drawn_over_a_single_timestep():
+    assert not figures.accuracy_over_time(trajectory().query("timestep == 1")).data

@@ -1,7 +1,6 @@
 """The leaderboard: what counts as a tag's result, and what the board says of it."""
 
 import csv
-from html.parser import HTMLParser
 from math import isnan, nan
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
-from plotly.offline import get_plotlyjs
+from reports import Page
 
 from pdiff.cli.main import main
-from pdiff.experiment import config, leaderboard
+from pdiff.experiment import config, figures, leaderboard
 from pdiff.experiment import published as published_module
-from pdiff.experiment.leaderboard import MEASURES, Result
+from pdiff.experiment.leaderboard import Result
 
 PUBLISHED = """tag,metric,value
 digits_mlp,test_accuracy/original_mean,0.95
@@ -24,6 +23,7 @@ digits_mlp,similarity/original_original,0.75
 cifar100_resnet18,test_accuracy/original_mean,0.7672
 cifar100_resnet18,test_accuracy/generated_mean,0.7724
 """
+MEASURES = leaderboard.shown()
 OURS = {metric: 0.9 + k / 100 for k, metric in enumerate(MEASURES.values())}
 
 
@@ -128,28 +128,18 @@ RESULTS = [
 
 def test_the_page_says_what_the_numbers_say_and_needs_nothing_from_outside():
     html = leaderboard.page(leaderboard.table(RESULTS))
-
-    class Page(HTMLParser):
-        attributes, text = set(), ""
-
-        def handle_starttag(self, tag, attrs):
-            self.attributes |= {name for name, _ in attrs}
-
-        def handle_data(self, data):
-            self.text += data
-
-    page = Page()
-    page.feed(html.replace(get_plotlyjs(), ""))
-    assert not {"src", "href", "srcset"} & page.attributes
-    assert "1 of 3 tags were run here, 1 of them with changes." in page.text
-    assert "In 1 of 1 published results generated networks are on average more accurate" in page.text
-    assert "In 0 of 1 runs of ours" in page.text and "the mean difference is -5.00 points" in page.text
-    assert "x.y=<b> +1" in page.text and "x.y=<b>; z=1" in page.text  # short in the table, all of it below
-    assert html.count("plotly-graph-div") == 1  # no similarity, no figure of it
+    page = Page(html)
+    text = "".join(text for tag, texts in page.texts.items() if tag != "script" for text in texts)
+    assert not {"src", "href", "srcset"} & {name for name, _ in page.attributes}
+    assert "1 of 3 tags were run here, 1 of them with changes." in text
+    assert "In 1 of 1 published results generated networks are on average more accurate" in text
+    assert "In 0 of 1 runs of ours" in text and "the mean difference is -5.00 points" in text
+    assert "x.y=<b> +1" in text and "x.y=<b>; z=1" in text  # short in the table, all of it below
+    assert [value for _, value in page.attributes].count("plotly-graph-div") == 1  # no similarity, no figure of it
 
 
 def test_every_pair_is_drawn_once_with_its_difference():
-    figure = leaderboard.dumbbells(leaderboard.table(RESULTS), "original mean", "generated mean")
+    figure = figures.dumbbells(leaderboard.table(RESULTS), "original mean", "generated mean")
     points = {trace.name: (*trace.x, *trace.customdata[:, 0]) for trace in figure.data if trace.mode == "markers"}
     expected = {
         "published: original mean": (50, "a"),

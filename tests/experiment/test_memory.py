@@ -140,7 +140,7 @@ def test_the_peak_on_a_gpu(part):
 def test_the_fit_of_principal_components(latents, rows, size):
     x = torch.randn(rows, size)
     measured = allocated(lambda: PCA.fit(x, latent_size=latents))
-    need = memory._pca_fit(memory.Sizes(size, latents, rows, rows, 0))
+    need = memory.pca_fit(memory.Sizes(size, latents, rows, rows, 0))
     assert need.peak - need.data == pytest.approx(measured, rel=0.1)
     assert need.parameters == size * (latents + 1)
     assert need.data == x.nbytes
@@ -152,8 +152,8 @@ def test_the_fit_of_principal_components(latents, rows, size):
         (lambda: ConvAutoencoder(1000, 16), ConvAutoencoder.encode, (20, 1000)),
         (lambda: ConvAutoencoder(1000, 16), ConvAutoencoder.decode, (20, 16)),
         (lambda: PCA(5000, 16), PCA.decode, (20, 16)),
-        (lambda: ConvDenoiser(32), memory._call, (20, 32)),
-        (lambda: MLPDenoiser(32), memory._call, (500, 32)),
+        (lambda: ConvDenoiser(32), memory.predict, (20, 32)),
+        (lambda: MLPDenoiser(32), memory.predict, (500, 32)),
         (lambda: ConvDenoiser(32), partial(diffusion.heldout_loss, Epsilon()), (3, 32)),
     ],
 )
@@ -164,7 +164,7 @@ def test_the_peak_of_inference(make, call, shape):
         call(module, torch.zeros(shape))
         return module
 
-    counted, measured = memory._inference("", "", make, call, shape).peak, allocated(run)
+    counted, measured = memory.inference("", "", make, call, shape).peak, allocated(run)
     assert counted <= measured <= 1.35 * counted  # convolutions of the CPU copy one of their tensors
 
 

@@ -1,0 +1,201 @@
+"""The one table of metrics: what each measures, on which images, whether more is better, and how people read it.
+
+The terminal, the report, the leaderboard, `compare` and sweeps all read METRICS: a new metric is one entry. One with
+`measure` is taken of every network: it becomes a column of `evaluation.csv` and of the evaluation table, and the
+metrics `<name>/<group>_<statistic>` of the run.
+
+This module imports neither torch nor pandas, so that commands which only look up a name start at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import cycle
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from pdiff.experiment.summary import Evaluated
+
+MISSING = "–"  # shown where nothing was measured
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, or a family such as `test_accuracy/<group>_<statistic>`.
+
+    Attributes:
+        quantity: what is measured: accuracy, similarity, loss. Metrics of one quantity differ in their `part`.
+        part: the images that it is measured on; empty where it needs none, or where that differs from run to run.
+        heading: short name in tables; the label where empty.
+        unit: "%" for a fraction that is written in percent, "IoU", "s", "MB"; empty for a plain number.
+        better: which values are better, if either.
+        digits: after the decimal point, in the unit.
+        measure: values of the networks of a group, (N,), or None where they cannot be measured.
+        statistics: names in STATISTICS, logged of every group.
+        columns: names in STATISTICS that the evaluation table shows; "mean ± std" puts two into one column.
+    """
+
+    quantity: str
+    part: Literal["validation", "test", ""] = ""
+    heading: str = ""
+    unit: str = ""
+    better: Literal["higher", "lower", ""] = ""
+    digits: int = 3
+    measure: Callable[[Evaluated], Tensor | None] | None = None
+    statistics: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The full name, such as "validation accuracy"."""
+        return f"{self.part} {self.quantity}".strip()
+
+    @property
+    def hint(self) -> str:
+        """What a reader of a table may want to know: "test accuracy, higher is better"."""
+        return f"{self.label}, {self.better} is better" if self.better else self.label
+
+    @property
+    def scale(self) -> int:
+        """What a value is multiplied by to be in the unit."""
+        return 100 if self.unit == "%" else 1
+
+    def title(self, column: str = "mean") -> str:
+        """The heading of a column of the evaluation table: "test %" for the mean, "max test" for the maximum."""
+        heading = self.heading or self.label
+        if column.startswith("mean"):
+            return f"{heading} %" if self.unit == "%" else heading
+        return f"{column} {heading}"
+
+    def text(self, value: float, *, sign: str = "") -> str:
+        """A value in the unit, a dash for NaN; with `sign` "+" positive numbers have a sign, too."""
+        return MISSING if value != value else f"{self.scale * value:{sign}.{self.digits}f}"
+
+
+STATISTICS: dict[str, Callable[[pd.Series], float]] = {
+    "mean": methodcaller("mean"),
+    "max": methodcaller("max"),
+    "min": methodcaller("min"),
+    "std": methodcaller("std", ddof=0),
+    "median": methodcaller("median"),
+}
+"""Statistics over the networks of a group; missing values are left out, std is that of the whole population."""
+
+ACCURACY: dict[str, Any] = {"quantity": "accuracy", "unit": "%", "better": "higher", "digits": 2}
+OF_NETWORKS: dict[str, Any] = ACCURACY | {"statistics": tuple(STATISTICS), "columns": ("mean ± std", "max")}
+LOSS = Metric("loss", better="lower", digits=4)
+
+METRICS: dict[str, Metric] = {
+    "val_accuracy": Metric(
+        **OF_NETWORKS, part="validation", heading="validation", measure=lambda group: group.accuracy("validation")
+    ),
+    "test_accuracy": Metric(**OF_NETWORKS, part="test", heading="test", measure=lambda group: group.accuracy("test")),
+    "max_similarity": Metric(
+        "max similarity", unit="IoU", measure=lambda group: group.max_similarity(), columns=("mean",)
+    ),
+    "nearest_distance": Metric("nearest distance", measure=lambda group: group.nearest_distance, statistics=("mean",)),
+    "val_similarity": Metric("similarity", part="validation", unit="IoU"),
+    "similarity": Metric("similarity", part="test", heading="similarity", unit="IoU"),
+    "pretrain/loss": LOSS,
+    "pretrain/val_accuracy": Metric(**ACCURACY, part="validation"),
+    "collect/loss": LOSS,
+    "autoencoder/loss": LOSS,
+    "autoencoder/original_val_accuracy": Metric(**ACCURACY, part="validation"),
+    "autoencoder/reconstruction_val_accuracy": Metric(**ACCURACY, part="validation"),
+    "diffusion/loss": LOSS,
+    "diffusion/heldout_loss": Metric("held-out loss", better="lower", digits=4),
+    "seconds": Metric("seconds", unit="s", better="lower", digits=1),
+    "memory_mb": Metric("memory", unit="MB", better="lower", digits=0),
+}
+"""Name of a metric, or of a family (what stands before the first slash) -> what is known of it."""
+
+PAIRS = {
+    "original_original": "original-original",
+    "generated_generated": "generated-generated",
+    "original_generated": "original-generated",
+    "original_generated_max": "original-generated (max)",
+}
+"""Similarity between groups -> its label: means over pairs, and the mean of each generated network's maximum."""
+
+COMPARED = {
+    "original mean": "test_accuracy/original_mean",
+    "original max": "test_accuracy/original_max",
+    "original min": "test_accuracy/original_min",
+    "generated mean": "test_accuracy/generated_mean",
+    "generated max": "test_accuracy/generated_max",
+    "generated min": "test_accuracy/generated_min",
+    "average": "test_accuracy/average_mean",
+    "original-original": "similarity/original_original",
+    "generated-generated": "similarity/generated_generated",
+    "original-generated (max)": "similarity/original_generated_max",
+}
+"""Label -> metric of a run, of those that `compare` shows: test accuracy, then similarity."""
+
+OFF_BOARD = ("original max", "original min", "generated min", "average")
+"""Labels in COMPARED that the leaderboard, which shows each metric three times, has no room for."""
+
+# The "bright" and "muted" schemes of Paul Tol, which colour-blind readers can tell apart.
+COLORS = {
+    "original": "#4477AA",
+    "generated": "#EE6677",
+    "noise_0.001": "#66CCEE",
+    "noise_0.05": "#228833",
+    "noise_0.15": "#CCBB44",
+    "average": "#AA3377",
+}
+"""Group -> colour, in the order of figures."""
+OTHER_COLORS = ("#44AA99", "#999933", "#CC6677", "#88CCEE", "#DDCC77", "#882255")
+"""Colours of all other groups, in turn."""
+
+
+def find(name: str) -> Metric:
+    """The entry of a metric: that of its whole name, or of its family; a plain number where there is neither."""
+    family = name.partition("/")[0]
+    return METRICS.get(name) or METRICS.get(family) or Metric(family.replace("_", " "))
+
+
+def of_networks() -> dict[str, Metric]:
+    """Name -> metric of those that are measured of every network."""
+    return {name: metric for name, metric in METRICS.items() if metric.measure}
+
+
+def by_part(quantity: str) -> dict[str, str]:
+    """Part of the images -> name of the family that measures a quantity on it: test -> test_accuracy."""
+    return {m.part: name for name, m in METRICS.items() if m.quantity == quantity and m.part and "/" not in name}
+
+
+def on_test(name: str) -> bool:
+    """Whether a metric is measured on test images, so that nothing may be selected by it."""
+    return find(name).part == "test"
+
+
+def on_validation(name: str) -> str:
+    """The metric that measures on validation images what this one measures on test images."""
+    family, slash, rest = name.partition("/")
+    return by_part(find(name).quantity).get("validation", family) + slash + rest
+
+
+def label(name: str) -> str:
+    """A metric of a run for people: "test % generated mean"."""
+    return f"{find(name).title()} {name.partition('/')[2].replace('_', ' ')}".strip()
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of runs for people: metrics as text in their units, under the labels of COMPARED."""
+    names = [name for name in table if "/" in name]
+    cells = {name: table[name].map(find(name).text).astype(str) for name in names}
+    labels = {name: label(name) for name in names} | {name: text for text, name in COMPARED.items()}
+    return table.assign(**cells).rename(columns=labels)
+
+
+def colors(groups: Iterable[str]) -> dict[str, str]:
+    """Group -> colour, in the order of figures."""
+    groups = list(dict.fromkeys(groups))
+    others = [group for group in groups if group not in COLORS]
+    known = {group: color for group, color in COLORS.items() if group in groups}
+    return known | dict(zip(others, cycle(OTHER_COLORS), strict=False))

@@ -1,0 +1,197 @@
+"""The table of metrics: one entry is enough everywhere, and what is computed from predictions, against plain Python."""
+
+import subprocess
+import sys
+from itertools import product
+from statistics import fmean, pstdev
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from reports import Page, history
+
+from pdiff.errors import UserError
+from pdiff.experiment import leaderboard, metrics, report, summary
+from pdiff.experiment.leaderboard import Result
+from pdiff.experiment.metrics import Metric
+from pdiff.method.collection import Collection
+from pdiff.method.standardize import Standardizer
+from pdiff.networks.evaluators import Evaluation
+from pdiff.sweeps import schema
+
+SIZES = {"original": 4, "generated": 3, "noise_0.05": 2, "average": 1}
+
+
+@pytest.fixture
+def groups() -> dict[str, Collection]:
+    """Small networks of two tensors."""
+    g = torch.Generator().manual_seed(0)
+    tensors = lambda n: {"weight": torch.randn(n, 3, 2, generator=g), "bias": torch.randn(n, 2, generator=g)}  # noqa: E731
+    return {name: Collection(tensors(count)) for name, count in SIZES.items()}
+
+
+@pytest.fixture
+def results() -> dict[str, dict[str, Evaluation]]:
+    """Errors on 9 validation and 11 test images; the first original makes none."""
+    g = torch.Generator().manual_seed(1)
+    found = {}
+    for part, images in {"validation": 9, "test": 11}.items():
+        wrong = {name: torch.rand(count, images, generator=g) < 0.4 for name, count in SIZES.items()}
+        wrong["original"][0] = False
+        found[part] = {name: Evaluation.of(rows) for name, rows in wrong.items()}
+    return found
+
+
+def compared(groups, results) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    return summary.compare_networks(groups, results, Standardizer.fit(groups["original"]))
+
+
+def iou(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The oracle: sets of images."""
+    one, other = ({k for k, wrong in enumerate(row) if wrong} for row in (a.tolist(), b.tolist()))
+    return len(one & other) / len(one | other) if one | other else 1.0
+
+
+def test_networks_are_measured_as_in_plain_python(groups, results):
+    evaluation, matrices = compared(groups, results)
+    assert list(evaluation.columns) == ["group", "index", *metrics.of_networks()]
+    assert evaluation.groupby("group", sort=False).size().to_dict() == SIZES
+    wrong = {name: verdict.wrong for name, verdict in results["test"].items()}
+    for row in evaluation.to_dict("records"):
+        errors = wrong[row["group"]][row["index"]]
+        assert row["test_accuracy"] == pytest.approx(1 - errors.double().mean().item())
+        others = [k for k in range(4) if (row["group"], row["index"]) != ("original", k)]
+        assert row["max_similarity"] == pytest.approx(max(iou(errors, wrong["original"][k]) for k in others))
+    for part, matrix in matrices.items():
+        rows = torch.cat([results[part][name].wrong for name in ("original", "generated")])
+        expected = [[iou(a, b) for b in rows] for a in rows]
+        assert np.allclose(matrix, expected)
+
+
+def test_the_summary_agrees_with_plain_python(groups, results):
+    evaluation, matrices = compared(groups, results)
+    found = summary.summary(evaluation, matrices)
+    for name, part in product(SIZES, ("val", "test")):
+        values = evaluation[evaluation.group == name][f"{part}_accuracy"].tolist()
+        expected = {"mean": fmean(values), "max": max(values), "min": min(values), "std": pstdev(values)}
+        for statistic, value in expected.items():
+            assert found[f"{part}_accuracy/{name}_{statistic}"] == pytest.approx(value)
+    matrix = matrices["validation"].tolist()
+    pairs = [matrix[a][b] for a, b in product(range(4), range(4)) if a != b]
+    assert found["val_similarity/original_original"] == pytest.approx(fmean(pairs))
+    nearest = [max(matrix[a][:4]) for a in range(4, 7)]
+    assert found["val_similarity/original_generated_max"] == pytest.approx(fmean(nearest))
+    assert found.keys() >= {f"similarity/{pair}" for pair in metrics.PAIRS}
+
+
+def test_what_cannot_be_measured_is_left_out(groups, results):
+    accuracies = {name: Evaluation(evaluation.accuracy) for name, evaluation in results["test"].items()}
+    evaluation, matrices = compared(groups, {"test": accuracies})  # as a command that prints accuracies
+    assert list(evaluation.columns) == ["group", "index", "test_accuracy", "nearest_distance"]
+    assert not matrices
+    assert not any("similarity" in name or name.startswith("val_") for name in summary.summary(evaluation, matrices))
+    assert list(compared(groups, {})[0].columns) == ["group", "index", "nearest_distance"]
+
+
+def test_every_group_is_encoded_once_and_every_part_compared_once(groups, results, monkeypatch):
+    encoded, products = [], []
+    encode, wrong_iou = Standardizer.encode, summary.wrong_iou
+    monkeypatch.setattr(Standardizer, "encode", lambda self, group: encoded.append(len(group)) or encode(self, group))
+    monkeypatch.setattr(summary, "wrong_iou", lambda a, b: products.append((len(a), len(b))) or wrong_iou(a, b))
+    compared(groups, results)
+    assert encoded == list(SIZES.values())
+    assert products == [(sum(SIZES.values()), 4 + 3)] * 2
+
+
+# -- a new metric is one entry
+
+
+@pytest.fixture
+def loudness(monkeypatch) -> None:
+    """A metric that pdiff does not have."""
+    entry = Metric(
+        "loudness",
+        part="test",
+        heading="loud",
+        unit="%",
+        better="lower",
+        digits=1,
+        measure=lambda group: group.networks.tensors["bias"].abs().mean(dim=1),
+        statistics=("mean", "min"),
+        columns=("mean ± std", "min"),
+    )
+    monkeypatch.setitem(metrics.METRICS, "loudness", entry)
+    monkeypatch.setitem(metrics.COMPARED, "generated loudness", "loudness/generated_mean")
+
+
+def test_a_new_metric_is_measured_and_shown(groups, results, loudness):
+    evaluation, matrices = compared(groups, results)
+    values = groups["generated"].tensors["bias"].abs().mean(dim=1).tolist()
+    assert evaluation[evaluation.group == "generated"]["loudness"].tolist() == pytest.approx(values)
+    found = summary.summary(evaluation, matrices)
+    assert found["loudness/generated_mean"] == pytest.approx(fmean(values))
+    assert "loudness/original_min" in found and "loudness/original_max" not in found
+
+    expected = f"{100 * fmean(values):.1f} ± {100 * pstdev(values):.1f}"
+    header, *rows = report.table_text(report.table(evaluation)).splitlines()
+    assert "loud %" in header and "min loud" in header and expected in rows[1]
+
+    page = Page(
+        report.report(
+            title="tag",
+            summary=found,
+            evaluation=evaluation,
+            similarity=matrices["test"].numpy(),
+            groups=["original"] * 4 + ["generated"] * 3,
+            history=history(),
+            published={"loudness/generated_mean": 0.5},
+        )
+    )
+    assert {"loud %", "min loud"} <= set(page.texts["th"]) and expected in page.texts["td"]
+    assert ("title", "test loudness, lower is better") in page.attributes
+    assert "loud % generated mean" in page.texts["td"]
+    assert any("test loudness %{customdata[" in script for script in page.texts["script"])
+
+
+def test_a_new_metric_is_compared_in_its_unit(loudness):
+    name = "loudness/generated_mean"
+    board = leaderboard.table([Result("a", {name: 0.5}, {name: 0.4})])
+    assert "40.0 (50.0)" in leaderboard.text(board)
+    assert "generated loudness, %" in Page(leaderboard.page(board)).texts["th"]
+    table = metrics.readable(pd.DataFrame({"tag": ["a"], name: [0.4], "run": ["id"]}))
+    assert table.to_dict("records") == [{"tag": "a", "generated loudness": "40.0", "run": "id"}]
+
+
+def test_nothing_is_selected_by_a_new_metric_of_test_images(tmp_path, loudness):
+    path = tmp_path / "sweep.yaml"
+    parameters = {"diffusion.steps": {"kind": "int", "low": 1, "high": 9}}
+    path.write_text(schema.as_text({"objectives": {"loudness/generated_mean": "minimize"}, "parameters": parameters}))
+    with pytest.raises(UserError, match="loudness/generated_mean is measured on test images"):
+        schema.load(str(path))
+
+
+def test_the_parts_of_the_table_agree():
+    for name in metrics.COMPARED.values():
+        assert metrics.find(name) is metrics.METRICS[name.partition("/")[0]]
+    assert set(metrics.OFF_BOARD) < set(metrics.COMPARED)
+    assert metrics.by_part("accuracy") == {"validation": "val_accuracy", "test": "test_accuracy"}
+    assert metrics.on_validation("similarity/original_original") == "val_similarity/original_original"
+    for metric in metrics.METRICS.values():
+        columns = {statistic for column in metric.columns for statistic in column.split(" ± ")}
+        assert columns | set(metric.statistics) <= set(metrics.STATISTICS)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("metrics", ["torch", "plotly", "pandas"]),
+        ("report", ["torch", "plotly"]),
+        ("leaderboard", ["torch", "plotly"]),
+        ("figures", ["torch"]),
+    ],
+)
+def test_what_is_imported_is_what_is_needed(module, absent):
+    code = f"import sys, pdiff.experiment.{module}; print({{*{absent}}} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "set()"

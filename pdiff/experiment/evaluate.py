@@ -70,7 +70,7 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
 
 
 def _verdicts(evaluator: Evaluator, groups: dict[str, Collection], out: Path) -> Evaluations:
-    """Verdicts on all groups; those on the originals are kept for other evaluations, or come from one."""
+    """Evaluations of all groups; those of the originals are kept for other runs, or come from one."""
     state, kept = out / STATE, out / VERDICTS
     with rank_zero_first():
         for path in sorted(kept.glob("original.*")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -52,11 +51,11 @@ def verdict_digest(experiment: Experiment) -> str:
 
     The modules beside a script count, which it may import: verdicts of two versions of them cannot be compared.
     """
-    if not (experiment.dataset or experiment.evaluate.function or experiment.evaluate.command):
+    if not experiment.evaluator.measures:
         return ""
     asked = experiment.evaluate.model_copy(update={"noise": (), "noise_count": 1, "baselines": ()})
     only = experiment.model_copy(update={"evaluate": asked})
-    scripts = [path for path in _scripts(experiment) if path.suffix == ".py"]
+    scripts = [path for path in experiment.evaluator.scripts() if path.suffix == ".py"]
     modules = sorted({module for path in scripts for module in path.parent.glob("*.py")})
     own = digest(only, ("dataset", "network", "prepare", "evaluate"))
     return _fingerprint(
@@ -70,21 +69,7 @@ def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
     found = [Path(network.weights).expanduser()] if network and network.weights else []
     if network and user_code.is_reference(network.architecture):
         found.append(user_code.source(network.architecture))
-    return found + (_scripts(experiment) if "evaluate" in sections else [])
-
-
-def _scripts(experiment: Experiment) -> list[Path]:
-    """The file of a function that evaluates, or those that a command names."""
-    settings = experiment.evaluate
-    if settings.function:
-        return [user_code.source(settings.function)]
-    named = (Path(settings.folder).expanduser() / word for word in _words(settings.command))
-    return [path for path in named if path.is_file()]
-
-
-def _words(command: str) -> list[str]:
-    """The words of a command, each once, and those of words that are commands themselves, as of `sh -c`."""
-    return list(dict.fromkeys(part for word in shlex.split(command) for part in (word, *word.split())))
+    return found + (experiment.evaluator.scripts() if "evaluate" in sections else [])
 
 
 def _content(path: Path) -> str:

@@ -27,8 +27,8 @@ from pdiff.method.collection import Collection
 from pdiff.method.log import Log, measured
 from pdiff.method.standardize import Standardizer
 from pdiff.method.training import resolve_device
-from pdiff.networks import datasets, evaluators
-from pdiff.networks.evaluators import EVALUATORS, Context, Evaluations, Evaluator
+from pdiff.networks import datasets
+from pdiff.networks.evaluators import Context, Evaluations, Evaluator
 from pdiff.networks.imported.plain import first_template
 from pdiff.networks.imported.template import Template
 from pdiff.parallel import ranks
@@ -70,7 +70,7 @@ def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, trai
 
 
 def _verdicts(evaluator: Evaluator, groups: dict[str, Collection], out: Path) -> Evaluations:
-    """Verdicts on all groups; those on the originals are kept for other evaluations, or come from one."""
+    """Evaluations of all groups; those of the originals are kept for other runs, or come from one."""
     state, kept = out / STATE, out / VERDICTS
     with rank_zero_first():
         for path in sorted(kept.glob("original.*")):
@@ -83,17 +83,14 @@ def _verdicts(evaluator: Evaluator, groups: dict[str, Collection], out: Path) ->
 
 
 def _evaluator(experiment: Experiment, prepared: Path) -> Evaluator:
-    """The evaluator that the configuration names, or the one that its keys imply."""
-    settings = experiment.evaluate
-    given = {name for name in ("function", "command") if getattr(settings, name)}
-    options = EVALUATORS[evaluators.automatic_kind(given, images=experiment.dataset is not None)]
+    """The evaluator of an experiment, with what it needs of the stage `prepare`."""
     context = Context(
         network=lambda: base_network(experiment, datasets.load(experiment.dataset), prepared),
         images=lambda: datasets.load(experiment.dataset),
         template=lambda: _template(experiment, prepared),
         device=resolve_device(experiment.device),
     )
-    return settings.part(options).make(context)
+    return experiment.evaluator.make(context)
 
 
 def _template(experiment: Experiment, prepared: Path) -> Template:

@@ -6,14 +6,12 @@ those of no other. Nothing here reads a file or imports torch.
 
 from __future__ import annotations
 
-import re
-import shlex
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, create_model, model_validator
 
 from pdiff.method.autoencoders import AUTOENCODERS
 from pdiff.method.baselines import BASELINES
@@ -22,6 +20,8 @@ from pdiff.method.generators import GENERATORS, DiffusionOptions, GeneratorOptio
 from pdiff.method.objectives import OBJECTIVES
 from pdiff.method.options import NonNegative, Positive, Section, Seed, Several, without_effect
 from pdiff.method.samplers import samplers_of
+from pdiff.networks import evaluators
+from pdiff.networks.evaluators import EVALUATORS, EvaluatorOptions
 from pdiff.networks.options import Collect, Dataset, Network, Pretrain
 
 warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which nobody calls here
@@ -74,23 +74,13 @@ class Generate(Section):
 
 class Evaluate(Section):
     """What generated networks are compared with: noise on `noise_count` originals at every scale of `noise`, and the
-    baselines. `test: false` measures on validation images alone.
+    baselines. `kind` is how networks are evaluated; `auto` is by `function` or `command` where one is given, else on
+    images where there is a data set."""
 
-    Networks of an unknown data set or architecture are evaluated by `function`, `path/to/file.py:function` that
-    predicts, or by `command`, which prints an accuracy that `pattern` finds, for the file `{checkpoint}`; run in
-    `folder`, so many at a time as `workers` says, 0 for as many as there are cores.
-    """
-
+    kind: str = "auto"
     noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
     noise_count: Positive = 300
     baselines: Annotated[tuple[str, ...], Several] = ("average",)
-    test: bool = True
-    function: str = ""
-    command: str = ""
-    pattern: str = r"(?i)acc(?!\w*[2-9])\w*(?:@1)?(?!@)\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
-    folder: str = ""
-    workers: Annotated[int, Field(ge=0)] = without_effect(0)
-    batch_size: Positive = without_effect(500)
 
     @model_validator(mode="after")
     def _check(self) -> Evaluate:
@@ -98,22 +88,6 @@ class Evaluate(Section):
             raise ValueError(f"noise holds a scale twice: {list(self.noise)}")
         if unknown := [name for name in self.baselines if name not in BASELINES]:
             raise ValueError(f"baselines: unknown {unknown[0]!r}, expected some of {', '.join(BASELINES)}")
-        if self.function and self.command:
-            raise ValueError("function and command exclude each other")
-        if self.command and "{checkpoint}" not in self.command:
-            raise ValueError(f"command must hold {{checkpoint}}, but got {self.command!r}")
-        if not self.test and (self.function or self.command):
-            raise ValueError("test: false cannot hold for a function or a command: they alone know their images")
-        try:
-            shlex.split(self.command)
-        except ValueError as error:
-            raise ValueError(f"command {self.command!r} cannot be split into words: {error}") from None
-        try:
-            groups = re.compile(self.pattern).groups
-        except re.error as error:
-            raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
-        if groups != 1:
-            raise ValueError(f"pattern {self.pattern!r} has {groups} groups, expected one: the accuracy")
         return self
 
 
@@ -173,6 +147,11 @@ class Experiment(Section):
         return kind.of(self.generator, **{name: getattr(self, name) for name in kind.sections})
 
     @property
+    def evaluator(self) -> EvaluatorOptions:
+        """How networks are evaluated."""
+        return self.evaluate.part(EVALUATORS[self.evaluate.kind])
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """The options of one sampling from the generator."""
         return self.generate.part(GENERATORS[self.generator.kind].sampling).model_dump()
@@ -185,6 +164,7 @@ class Choice(NamedTuple):
     key: str
     registry: Mapping[str, type[Section]]
     base: type[Section]
+    automatic: Callable[[Tree], str] | None = None  # what `auto` chooses
 
     @property
     def name(self) -> str:
@@ -193,10 +173,21 @@ class Choice(NamedTuple):
 
     def value(self, tree: Tree) -> str:
         """The entry that a configuration chooses; the default one where it chooses none that exists."""
-        section = tree.get(self.section)
-        chosen = section.get(self.key) if isinstance(section, dict) else None
-        known = isinstance(chosen, str) and chosen in self.registry
-        return chosen if known else self.base.model_fields[self.key].default
+        chosen = _section(tree, self.section).get(self.key)
+        if isinstance(chosen, str) and chosen in self.registry:
+            return chosen
+        return self.automatic(tree) if self.automatic else self.base.model_fields[self.key].default
+
+    def field(self, kind: str) -> tuple[Any, Any]:
+        """The type of the key, and its default, where an entry is chosen."""
+        known = Literal[tuple(self.registry)]
+        resolved = BeforeValidator(lambda value: kind if value == "auto" else value)
+        return (Annotated[known, resolved] if self.automatic else known), kind
+
+
+def _automatic_evaluator(tree: Tree) -> str:
+    given = {name for name, value in _section(tree, "evaluate").items() if value not in ("", None)}
+    return evaluators.automatic_kind(given, images=tree.get("dataset") is not None)
 
 
 CHOICES = (
@@ -204,9 +195,15 @@ CHOICES = (
     Choice("autoencoder", "kind", AUTOENCODERS, AutoencoderSection),
     Choice("diffusion", "denoiser", DENOISERS, DiffusionSection),
     Choice("diffusion", "prediction", OBJECTIVES, DiffusionSection),
+    Choice("evaluate", "kind", EVALUATORS, Evaluate, _automatic_evaluator),
 )
-ORDER = ("generator", "autoencoder", "diffusion", "generate")
-BASES: dict[str, type[Section]] = {**{choice.section: choice.base for choice in CHOICES}, "generate": Generate}
+BASES: dict[str, type[Section]] = {
+    "generator": GeneratorSection,
+    "autoencoder": AutoencoderSection,
+    "diffusion": DiffusionSection,
+    "generate": Generate,
+    "evaluate": Evaluate,
+}
 
 
 def experiment(tree: Tree) -> Experiment:
@@ -224,25 +221,26 @@ def chosen(tree: Tree) -> tuple[str, ...]:
 
 
 def composed(kinds: tuple[str, ...]) -> type[Experiment]:
-    """The schema of experiments that make some choices."""
-    return _composed(tuple(choice.registry[kind] for choice, kind in zip(CHOICES, kinds, strict=True)))
+    """The schema of experiments that make some choices, in the order of `CHOICES`."""
+    return _composed(kinds, tuple(choice.registry[kind] for choice, kind in zip(CHOICES, kinds, strict=True)))
 
 
 @lru_cache
-def _composed(options: tuple[type[Section], ...]) -> type[Experiment]:
+def _composed(kinds: tuple[str, ...], options: tuple[type[Section], ...]) -> type[Experiment]:
     generator = options[0]
-    parts: dict[str, list[type[Section]]] = {"generator": [], "generate": [generator.sampling, *generator.extras]}
-    if not generator.sections:
-        parts["generator"] = [generator]
-    for choice, option in zip(CHOICES[1:], options[1:], strict=True):
-        if choice.section in generator.sections:
-            parts.setdefault(choice.section, []).append(option)
+    parts = {"generator": () if generator.sections else (generator,)}
+    parts |= dict.fromkeys(generator.sections, ())
+    parts |= {"generate": (generator.sampling, *generator.extras), "evaluate": ()}
+    keys: dict[str, dict[str, Any]] = {name: {} for name in parts}
+    for choice, kind, option in zip(CHOICES, kinds, options, strict=True):
+        if choice.section in parts:
+            keys[choice.section][choice.key] = choice.field(kind)
+            parts[choice.section] += (option,) if option is not generator else ()
     sections: dict[str, Any] = {}
     for name, mixed in parts.items():
-        keys = {c.key: (Literal[tuple(c.registry)], c.value({})) for c in CHOICES if c.section == name}
-        section = create_model(BASES[name].__name__, __base__=(BASES[name], *mixed), __module__=__name__, **keys)
+        base = BASES[name]
+        section = create_model(base.__name__, __base__=(base, *mixed), __module__=__name__, **keys[name])
         sections[name] = (section, Field(default_factory=section))
-    sections = {name: sections[name] for name in ORDER if name in sections} | {"evaluate": (Evaluate, Evaluate())}
     sections["register"] = (bool, Experiment.model_fields["register"])  # or pydantic would find ABCMeta.register
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message='Field name "register"')
@@ -284,7 +282,7 @@ def without_stale(base: Tree, top: Tree) -> Tree:
 
     A layer that says `autoencoder.kind: pca` does not inherit the options of kind conv.
     """
-    overlaid = {c.section: {**_section(base, c.section), **_section(top, c.section)} for c in CHOICES}
+    overlaid = base | {n: {**_section(base, n), **v} if isinstance(v, dict) else v for n, v in top.items()}
     before, after = chosen(base), chosen(overlaid)
     if before == after:
         return base

@@ -54,6 +54,6 @@ STAGES = {
 def processes(stage: str, experiment: Experiment) -> int:
     """How many processes share a stage: those of the experiment, where it trains or evaluates on images; a function
     and a command of somebody's have `evaluate.workers` of their own."""
-    own = experiment.evaluate.function or experiment.evaluate.command or not experiment.dataset
-    alone = {"prepare": experiment.prepare.source, "generate": True, "evaluate": own}
+    shared = experiment.evaluator.distributed
+    alone = {"prepare": experiment.prepare.source, "generate": True, "evaluate": not shared}
     return 1 if alone.get(stage) else experiment.processes

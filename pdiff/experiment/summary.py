@@ -46,7 +46,7 @@ class Evaluated:
 
 
 def compare_networks(
-    groups: Mapping[str, Collection], results: Mapping[str, Evaluations], standardizer: Standardizer
+    groups: Mapping[str, Collection], results: Evaluations, standardizer: Standardizer
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Measure every network, and the similarity of originals and generated networks.
 

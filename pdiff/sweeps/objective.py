@@ -134,7 +134,8 @@ class ObjectiveFunction:
     def _experiment(self, chosen: Mapping[str, str], **more: str) -> Experiment:
         """The experiment of a trial, or of a part of one."""
         try:
-            return config.load(self.job.tag, CHEAP | self.job.fixed | dict(chosen) | more | UNTESTED)
+            untested = UNTESTED if self.given["evaluate.kind"] == "images" else {}
+            return config.load(self.job.tag, CHEAP | self.job.fixed | dict(chosen) | more | untested)
         except UserError as error:
             raise Pruned(f"the configuration refuses it: {error}") from None
 
@@ -263,8 +264,11 @@ def finish(name: str, url: str) -> None:
     frames, final = [], job.sweep.final
     with store.connected():
         for trial in best(study, final.trials):
-            overrides = job.fixed | trial.user_attrs["overrides"] | {"evaluate.test": "true"}
+            overrides = job.fixed | trial.user_attrs["overrides"]
             experiment = config.load(job.tag, overrides)
+            if experiment.evaluate.kind == "images":
+                overrides |= {"evaluate.test": "true"}
+                experiment = config.load(job.tag, overrides)
             tags = {"pdiff.study": name, "pdiff.trial": str(trial.number)}
             label = f"final of trial {trial.number}"
             with runs.around("final", experiment, label=label, tags=tags, parent=job.run) as run_id:

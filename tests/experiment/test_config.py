@@ -292,7 +292,7 @@ def test_fields_without_effect_are_those_that_are_meant():
 
     assert keys(experiment.model_dump()) - keys(affecting(experiment)) == {
         *("tag", "device", "processes", "register", "log_models", "dataset.root", "dataset.download"),
-        *("generate.batch_size", "evaluate.batch_size", "evaluate.workers"),
+        *("generate.batch_size", "evaluate.batch_size"),
     }
 
 
@@ -383,10 +383,13 @@ def test_digest_sees_the_script_of_a_command(write, tmp_path, command):
     ("evaluate", "message"),
     [
         ({"command": "a '{checkpoint}"}, "cannot be split into words: No closing quotation"),
-        ({"command": "a {checkpoint}", "test": False}, "test: false cannot hold"),
-        ({"function": "a.py:b", "test": False}, "test: false cannot hold"),
+        ({"kind": "command"}, "command: is missing"),
+        ({"command": "a {checkpoint}", "test": False}, "test: belongs to kind images, but kind is command"),
+        ({"function": "a.py:b", "test": False}, "test: belongs to kind images, but kind is function"),
+        ({"function": "a.py:b", "command": "a {checkpoint}"}, "command: belongs to kind command, but kind is function"),
+        ({"workers": 3}, "workers: belongs to kind function or command, but kind is none"),
     ],
 )
 def test_evaluations_that_cannot_be(write, evaluate, message):
-    with pytest.raises(UserError, match=f"own.yaml: evaluate: .*{message}"):
+    with pytest.raises(UserError, match=f"own.yaml: evaluate[:.] ?.*{message}"):
         config.load(str(write("own", yaml.safe_dump({"prepare": {"source": "a"}, "evaluate": evaluate}))))

@@ -203,7 +203,7 @@ def test_the_published_layout(here, tmp_path):
     assert experiment.evaluate.command == "python test.py {checkpoint}"
     assert experiment.evaluate.folder == str(home)
     known = config.load(str(new("known", home, dataset="digits", architecture="mlp"))).evaluate
-    assert (known.command, known.folder) == ("", "")
+    assert known.kind == "images" and not hasattr(known, "command")
     asked = config.load(str(new("asked", home, command="python test.py {checkpoint} --fast"))).evaluate
     assert (asked.command, asked.folder) == ("python test.py {checkpoint} --fast", str(home))
     assert (asked.noise, asked.noise_count) == ((0.05,), 20)

@@ -168,15 +168,11 @@ def test_scripts_of_a_command(monkeypatch, tmp_path):
         ({"function", "noise"}, True, "function"),
         ({"command", "pattern"}, False, "command"),
         ({"pattern", "workers"}, True, "images"),
+        ({"command", "function"}, True, "function"),  # the schema then refuses the command
     ],
 )
 def test_the_automatic_kind(given, images, kind):
     assert automatic_kind(given, images=images) == kind
-
-
-def test_kinds_exclude_each_other():
-    with pytest.raises(ValueError, match=r"^function and command exclude each other$"):
-        automatic_kind({"function", "command"}, images=True)
 
 
 @pytest.mark.parametrize(

@@ -194,14 +194,12 @@ def automatic_kind(given: Set[str], *, images: bool) -> str:
         given: keys of the section `evaluate` that have a value; a kind is chosen by the keys that it requires.
         images: whether the experiment has a data set.
 
-    Raises:
-        ValueError: the required keys of several kinds are given.
+    Returns:
+        The first one where the required keys of several kinds are given: those of the others are then refused.
     """
     required = {
         kind: {name for name, field in options.model_fields.items() if field.is_required()}
         for kind, options in EVALUATORS.items()
     }
     found = [kind for kind, keys in required.items() if keys and keys <= given]
-    if len(found) > 1:
-        raise ValueError(f"{' and '.join(found)} exclude each other")
     return found[0] if found else "images" if images else "none"

@@ -10,20 +10,15 @@ import pytest
 from pdiff.cli.tables import print_frame, print_table
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-NAMES = ["group", "networks", "validation %", "max validation", "test %", "max test", "max similarity"]
 
 
 def test_the_table_of_the_readme(capsys) -> None:
     """Its cells, printed again, are the same text."""
     block = re.search(r"^(group +networks .*?)```", README, re.MULTILINE | re.DOTALL).group(1)
-    header, *lines = block.splitlines()
-    assert header.split() == " ".join(NAMES).split()
-    rows = [re.split(r" {2,}|(?<=\d) (?=\d)", line) for line in lines]
-    assert {len(row) for row in rows} == {len(NAMES)} and len(rows) > 4
-    print_table(NAMES, rows)
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in printed] == [line.split() for line in block.splitlines()]
-    assert all(line == line.rstrip() for line in printed)
+    header, *rows = [re.split(r" {2,}", line) for line in block.splitlines()]
+    assert header[-1] == "max similarity" and {len(row) for row in rows} == {len(header)} and len(rows) > 4
+    print_table(header, rows)
+    assert capsys.readouterr().out == block
 
 
 def test_numbers_are_aligned_to_the_right(capsys) -> None:

@@ -33,6 +33,7 @@ from pdiff.method.log import Point
 from pdiff.sweeps import leader as leading
 from pdiff.sweeps import objective, trials
 from pdiff.sweeps import storage as storages
+from pdiff.sweeps.command import Command
 from pdiff.tracking import engine, queries, store
 
 SMALLER = """
@@ -115,7 +116,7 @@ def measured(monkeypatch):
 
 def in_process(count: int, **more) -> optuna.Study:
     """Lead a sweep whose one worker is this process."""
-    command = leading.Command("tiny.yaml", written(**more), trials=count, storage=storages.STORAGE, launcher="inline")
+    command = Command("tiny.yaml", written(**more), trials=count, storage=storages.STORAGE, launcher="inline")
     with store.connected():
         return leading.run(command).study
 

@@ -22,7 +22,7 @@ from pdiff.experiment.schema import Experiment
 from pdiff.experiment.stages import STAGES
 from pdiff.method.log import Point
 from pdiff.sweeps.launchers import abandoned
-from pdiff.sweeps.schema import FIRST, Objective, Sweep
+from pdiff.sweeps.schema import FIRST, Sweep
 from pdiff.sweeps.search import load_study
 from pdiff.sweeps.storage import MAX_WAIT, QueueEmpty, open_storage, without_password
 from pdiff.sweeps.trials import best, heartbeats, is_late
@@ -93,15 +93,6 @@ class PruningLog:
         return metrics
 
 
-def objective_value(name: str, objective: Objective, metrics: Mapping[str, float]) -> float:
-    """The value of an objective.
-
-    Raises:
-        KeyError: a metric that no stage measures.
-    """
-    return sum(metrics[metric] for metric in objective.sum or (name,))
-
-
 class ObjectiveFunction:
     """The objective function of a study: trial -> values of the objectives."""
 
@@ -162,7 +153,7 @@ class ObjectiveFunction:
         values = []
         for name, objective in self.sweep.objectives.items():
             try:
-                values.append(objective_value(name, objective, metrics))
+                values.append(sum(metrics[metric] for metric in objective.sum or (name,)))
             except KeyError as error:
                 known = [metric for metric in metrics if not metric.startswith(("test_", "similarity/", "system/"))]
                 reason = f"objectives.{name}: no stage measures {error}; {config.nearest(str(error.args[0]), known)}"

@@ -19,6 +19,7 @@ from pathlib import Path
 import mlflow
 import optuna
 import pandas as pd
+import psutil
 import pytest
 from tracked import runs, start, wait_for
 
@@ -32,6 +33,7 @@ from pdiff.method.log import Point
 from pdiff.sweeps import leader as leading
 from pdiff.sweeps import objective, trials
 from pdiff.sweeps import storage as storages
+from pdiff.sweeps.command import Command
 from pdiff.tracking import engine, queries, store
 
 SMALLER = """
@@ -114,7 +116,7 @@ def measured(monkeypatch):
 
 def in_process(count: int, **more) -> optuna.Study:
     """Lead a sweep whose one worker is this process."""
-    command = leading.Command("tiny.yaml", written(**more), trials=count, storage=storages.STORAGE, launcher="inline")
+    command = Command("tiny.yaml", written(**more), trials=count, storage=storages.STORAGE, launcher="inline")
     with store.connected():
         return leading.run(command).study
 
@@ -252,6 +254,48 @@ def test_an_interrupted_trial_is_retried_with_the_same_parameters(workspace, mea
     assert {run.data.tags["mlflow.parentRunId"] for run in runs("trial")} == {newest}
 
 
+def test_a_trial_that_was_declared_stale_is_left_to_the_worker_that_retries_it(workspace, measured, capsys):
+    calls = []
+
+    def silent_once(experiment):
+        calls.append(experiment.generate.count)
+        if len(calls) == 1:
+            study = loaded()
+            (trial,) = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        return {}
+
+    measured["generate"] = silent_once
+    study = in_process(2)
+    found = study.get_trials()
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"] and found[2].params == found[0].params
+    assert [run.info.status for run in runs("trial")] == ["KILLED", "FINISHED", "FINISHED"]
+    assert "error" not in found[0].user_attrs and len(calls) == 2, "a stage that was finished is reused"
+    assert "trial 0 was declared stale and is being retried by another worker" in capsys.readouterr().out
+
+
+def test_a_second_command_lends_its_worker_and_leaves_the_rest_to_the_leader(workspace, measured, capsys):
+    study = in_process(3, timeout=1e-6)
+    parent = psutil.Process(os.getppid())  # any process that lives: it leads the study
+    name = f"{socket.gethostname()}:{parent.pid}:{parent.create_time():.0f}"
+    study.set_user_attr("deadline", None)
+    study.set_user_attr("leader", [name, time.time() + 60])
+    assert states(in_process(3)) == ["COMPLETE"] * 3
+    assert "study s-tiny: another command leads it; 1 workers join" in capsys.readouterr().out
+    (sweep,) = runs("sweep")
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs("trial")} == {sweep.info.run_id}
+    assert study.user_attrs["leader"][0] == name
+
+
+def test_a_study_whose_leader_died_has_another(workspace, measured):
+    study = in_process(1)
+    study.set_user_attr("leader", [f"{socket.gethostname()}:1:1", time.time() + 60])
+    assert states(in_process(2)) == ["COMPLETE"] * 2 and len(runs("sweep")) == 2
+    study.set_user_attr("leader", ["another-host:1:1", time.time() - 1])
+    assert states(in_process(3)) == ["COMPLETE"] * 3 and len(runs("sweep")) == 3
+    assert study.user_attrs["leader"] == ["", 0]
+
+
 def test_a_worker_that_dies_between_its_run_and_its_trial(workspace, measured):
     """The run was FINISHED, the trial still RUNNING: it is retried, and only one run may say that it finished."""
     study = in_process(1, timeout=1e-6)
@@ -362,7 +406,7 @@ def test_terminated_and_continued(workspace):
     assert parent.info.status == "KILLED"
     assert not [run for run in runs() if run.info.status == "RUNNING"]
 
-    assert pdiff([*WORDS, "--storage", "journal://study.journal"]) == 0
+    assert pdiff([*WORDS, "--storage", "journal://study.journal", "--launcher", "inline"]) == 0
     study = loaded(url="journal://study.journal")
     assert states(study).count("COMPLETE") == 3 and set(states(study)) <= {"COMPLETE", "FAIL"}
     assert [run.info.status for run in runs("sweep")] == ["KILLED", "FINISHED"]

@@ -171,11 +171,11 @@ def _stage(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from pdiff.tracking import engine, store
 
     fresh = arguments.fresh == "true"
-    with store.connected():
+    with store.connected() as runs:
         if arguments.command == "main":
-            done = engine.main(experiment, fresh=fresh)
+            done = engine.main(experiment, runs, fresh=fresh)
         else:
-            done = engine.execute(arguments.command, experiment, fresh=fresh)
+            done = engine.Pipeline(experiment, runs).execute(arguments.command, fresh=fresh)
     if arguments.command in ("main", "evaluate"):
         _print_evaluation(experiment, done.folder)
     print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")

@@ -1,8 +1,9 @@
-"""TODO experiment.evaluate."""
+"""The stage `evaluate`: original and generated networks and baselines, compared."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -10,103 +11,91 @@ import torch
 from torch import Tensor
 
 from pdiff.experiment import config, figures, published
-from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import _base_network, _originals, _spread
+from pdiff.experiment.history import HISTORY, STATE, History, Metrics
+from pdiff.experiment.originals import evaluator
+from pdiff.experiment.prepared import evenly_spaced, original_networks
 from pdiff.experiment.schema import Experiment
 from pdiff.experiment.summary import COLUMNS, evaluation_table, similarity_matrices, summary
-from pdiff.files import (
-    copy_file,
-    read_tensors,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from pdiff.files import copy_file, write_json, write_tensors, write_text
 from pdiff.method import baselines
 from pdiff.method.collection import Collection
 from pdiff.method.log import Log, measured
 from pdiff.method.standardize import Standardizer
-from pdiff.method.training import resolve_device
-from pdiff.networks import datasets, evaluators
-from pdiff.networks.evaluators import Judge, Verdicts
-from pdiff.networks.imported.plain import Template, first_file
+from pdiff.networks.evaluators import Verdicts
 from pdiff.parallel import ranks
-from pdiff.parallel.ranks import rank_zero_first
 from pdiff.seeds import sample_seed
 
-VERDICTS = "verdicts"  # folder of an evaluation with what is known of the originals
 
-
-def evaluate(experiment: Experiment, out: Path, log: Log, *, prepare: Path, train: Path, generate: Path) -> Metrics:
+def evaluate(
+    experiment: Experiment,
+    out: Path,
+    log: Log,
+    *,
+    prepare: Path,
+    train: Path,
+    generate: Path,
+    pretrain: Path | None = None,
+    originals: Path | None = None,
+) -> Metrics:
     """Compare groups of networks.
 
-    Writes `evaluation.csv`, `similarity.safetensors`, `summary.json`, `report.html`, the verdicts on the originals, and
-    `trajectory.csv` where `generate` looked at draws on their way.
+    Writes `evaluation.csv`, `similarity.safetensors`, `summary.json`, `report.html`, `history.csv`, and
+    `trajectory.csv` where `generate` kept networks at intermediate timesteps.
+
+    Args:
+        experiment: what to compare.
+        out: folder to write to.
+        log: receives seconds and memory.
+        prepare: folder of the original networks.
+        train: folder of the generator, for its loss curves.
+        generate: folder of the generated networks.
+        pretrain: folder of the pretrained network, for its loss curve.
+        originals: folder with the evaluation of the original networks, where there is one.
     """
     history = History(out, log)
-    originals = _originals(experiment, prepare)
-    standardizer = Standardizer.fit(originals)
-    groups = {"original": originals, "generated": Collection.load(generate / "generated.safetensors")}
-    groups |= _baselines(experiment, originals, standardizer)
-    on_the_way = generate / "trajectory.safetensors"
-    judged = groups | ({"trajectory": Collection.load(on_the_way)} if on_the_way.exists() else {})
+    collection = original_networks(experiment, prepare)
+    standardizer = Standardizer.fit(collection)
+    groups = {"original": collection, "generated": Collection.load(generate / "generated.safetensors")}
+    groups |= _baselines(experiment, collection, standardizer)
+    intermediate = generate / "trajectory.safetensors"
+    extra = {"trajectory": Collection.load(intermediate)} if intermediate.exists() else {}
     with measured(history, "evaluate"):
-        verdicts = _verdicts(_judge(experiment, prepare), judged, out)
-    if ranks.rank():  # these have judged their networks, and the first one has all verdicts
+        results = _evaluated(experiment, groups | extra, out / STATE, prepare, originals)
+    if ranks.rank():  # rank 0 has the results of all
         return {}
     with measured(history, "similarity"):
-        evaluation, matrices = evaluation_table(groups, verdicts, standardizer), similarity_matrices(verdicts)
+        evaluation, matrices = evaluation_table(groups, results, standardizer), similarity_matrices(results)
         metrics = summary(evaluation, matrices)
     write_text(out / "evaluation.csv", evaluation.to_csv(index=False))
-    if on_the_way.exists():
-        write_text(out / "trajectory.csv", _trajectory_table(judged["trajectory"], verdicts).to_csv(index=False))
+    if extra:
+        write_text(out / "trajectory.csv", _trajectory_table(extra["trajectory"], results).to_csv(index=False))
     if matrices:
         write_tensors(out / "similarity.safetensors", matrices)
-    history.save(out / "history.csv")
     write_json(out / "summary.json", {n: v if math.isfinite(v) else None for n, v in metrics.items()})
-    _report(experiment, out, evaluation, matrices, metrics, [prepare, train, generate])
+    curves = [folder for folder in (pretrain, prepare, train, generate) if folder]
+    _report(experiment, out, evaluation, matrices, metrics, curves)
     return metrics
 
 
-def _verdicts(judge: Judge, groups: dict[str, Collection], out: Path) -> dict[str, Verdicts]:
-    """Verdicts on all groups; those on the originals are kept for other evaluations, or come from one."""
-    state, kept = out / STATE, out / VERDICTS
-    with rank_zero_first():
-        for path in sorted(kept.glob("original.*")):
+def _evaluated(
+    experiment: Experiment, groups: Mapping[str, Collection], state: Path, prepare: Path, originals: Path | None
+) -> dict[str, Verdicts]:
+    """Results of all groups; those of the originals are read from where their stage wrote them."""
+    known = sorted(originals.glob("original.*")) if originals else []
+    with ranks.rank_zero_first():
+        for path in known:
             copy_file(path, state / path.name)
-    verdicts = judge(groups, state)
-    for path in sorted(state.glob("original.*")):
-        if not (kept / path.name).exists():
-            copy_file(path, kept / path.name)
-    return verdicts
-
-
-def _judge(experiment: Experiment, prepared: Path) -> Judge:
-    """Who tells how good the networks of an experiment are."""
-    settings = experiment.evaluate
-    if settings.function or settings.command:
-        template = _template(experiment, prepared)
-        if settings.function:
-            return evaluators.by_function(settings.function, template, workers=settings.workers)
-        options = {"folder": Path(settings.folder).expanduser().absolute(), "pattern": settings.pattern}
-        return evaluators.by_command(settings.command, template, workers=settings.workers, **options)
-    if not experiment.dataset:
-        return evaluators.unknown
-    images = datasets.load(experiment.dataset)
-    parts = {"validation": images.validation} | ({"test": images.test} if settings.test else {})
-    options = {"batch_size": settings.batch_size, "device": resolve_device(experiment.device)}
-    return evaluators.on_images(_base_network(experiment, images, prepared), parts, **options)
-
-
-def _template(experiment: Experiment, prepared: Path) -> Template:
-    """How files of the networks are laid out: as somebody's own, or plainly with all tensors of the base network."""
-    if experiment.prepare.source:
-        return first_file(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude)
-    return Template.of(read_tensors(prepared / "network.safetensors"))
+    try:
+        return evaluator(experiment, prepare)(groups, state)
+    finally:
+        if not ranks.rank():  # what is left in the folder, if anything, was found here
+            for path in known:
+                (state / path.name).unlink(missing_ok=True)
 
 
 def _baselines(experiment: Experiment, originals: Collection, standardizer: Standardizer) -> dict[str, Collection]:
     """Name -> networks that need no generator."""
-    settings, some = experiment.evaluate, _spread(originals, experiment.evaluate.noise_count)
+    settings, some = experiment.evaluate, evenly_spaced(originals, experiment.evaluate.noise_count)
     groups = {}
     for k, scale in enumerate(settings.noise):
         seed = sample_seed(experiment.seed, 5 + k)
@@ -116,10 +105,10 @@ def _baselines(experiment: Experiment, originals: Collection, standardizer: Stan
     return groups
 
 
-def _trajectory_table(trajectory: Collection, verdicts: dict[str, Verdicts]) -> pd.DataFrame:
-    """One row for each look at a draw on its way: timestep, draw, accuracies."""
+def _trajectory_table(trajectory: Collection, results: Mapping[str, Verdicts]) -> pd.DataFrame:
+    """One row for each network at an intermediate timestep: timestep, draw, accuracies."""
     timesteps, draws = zip(*(name.split() for name in trajectory.names), strict=True)
-    columns = {COLUMNS[part]: verdict["trajectory"].accuracy for part, verdict in verdicts.items()}
+    columns = {COLUMNS[part]: result["trajectory"].accuracy for part, result in results.items()}
     return pd.DataFrame({"timestep": map(float, timesteps), "draw": map(int, draws), **columns})
 
 
@@ -132,7 +121,7 @@ def _report(
     upstream: list[Path],
 ) -> None:
     """Write the HTML report."""
-    histories = [pd.read_csv(folder / "history.csv") for folder in upstream]
+    histories = [pd.read_csv(folder / HISTORY) for folder in upstream]
     matrix = next(reversed(matrices.values()), torch.zeros(0, 0))
     trajectory = out / "trajectory.csv"
     html = figures.report(

@@ -40,7 +40,6 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Met
     Collection(tensors).save(out / "generated.safetensors")
     if settings.trajectory_every:
         _trajectory(generator, experiment, device).save(out / "trajectory.safetensors")
-    history.save(out / "history.csv")
     return {"generated": settings.count}
 
 

@@ -1,7 +1,8 @@
-"""TODO experiment.prepared."""
+"""What several stages share: the data set, the base network, and the original networks that `prepare` wrote."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -9,15 +10,29 @@ from torch import nn
 
 from pdiff.errors import UserError
 from pdiff.experiment.schema import Experiment
-from pdiff.files import (
-    read_tensors,
-)
+from pdiff.files import read_tensors
 from pdiff.method.collection import Collection
+from pdiff.networks import datasets
 from pdiff.networks.architectures import build
 from pdiff.networks.datasets import Images
+from pdiff.networks.options import Dataset
+from pdiff.parallel.ranks import rank_zero_first
 
 
-def _network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
+def load_images(experiment: Experiment) -> Images:
+    """The data set of an experiment; the last one stays in memory for the next stage. Rank 0 downloads it."""
+    settings = experiment.dataset
+    state = datasets.folder_state(settings) if settings.name == "image_folder" else ()
+    with rank_zero_first():
+        return _loaded(settings, datasets.data_root(settings), tuple(state))
+
+
+@lru_cache(maxsize=1)
+def _loaded(settings: Dataset, root: Path, state: tuple) -> Images:
+    return datasets.load(settings)
+
+
+def make_network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
     """A freshly initialised network for the data set of an experiment."""
     torch.manual_seed(experiment.seed)
     sizes = {"classes": images.classes, "channels": images.channels, "image_size": images.image_size}
@@ -25,14 +40,14 @@ def _network(experiment: Experiment, images: Images, *, pretrained: bool = False
     return build(network.architecture, pretrained=pretrained, weights=network.weights, **sizes)
 
 
-def _base_network(experiment: Experiment, images: Images, prepared: Path) -> nn.Module:
-    """The base network that `prepare` wrote."""
-    network = _network(experiment, images)
-    network.load_state_dict(read_tensors(prepared / "network.safetensors"))
+def base_network(experiment: Experiment, images: Images, folder: Path) -> nn.Module:
+    """The network in `network.safetensors`, which `pretrain` and `prepare` write."""
+    network = make_network(experiment, images)
+    network.load_state_dict(read_tensors(folder / "network.safetensors"))
     return network
 
 
-def _originals(experiment: Experiment, prepared: Path) -> Collection:
+def original_networks(experiment: Experiment, prepared: Path) -> Collection:
     """The checkpoints that `prepare` wrote, as many of them as the experiment uses.
 
     Raises:
@@ -44,6 +59,6 @@ def _originals(experiment: Experiment, prepared: Path) -> Collection:
     return collection.select(range(wanted)) if wanted else collection
 
 
-def _spread(collection: Collection, count: int) -> Collection:
+def evenly_spaced(collection: Collection, count: int) -> Collection:
     """At most `count` checkpoints, evenly spread over a collection."""
     return collection.select(torch.linspace(0, len(collection) - 1, min(count, len(collection))).long())

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import _base_network, _originals, _spread
+from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection
 from pdiff.method.generators import (
@@ -24,7 +24,6 @@ from pdiff.method.generators import (
 from pdiff.method.log import Log, Point, measured
 from pdiff.method.standardize import Standardizer
 from pdiff.method.training import resolve_device
-from pdiff.networks import datasets
 from pdiff.networks.predict import accuracy, predictions
 from pdiff.seeds import sample_seed
 
@@ -34,7 +33,7 @@ RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
 def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metrics:
     """Fit the generator on the collection. Writes `generator/`, `history.csv`."""
     history, device, state = History(out, log), resolve_device(experiment.device), out / STATE
-    collection = _originals(experiment, prepare)
+    collection = original_networks(experiment, prepare)
     seeds = [sample_seed(experiment.seed, k) for k in range(2, 5)]
     fitted, held = heldout_split(len(collection), experiment.diffusion.heldout_fraction, seed=seeds[0])
     standardizer = Standardizer.fit(collection.select(fitted))
@@ -54,7 +53,6 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
             parts = {"latents": latents[fitted], "heldout": latents[held], "settings": experiment.diffusion}
             denoiser = fit_denoiser(diffusion, **parts, seed=seeds[2], path=state / "diffusion.pt", **common)
     Generator(standardizer, autoencoder, mean, std, denoiser, diffusion).save(out / "generator")
-    history.save(out / "history.csv")
     return {"latent_size": latents.shape[1]}
 
 
@@ -75,9 +73,9 @@ def _check_reconstruction(
 ) -> None:
     """Accuracy on validation images of a few checkpoints, before and after the autoencoder; a large drop is told."""
     settings, device = experiment.autoencoder, resolve_device(experiment.device)
-    images = datasets.load(experiment.dataset)
-    network = _base_network(experiment, images, prepared)
-    some = _spread(collection, RECONSTRUCTED)
+    images = load_images(experiment)
+    network = base_network(experiment, images, prepared)
+    some = evenly_spaced(collection, RECONSTRUCTED)
     decoded = standardizer.decode(autoencoder(standardizer.encode(some).to(device)).cpu())
     before, after = (
         accuracy(

@@ -13,9 +13,8 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, digests
+from pdiff.experiment import config, stages
 from pdiff.experiment.schema import Experiment
-from pdiff.experiment.stages import STAGES
 from pdiff.files import write_text
 from pdiff.parallel.liveness import alive, this_process
 from pdiff.sweeps import report, schema
@@ -80,7 +79,7 @@ def run(command: Command) -> Result:
     }
     with runs.around("sweep", base, label=label, tags=tags) as run_id:
         _begin(study, command, run_id)
-        folder = store.work_folder() / "sweeps" / study.study_name
+        folder = engine.work_folder() / "sweeps" / study.study_name
         start = _launcher(command, folder, base)
         try:
             _lead(study, Crew(start, _worker(command, "trials"), command.workers), run_id)
@@ -142,7 +141,7 @@ def _study(
     plain = optuna.create_study(study_name=command.name, storage=storage, directions=directions, load_if_exists=True)
     dumped = sweep.model_dump(mode="json")
     searched = {name: dumped[name] for name in ("objectives", "parameters", "set", "prune_if", "first_batch")}
-    searched["experiment"] = digests.digest(base, STAGES["evaluate"].sections)
+    searched["experiment"] = stages.all_digests(base)["evaluate"]
     before = plain.user_attrs.get("searched", searched)
     if changed := [name for name in searched if before.get(name) != searched[name]]:
         raise UserError(
@@ -226,7 +225,7 @@ def _help(study: Study, command: Command) -> Result:
     tqdm.write(f"study {study.study_name}: another command leads it; {command.workers} workers join")
     while "run" not in study.user_attrs or not study.get_trials(deepcopy=False):  # it has only just begun
         time.sleep(POLL)
-    folder = store.work_folder() / "sweeps" / study.study_name
+    folder = engine.work_folder() / "sweeps" / study.study_name
     base = config.load(command.tag, _fixed(study.sweep, command))
     crew = Crew(_launcher(command, folder, base), _worker(command, "trials"), command.workers)
     try:
@@ -267,7 +266,7 @@ def _best(study: Study) -> dict[str, dict[str, Any]]:
 
 def _final(study: Study, start: Callable[..., Job], command: Command, run_id: str) -> pd.DataFrame:
     """Let a worker run the best trials again on test images; their metrics over the new seeds, one row each."""
-    final, folder = study.sweep.final, store.work_folder() / "sweeps" / study.study_name
+    final, folder = study.sweep.final, engine.work_folder() / "sweeps" / study.study_name
     path = folder / "final.csv"
     if not final.seeds or not best(study):
         return pd.DataFrame()
@@ -324,7 +323,7 @@ def finish(name: str, url: str) -> None:
                 runs.record(run_id, metrics=metrics["mean"].to_dict())
                 runs.record(run_id, metrics={f"std/{key}": value for key, value in metrics["std"].items()})
             rows.append(metrics.rename_axis("metric").reset_index().assign(trial=trial.number))
-    path = store.work_folder() / "sweeps" / name / "final.csv"
+    path = engine.work_folder() / "sweeps" / name / "final.csv"
     write_text(path, pd.concat(rows).to_csv(index=False))
 
 
@@ -333,7 +332,7 @@ def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, 
     columns = []
     for k in range(1, seeds + 1):
         new = {"seed": str(experiment.seed + k), "generate.seed": str(experiment.generate.seed + k)}
-        metrics = engine.main(config.load(tag, {**overrides, **new})).metrics
+        metrics = engine.main(config.load(tag, {**overrides, **new}), store.MLflowStore()).metrics
         columns.append({name: value for name, value in metrics.items() if name.startswith(KEPT)})
     frame = pd.DataFrame(columns)
     return pd.DataFrame({"mean": frame.mean(), "std": frame.std(ddof=1)})

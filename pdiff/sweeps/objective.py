@@ -12,9 +12,8 @@ import optuna
 import torch
 
 from pdiff.errors import Pruned, UserError
-from pdiff.experiment import config
+from pdiff.experiment import config, stages
 from pdiff.experiment.schema import Experiment
-from pdiff.experiment.stages import STAGES
 from pdiff.method.log import Point
 from pdiff.sweeps.launchers import abandoned
 from pdiff.sweeps.schema import FIRST, Objective, Sweep, as_text
@@ -153,14 +152,14 @@ class Runner:
     def _metrics(self, judge: Judge, experiment: Experiment, chosen: Mapping[str, str]) -> dict[str, float]:
         """All metrics of a trial's stages, those of its first batch of networks among them."""
         metrics: dict[str, float] = {}
-        known: dict[str, engine.Done] = {}
-        for stage in STAGES:
+        pipeline = engine.Pipeline(experiment, store.MLflowStore())
+        for stage in stages.of(experiment):
             if stage == "generate" and self.sweep.first_batch:
                 part = self._experiment(chosen, **{"generate.count": str(self.sweep.first_batch)})
-                done = engine.execute("evaluate", part, known={name: known[name] for name in ("prepare", "train")})
+                done = engine.Pipeline(part, store.MLflowStore(), known=pipeline.known).execute("evaluate")
                 metrics |= _heard(judge, {f"{FIRST}{name}": value for name, value in done.metrics.items()})
             with runs.listening(judge):
-                done = engine.execute(stage, experiment, known=known)
+                done = pipeline.execute(stage)
             metrics |= _heard(judge, done.metrics)
         return metrics
 

@@ -28,7 +28,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pdiff.errors import UserError
-from pdiff.experiment import digests
+from pdiff.experiment import stages
 from pdiff.experiment.schema import Experiment
 from pdiff.networks import datasets
 from pdiff.networks.datasets import DATASETS, Images, Pixels, Source
@@ -533,7 +533,7 @@ def test_grey_files(monkeypatch, tmp_path):
 def test_the_root_of_a_folder_counts_and_that_of_others_does_not(monkeypatch, tmp_path):
     def digest(name: str, root: Path) -> str:
         dataset, network = Dataset(name=name, root=str(root)), Network(architecture="mlp")
-        return digests.digest(Experiment(dataset=dataset, network=network), ["dataset"])
+        return stages.all_digests(Experiment(dataset=dataset, network=network))["pretrain"]
 
     write("image_folder", tmp_path / "a", monkeypatch)
     shutil.copytree(tmp_path / "a", tmp_path / "b")  # times of modification, too

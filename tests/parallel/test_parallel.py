@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from pdiff.errors import ProcessError, UserError
-from pdiff.experiment import prepare, train
+from pdiff.experiment import prepare, pretrain, train
 from pdiff.experiment.schema import Experiment
 from pdiff.files import append_line, read_tensors, write_tensors
 from pdiff.method.collection import Collection
@@ -119,7 +119,9 @@ def compute(folder: Path, prepared: Path, *, log) -> dict[str, float]:
     predict(folder)
     metrics = {}
     for name, experiment in EXPERIMENTS.items():
-        metrics |= prepare.prepare(experiment, folder / name / "prepare", log)
+        pretrain.pretrain(experiment, folder / name / "pretrain", log)
+        pretrained = prepared / name / "pretrain"
+        metrics |= prepare.prepare(experiment, folder / name / "prepare", log, pretrain=pretrained)
         metrics |= train.train(experiment, folder / name / "train", log, prepare=prepared / name / "prepare")
     if world() > 1:
         check_helpers(folder)

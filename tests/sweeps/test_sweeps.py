@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import mlflow
@@ -24,7 +26,6 @@ from tracked import runs, start, wait_for
 
 from pdiff.cli.main import main as pdiff
 from pdiff.errors import UserError
-from pdiff.experiment import stages
 from pdiff.experiment.history import STATE, History
 from pdiff.experiment.stages import STAGES
 from pdiff.files import write_json
@@ -33,7 +34,7 @@ from pdiff.sweeps import launchers, objective, schema, search
 from pdiff.sweeps import leader as leading
 from pdiff.sweeps import storage as storages
 from pdiff.sweeps import workers as crew
-from pdiff.tracking import engine, queries, store
+from pdiff.tracking import queries, store
 from pdiff.tracking import runs as tracked_runs
 
 SMALLER = """
@@ -97,12 +98,13 @@ def states(study):
 @pytest.fixture
 def told(monkeypatch):
     """Stages that measure what the test says: metric -> values at steps 1, 2, ..., or what to raise."""
-    numbers: dict = {"prepare": {}, "train": {}, "generate": {}, "evaluate": {"val_accuracy/generated_mean": [0.5]}}
+    numbers: dict = {stage: {} for stage in STAGES} | {"evaluate": {"val_accuracy/generated_mean": [0.5]}}
 
     def fake(stage):
         def run(experiment, out, log, **_):
             history = History(out, log)
             write_json(out / "dataset.json", {"name": "digits", "digest": "1"})
+            (out / STATE).mkdir(exist_ok=True)
             (out / STATE / "x.pt").touch()
             given = numbers[stage](experiment) if callable(numbers[stage]) else numbers[stage]
             for name, values in given.items():
@@ -112,9 +114,10 @@ def told(monkeypatch):
 
         return run
 
-    table = {name: stages.Stage(fake(name), stage.reads, stage.sections) for name, stage in STAGES.items()}
-    monkeypatch.setattr(engine, "STAGES", table)
-    monkeypatch.setattr(objective, "STAGES", table)
+    module = types.SimpleNamespace(**{name: fake(name) for name in STAGES})
+    monkeypatch.setitem(sys.modules, "told", module)
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, dataclasses.replace(stage, run=f"told:{name}"))
     return numbers
 
 
@@ -144,9 +147,10 @@ def test_a_trial_is_a_run_with_its_stages_in_it(workspace, told):
         assert run.data.params["config.generate.count"] == str(trial.params["generate.count"])
         assert run.data.metrics["val_accuracy/generated_mean"] == 0.5
         assert run.data.params["config.evaluate.test"] == run.data.params["config.log_models"] == "False"
-    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 3, 3], "what trials share is done once"
+    counts = {"pretrain": 1, "prepare": 1, "train": 1, "generate": 3, "originals": 1, "evaluate": 3}
+    assert {stage: len(runs(stage)) for stage in STAGES} == counts, "what trials share is done once"
     assert {run.data.tags["pdiff.study"] for run in runs("evaluate")} == {"s-tiny"}
-    assert queries._finished("evaluate") == [], "no leaderboard takes a trial for the latest run of its tag"
+    assert queries.finished("evaluate") == [], "no leaderboard takes a trial for the latest run of its tag"
     inside = {run.data.tags["mlflow.parentRunId"] for run in runs("generate")}
     assert inside == {run.info.run_id for run in runs("trial")}
 

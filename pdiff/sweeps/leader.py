@@ -16,8 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
-from pdiff.experiment import digests
-from pdiff.experiment.stages import STAGES
+from pdiff.experiment import stages
 from pdiff.files import write_text
 from pdiff.parallel.liveness import alive, this_process
 from pdiff.sweeps import trials
@@ -26,7 +25,7 @@ from pdiff.sweeps.launchers import Job, Task, launcher
 from pdiff.sweeps.schema import Sweep
 from pdiff.sweeps.storage import open_storage, without_password
 from pdiff.sweeps.workers import POLL, STOP_SECONDS, Workers, last_line, pause, supervise
-from pdiff.tracking import runs, store
+from pdiff.tracking import engine, runs, store
 
 LEASE = 60.0  # seconds for which a leader of another host is taken to be alive
 SETTLE = 0.5  # seconds after which the last of several commands that claim a study leads it
@@ -65,7 +64,7 @@ def run(command: Command) -> Result:
         UserError: a sweep, a tag, or a storage that cannot be used; a study that was begun with other settings.
     """
     checked = check(command)
-    study, folder = _study(command, checked), store.work_folder() / "sweeps" / command.name
+    study, folder = _study(command, checked), engine.work_folder() / "sweeps" / command.name
     start = launcher(
         command.launcher, command.workers, folder, command.options, pinned=checked.experiment.device == "auto"
     )
@@ -102,7 +101,7 @@ def _study(command: Command, checked: Checked) -> optuna.Study:
     study = optuna.create_study(study_name=command.name, storage=storage, directions=directions, load_if_exists=True)
     dumped = sweep.model_dump(mode="json")
     searched = {name: dumped[name] for name in ("objectives", "parameters", "set", "prune_if", "first_batch")}
-    searched["experiment"] = digests.digest(checked.experiment, STAGES["evaluate"].sections)
+    searched["experiment"] = stages.all_digests(checked.experiment)["evaluate"]
     before = study.user_attrs.get("searched", searched)
     if changed := [name for name in searched if before.get(name) != searched[name]]:
         raise UserError(

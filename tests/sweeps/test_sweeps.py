@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -25,16 +26,15 @@ from tracked import runs, start, wait_for
 
 from pdiff.cli.main import main as pdiff
 from pdiff.errors import UserError
-from pdiff.experiment import stages
 from pdiff.experiment.history import STATE, History
 from pdiff.experiment.stages import STAGES
 from pdiff.files import write_json
 from pdiff.method.log import Point
 from pdiff.sweeps import leader as leading
-from pdiff.sweeps import objective, trials
 from pdiff.sweeps import storage as storages
+from pdiff.sweeps import trials
 from pdiff.sweeps.command import Command
-from pdiff.tracking import engine, queries, store
+from pdiff.tracking import queries, store
 
 SMALLER = """
 extends: base.yaml
@@ -93,12 +93,13 @@ def states(study):
 @pytest.fixture
 def measured(monkeypatch):
     """Stages that measure what the test says: metric -> values at steps 1, 2, ..., or what to raise."""
-    numbers: dict = {"prepare": {}, "train": {}, "generate": {}, "evaluate": {"val_accuracy/generated_mean": [0.5]}}
+    numbers: dict = {stage: {} for stage in STAGES} | {"evaluate": {"val_accuracy/generated_mean": [0.5]}}
 
     def fake(stage):
         def run(experiment, out, log, **_):
             history = History(out, log)
             write_json(out / "dataset.json", {"name": "digits", "digest": "1"})
+            (out / STATE).mkdir(exist_ok=True)
             (out / STATE / "x.pt").touch()
             given = numbers[stage](experiment) if callable(numbers[stage]) else numbers[stage]
             for name, values in given.items():
@@ -108,9 +109,8 @@ def measured(monkeypatch):
 
         return run
 
-    table = {name: stages.Stage(fake(name), stage.reads, stage.sections) for name, stage in STAGES.items()}
-    monkeypatch.setattr(engine, "STAGES", table)
-    monkeypatch.setattr(objective, "STAGES", table)
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, dataclasses.replace(stage, run=fake(name)))
     return numbers
 
 
@@ -133,9 +133,10 @@ def test_a_trial_is_a_run_with_its_stages_in_it(workspace, measured):
         assert run.data.params["config.generate.count"] == str(trial.params["generate.count"])
         assert run.data.metrics["val_accuracy/generated_mean"] == 0.5
         assert run.data.params["config.evaluate.test"] == run.data.params["config.log_models"] == "False"
-    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 3, 3], "what trials share is done once"
+    counts = {"pretrain": 1, "prepare": 1, "train": 1, "generate": 3, "originals": 1, "evaluate": 3}
+    assert {stage: len(runs(stage)) for stage in STAGES} == counts, "what trials share is done once"
     assert {run.data.tags["pdiff.study"] for run in runs("evaluate")} == {"s-tiny"}
-    assert queries._finished("evaluate") == [], "no leaderboard takes a trial for the latest run of its tag"
+    assert queries.finished("evaluate") == [], "no leaderboard takes a trial for the latest run of its tag"
     inside = {run.data.tags["mlflow.parentRunId"] for run in runs("generate")}
     assert inside == {run.info.run_id for run in runs("trial")}
 
@@ -309,7 +310,7 @@ def test_a_worker_that_dies_between_its_run_and_its_trial(workspace, measured):
     assert mlflow.get_run(run_id).info.status == "KILLED" and states(study) == ["FAIL", "WAITING"]
 
 
-def test_a_tracking_store_that_is_away_is_not_the_foundfault(workspace, measured, monkeypatch):
+def test_a_tracking_store_that_is_away_is_not_the_trials_fault(workspace, measured, monkeypatch):
     away = [mlflow.MlflowException("connection refused"), None, None, None]
 
     def sometimes(experiment):

@@ -24,7 +24,7 @@ from pdiff.method.log import Log, measured
 from pdiff.method.standardize import Standardizer
 from pdiff.networks.evaluators import Evaluations
 from pdiff.parallel import ranks
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 
 def evaluate(
@@ -98,9 +98,9 @@ def _baselines(experiment: Experiment, originals: Collection, standardizer: Stan
     """Name -> networks that need no generator."""
     settings, some = experiment.evaluate, evenly_spaced(originals, experiment.evaluate.noise_count)
     groups = {}
-    for k, scale in enumerate(settings.noise):
-        seed = sample_seed(experiment.seed, 5 + k)
-        groups[f"noise_{scale:g}"] = baselines.noisy(some, standardizer, scale=scale, seed=seed)
+    for scale in settings.noise:
+        name = f"noise_{scale:g}"
+        groups[name] = baselines.noisy(some, standardizer, scale=scale, seed=stream(experiment.seed, name))
     return groups | {name: baselines.BASELINES[name](originals) for name in settings.baselines}
 
 

@@ -17,7 +17,7 @@ from pdiff.method.training import resolve_device
 from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import first_template, read_collection
 from pdiff.networks.populations import collect, generated_names
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 
 def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | None = None) -> Metrics:
@@ -49,7 +49,7 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
 
 def _collected(experiment: Experiment, images: Images, pretrain: Path, out: Path, log: Log) -> Collection:
     """Checkpoints on the way of the pretrained network through a fine-tuning."""
-    settings, seed = experiment.prepare, sample_seed(experiment.seed, 1)
+    settings, seed = experiment.prepare, stream(experiment.seed, "collect")
     network = base_network(experiment, images, pretrain).to(resolve_device(experiment.device))
     names = generated_names(network, settings.parameters)
     with measured(log, "collect"):

@@ -14,7 +14,7 @@ from pdiff.method.training import resolve_device
 from pdiff.networks import populations
 from pdiff.networks.predict import network_accuracy
 from pdiff.parallel.ranks import rank_zero_first
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 
 def pretrain(experiment: Experiment, out: Path, log: Log) -> Metrics:
@@ -30,7 +30,7 @@ def pretrain(experiment: Experiment, out: Path, log: Log) -> Metrics:
     populations.generated_names(network, settings.parameters)
     validate = partial(network_accuracy, images=images.validation, batch_size=500, device=device)
     with measured(history, "pretrain"):
-        options = {"seed": sample_seed(experiment.seed, 0), "accuracy": validate, "log": history}
+        options = {"seed": stream(experiment.seed, "pretrain"), "accuracy": validate, "log": history}
         populations.pretrain(network, images, settings.pretrain, path=out / STATE / "pretrain.pt", **options)
     write_tensors(out / "network.safetensors", network.state_dict())
     return {}

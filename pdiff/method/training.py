@@ -19,7 +19,7 @@ from pdiff.files import write_state
 from pdiff.method.log import Log, Point
 from pdiff.method.options import Optimization
 from pdiff.parallel import ranks, training
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 SAVE_SECONDS = float(os.environ.get("PDIFF_SAVE_SECONDS", "5"))
 SAVE_SHARE = 0.05  # at most this share of the time goes into saving
@@ -69,7 +69,7 @@ def shuffled(count: int, batch_size: int, *, seed: int, start: int = 0) -> Itera
     per_epoch = shuffles * count // batch_size
     epoch, skip = divmod(start, per_epoch)
     while True:
-        generator = torch.Generator().manual_seed(sample_seed(seed, epoch))
+        generator = torch.Generator().manual_seed(stream(seed, epoch))
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(shuffles)])
         yield from order.split(batch_size)[skip:per_epoch]
         epoch, skip = epoch + 1, 0
@@ -161,7 +161,7 @@ class Trainer:
         batches = self.batches(self.step)
         objective = training.shared(self.module, lambda batch: self.loss(batch), self.batch_size)
         while self.step < self.steps:
-            seed_generators(kind, sample_seed(self.seed, self.step))
+            seed_generators(kind, stream(self.seed, self.step))
             self.optimizer.zero_grad()  # before the activations need memory
             with torch.autocast(kind, torch.bfloat16, enabled=autocast):
                 loss = objective(next(batches))

@@ -25,7 +25,7 @@ from pdiff.errors import UserError
 from pdiff.files import whole
 from pdiff.method.training import shuffled
 from pdiff.networks.options import Dataset as Settings
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 STORED_BATCH = 64  # images that a worker decodes at a time for the store: some megabytes
 MAX_WORKERS = 16
@@ -163,7 +163,7 @@ class Part:
         `rows` as in `batches`; crops and flips do not depend on them.
         """
         indices = enumerate(shuffled(len(self), size, seed=seed, start=start), start)
-        keys = ((index[rows], sample_seed(seed, k) if self.crop else None) for k, index in indices)
+        keys = ((index[rows], stream(seed, k) if self.crop else None) for k, index in indices)
         return self._batches(keys, device, rows, augment=bool(self.crop))
 
     def _batches(

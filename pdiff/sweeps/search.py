@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 
 from pdiff.errors import UserError
 from pdiff.experiment import config
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 from pdiff.sweeps.schema import Pruner, Sampler, Sweep
 from pdiff.sweeps.storage import Storage
 
@@ -85,7 +85,7 @@ def make_sampler(settings: Sampler, grid: Grid, *, number: int = 0) -> BaseSampl
     if settings.kind in ("grid", "qmc"):  # one sequence, of which each trial takes an element
         options: dict[str, Any] = {"seed": settings.seed}
     else:
-        options = {"seed": sample_seed(settings.seed, number) % 2**32}
+        options = {"seed": stream(settings.seed, number) % 2**32}
     if settings.kind == "grid":
         options["search_space"] = grid
     if settings.kind in ("gp", "cmaes", "qmc"):

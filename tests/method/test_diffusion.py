@@ -11,7 +11,7 @@ from pdiff.method.denoisers.mlp import MLPDenoiser
 from pdiff.method.diffusion import Sampling, denoising_loss, heldout_loss
 from pdiff.method.objectives import OBJECTIVES, Objective
 from pdiff.method.samplers import samplers_of
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 PAIRS = [(prediction, sampler) for prediction, kind in OBJECTIVES.items() for sampler in samplers_of(kind)]
 SHORT = {"timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}  # reaches noise in fewer timesteps
@@ -165,7 +165,7 @@ def test_a_sample_depends_on_its_seed_alone(prediction: str, sampler: str) -> No
     denoiser = MLPDenoiser(5, width=16).eval()
     nn.init.normal_(denoiser.output.weight, std=0.1)
     objective = made(prediction, **SHORT)
-    seeds = [sample_seed(0, k) for k in range(6)]
+    seeds = [stream(0, k) for k in range(6)]
 
     def draw(chosen: list[int]) -> Tensor:
         return sampled(objective, denoiser, 5, [seeds[k] for k in chosen], sampler=sampler, steps=10)
@@ -198,6 +198,6 @@ def test_sampling_yields_every_timestep() -> None:
 
 
 def test_seeds_of_samples_are_distinct() -> None:
-    seeds = {sample_seed(seed, k) for seed in (0, 1, 2**31) for k in range(1000)}
+    seeds = {stream(seed, k) for seed in (0, 1, 2**31) for k in range(1000)}
     assert len(seeds) == 3000 and all(0 <= seed < 2**63 for seed in seeds)
-    assert sample_seed(3, 4) == sample_seed(3, 4) != sample_seed(4, 3)
+    assert stream(3, 4) == stream(3, 4) != stream(4, 3)

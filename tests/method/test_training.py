@@ -112,7 +112,7 @@ def test_steps_are_those_of_a_plain_loop(optimizer: str) -> None:
         k = step.number - 1
         rule.param_groups[0]["lr"] = 0.01 + (0.05 - 0.01) * (1 + math.cos(math.pi * k / STEPS)) / 2
         x = next(stream)
-        torch.manual_seed(training.sample_seed(3, k))
+        torch.manual_seed(training.stream(3, k))
         loss = (plain(x + 0.1 * torch.randn_like(x)) - x).square().mean()
         rule.zero_grad()
         loss.backward()

@@ -174,7 +174,7 @@ def test_augmentation_is_that_of_torchvision(make):
     oracle = v2.Compose([v2.RandomResizedCrop(16, antialias=True), v2.RandomHorizontalFlip()])
     for k, (batch, labels) in enumerate(islice(part.stream(4, seed=5), 2)):
         for image, i in zip(batch, labels.tolist(), strict=True):
-            torch.manual_seed(images.sample_seed(5, k) ^ i)
+            torch.manual_seed(images.stream(5, k) ^ i)
             assert torch.equal((image * 255).round().to(torch.uint8), oracle(part.raw[i]))
 
 

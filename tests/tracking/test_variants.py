@@ -18,7 +18,7 @@ from pdiff.cli.main import main as pdiff
 from pdiff.experiment import config, stages
 from pdiff.method.generators.base import Generator
 from pdiff.networks.evaluators import images
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 
 def evaluated(*words: str) -> dict[str, float]:
@@ -41,7 +41,7 @@ def test_without_diffusion_latents_are_gaussian(workspace):
     generator = Generator.load(artifacts(runs("train")[0]) / "generator")
     assert generator.denoiser is None
     drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
-    seeds = [sample_seed(0, k) for k in range(8)]
+    seeds = [stream(0, k) for k in range(8)]
     z = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     with torch.no_grad():  # decode(N(0, I)), as the VAE variant has it
         expected = generator.standardizer.decode(generator.autoencoder.decode(z))

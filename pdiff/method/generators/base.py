@@ -17,7 +17,7 @@ from pdiff.method.generators import GENERATORS, GeneratorOptions, LatentDiffusio
 from pdiff.method.log import Log, ignore
 from pdiff.method.options import resolve
 from pdiff.method.standardize import Slot, Standardizer
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 FORMAT = 2
 Tensors = dict[str, Tensor]
@@ -91,7 +91,7 @@ class Generator(ABC):
         """
         if count < 1:
             raise ValueError(f"count >= 1 must hold, but got {count}")
-        seeds = [sample_seed(seed, k) for k in range(first, first + count)]
+        seeds = [stream(seed, k) for k in range(first, first + count)]
         networks = self.standardizer.decode(self.vectors(seeds, device=device, **options))
         if name := not_finite(networks.tensors):
             raise ValueError(f"{name} of a generated network holds NaN or infinity; the generator diverged")

@@ -22,7 +22,7 @@ from pdiff.method.objectives import OBJECTIVES, Objective
 from pdiff.method.options import Section, resolve
 from pdiff.method.samplers import samplers_of
 from pdiff.method.standardize import Standardizer
-from pdiff.seeds import sample_seed
+from pdiff.seeds import stream
 
 HELDOUT_BLOCKS = 4
 ENCODED = 256  # vectors that the autoencoder encodes at a time
@@ -60,13 +60,13 @@ class LatentDiffusion(Generator):
         state: Path | None = None,
         check: Check = ignore,
     ) -> LatentDiffusion:
-        seeds = [sample_seed(seed, k) for k in range(2, 5)]
-        fitted, heldout = heldout_split(len(collection), options.diffusion.heldout_fraction, seed=seeds[0])
+        fraction = options.diffusion.heldout_fraction
+        fitted, heldout = heldout_split(len(collection), fraction, seed=stream(seed, "heldout"))
         standardizer = Standardizer.fit(collection.select(fitted))
         x = standardizer.encode(collection)  # (N, D)
         with measured(log, "autoencoder"):
             resume = {"device": device, "log": log, "path": state and state / "autoencoder.pt"}
-            autoencoder = options.autoencoder.fit(x[fitted], seed=seeds[1], **resume)
+            autoencoder = options.autoencoder.fit(x[fitted], seed=stream(seed, "autoencoder"), **resume)
         check(lambda some: standardizer.decode(through(autoencoder, standardizer.encode(some), device)))
         z = encoded(autoencoder, x, device)  # (N, L)
         mean, std = latent_scale(z[fitted], standardize=options.diffusion.standardize_latents)
@@ -74,11 +74,11 @@ class LatentDiffusion(Generator):
         denoiser = None
         if options.diffusion.steps:
             with measured(log, "diffusion"):
-                torch.manual_seed(seeds[2])
-                resume = {"log": log, "path": state and state / "diffusion.pt"}
+                resume = {"seed": stream(seed, "denoiser"), "log": log, "path": state and state / "diffusion.pt"}
+                torch.manual_seed(stream(seed, "denoiser"))
                 untrained = options.denoiser.build(z.shape[1]).to(device)
                 parts = (options.objective, z[fitted], z[heldout], options.diffusion)
-                denoiser = diffusion.fit(untrained, *parts, seed=seeds[2], **resume)
+                denoiser = diffusion.fit(untrained, *parts, **resume)
         return cls(standardizer, autoencoder, mean, std, denoiser, options.objective)
 
     def vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample", **options: Any) -> Tensor:
@@ -123,7 +123,7 @@ class LatentDiffusion(Generator):
             device: where to compute.
             options: of `sampling`.
         """
-        steps = self.sampling([sample_seed(seed, k) for k in range(count)], device=device, **options)
+        steps = self.sampling([stream(seed, k) for k in range(count)], device=device, **options)
         looks: dict[float, Tensor] = {}
         for call, (t, z) in enumerate(tqdm(steps, desc="trajectory", unit="step", disable=None)):
             if call % every == 0 or call == len(steps) - 1:

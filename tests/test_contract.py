@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tracked import artifacts, runs
 
 from pdiff.cli.main import main as pdiff
-from pdiff.experiment import metrics
+from pdiff.experiment import metrics, stages
 from pdiff.experiment.metrics import Metric
+from pdiff.experiment.stages import Stage
 from pdiff.method import autoencoders, baselines, denoisers, generators, objectives, samplers
 from pdiff.method.collection import Collection
 from pdiff.method.denoisers import DenoiserOptions
@@ -163,6 +164,13 @@ def one_layer(*, classes: int, channels: int, image_size: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, classes))
 
 
+def biases(experiment: Any, out: Path, log: Any, *, generate: Path) -> dict[str, float]:
+    """A stage that looks at the generated networks."""
+    bias = load_file(generate / "generated.safetensors")["1.bias"]
+    (out / "biases.txt").write_text(str(bias.tolist()))
+    return {"largest_bias": bias.abs().max().item()}
+
+
 def first_only(originals: Collection) -> Collection:
     return originals.select([0])
 
@@ -189,6 +197,7 @@ def registered(workspace, monkeypatch):
         (datasets.DATASETS, "stripes", Source(stripes, 2, 1, 8)),
         (architectures.ARCHITECTURES, "one_layer", one_layer),
         (evaluators.EVALUATORS, "fair", Fair),
+        (stages.STAGES, "biases", Stage(biases, reads=("generate",), decided_by=lambda experiment: {})),
     ]
     for registry, name, entry in entries:
         monkeypatch.setitem(registry, name, entry)
@@ -233,6 +242,11 @@ def test_a_generator_and_an_evaluator(registered, capfd):
     assert parent.data.metrics["test_accuracy/generated_mean"] == 0.75
     drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")["1.bias"]
     assert torch.equal(drawn, drawn[:1].expand(3, -1))
+    (biases,) = runs("biases")
+    assert biases.info.status == "FINISHED" and (artifacts(biases) / "biases.txt").read_text() == str(drawn.tolist())
+    assert parent.data.metrics["largest_bias"] == pytest.approx(drawn.abs().max().item())
+    assert pdiff(["main", "--tag", "toy.yaml", *words, "--evaluate.accuracy", "0.75"]) == 0
+    assert len(runs("biases")) == 1, "it is reused like every other stage"
     assert "generator" in {model.name for model in mlflow.search_logged_models(output_format="list")}
     assert pdiff(["main", "--tag", "toy.yaml", *words, "--generate.sampler", "heun"]) == 2
     told = capfd.readouterr().err.splitlines()[-1]

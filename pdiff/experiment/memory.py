@@ -112,7 +112,7 @@ def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -
 
 
 def _adopted(experiment: Experiment, file: Path) -> int:
-    """D of one of somebody's files."""
+    """D of the network in a file."""
     state = Template.read(file).state
     return generated_numbers({name: state[name] for name in matching(state, experiment.prepare.parameters)})
 

@@ -85,7 +85,10 @@ def published_table(summary: Mapping[str, float], published: Mapping[str, float]
 def findings(summary: Mapping[str, Any]) -> str:
     """What the metrics of an evaluation say about the generator, in plain words."""
     sentences = [_compare_accuracy(summary, part, name) for part, name in by_part("accuracy").items()]
-    return " ".join(filter(None, [*sentences, _compare_diversity(summary)])) or "Too little was measured for a verdict."
+    return (
+        " ".join(filter(None, [*sentences, _compare_diversity(summary)]))
+        or "Too little was measured to compare the groups."
+    )
 
 
 def _compare_accuracy(summary: Mapping[str, Any], part: str, accuracy: str) -> str:

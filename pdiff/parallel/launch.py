@@ -1,4 +1,4 @@
-"""Several processes that compute what one would: each takes its rows of every batch. One process is the simple case."""
+"""Launching: a function runs in several data-parallel processes of this machine, by torch's elastic launcher."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ from pdiff import compat
 from pdiff.errors import ProcessError, UserError
 
 BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl"}
-PATIENCE = timedelta(hours=2)  # for a process that writes a large file, or downloads, while the others wait
-TRACE = 4000  # characters of a traceback that are told
+TIMEOUT = timedelta(hours=2)  # of a collective operation: one rank may write a large file while the others wait
+TRACE = 4000  # last characters of a traceback that are reported
 Result = TypeVar("Result")
-
-
-# -- launching ----------------------------------------------------------------
 
 
 def launch(
@@ -42,21 +39,24 @@ def launch(
     device: torch.device,
     **options: Any,
 ) -> Result:
-    """What `function(*arguments, log=log, **options)` returns, computed by several new processes of this machine.
+    """Compute `function(*arguments, log=log, **options)` in several new processes, the ranks of one group.
 
-    They end with this process, whatever ends it, and all of them when one fails. Must be called in the main thread.
+    All processes end when one fails, and when this process ends, for whatever reason. Call it in the main thread.
 
     Args:
-        function: of a module that can be imported; called in every process.
+        function: of a module that can be imported; called on every rank.
         arguments: picklable.
-        log: told here what process 0 tells its log; those of the others are deaf.
-        processes: how many.
-        device: its type: each process has the CPU, or a GPU of its own, then the current one of `torch.cuda`.
+        log: called here with what rank 0 logs; what other ranks log is dropped.
+        processes: number of ranks.
+        device: its type: the CPU, or a GPU for each rank, which is the current one of `torch.cuda` there.
         options: picklable.
 
+    Returns:
+        What rank 0 returns.
+
     Raises:
-        UserError, OSError: the first one that a process raised; or too few GPUs.
-        ProcessError: a process failed otherwise.
+        UserError, OSError: the first one that a rank raised; or there are too few GPUs.
+        ProcessError: a rank failed otherwise.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -65,8 +65,8 @@ def launch(
     _check(processes, device)
     pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(processes)]
     readers, writers = zip(*pipes, strict=True)
-    told: list[Exception] = []
-    listener = threading.Thread(target=_listen, args=(list(readers), log, told))
+    errors: list[Exception] = []
+    listener = threading.Thread(target=_listen, args=(list(readers), log, errors))
     listener.start()
     failure = None
     with TemporaryDirectory() as logs, _quiet(), _signals_restored():
@@ -81,13 +81,13 @@ def launch(
             for writer in writers:
                 writer.close()
             listener.join()
-    if failure or told:
-        _raise(told, failure, processes)
+    if failure or errors:
+        _raise(errors, failure, processes)
     return results[0]
 
 
 def _launch_config(processes: int, logs: str) -> Any:
-    """One start of some processes on this machine, at a port that is free."""
+    """One start on this machine, without restarts, at a free port."""
     from torch.distributed.launcher.api import LaunchConfig
 
     return LaunchConfig(
@@ -110,42 +110,42 @@ def _check(processes: int, device: torch.device) -> None:
         raise UserError(f"processes {processes}: this machine has {torch.cuda.device_count()} GPUs, expected no more")
 
 
-def _raise(told: Sequence[Exception], failure: Any, processes: int) -> NoReturn:
-    """The user's mistake, if one was told; else a process that was killed; else the first failure."""
-    for error in told:
+def _raise(errors: Sequence[Exception], failure: Any, processes: int) -> NoReturn:
+    """Raise the user's mistake, if there is one; else report a rank that was killed; else the first failure."""
+    for error in errors:
         if not isinstance(error, ProcessError):
             raise error
     if failure and failure[1].exitcode < 0:
         raise ProcessError(f"process {failure[0]} of {processes} was ended by {failure[1].signal_name()}")
-    raise told[0] if told else ProcessError(f"process {failure[0]} of {processes} ended with {failure[1].exitcode}")
+    raise errors[0] if errors else ProcessError(f"process {failure[0]} of {processes} ended with {failure[1].exitcode}")
 
 
-def _listen(readers: list[Connection], log: Callable[[Any], object], told: list[Exception]) -> None:
-    """Hand on what processes tell, until all have ended; collect exceptions, those of the log among them."""
+def _listen(readers: list[Connection], log: Callable[[Any], object], errors: list[Exception]) -> None:
+    """Pass on what ranks send until all have ended; collect exceptions, also those that the log raises."""
     while readers:
         for reader in wait(readers):
             try:
                 message = reader.recv()
-            except (EOFError, OSError):  # it ended, or was killed within a word
+            except (EOFError, OSError):  # the process ended, or was killed in the middle of a message
                 readers.remove(reader)
                 continue
             if isinstance(message, Exception):
-                told.append(message)
+                errors.append(message)
                 continue
             try:
                 log(message)
             except Exception as error:
-                told.append(error)
-                log = _deaf
+                errors.append(error)
+                log = _ignore
 
 
-def _deaf(message: Any) -> None:
-    """A log of nothing."""
+def _ignore(message: Any) -> None:
+    """A log that drops every point."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the launcher's own account of failures and signals from the terminal."""
+    """Keep the launcher's reports of failures and signals off the terminal."""
     logger = logging.getLogger("torch.distributed.elastic")
     propagate, handler = logger.propagate, logging.NullHandler()
     logger.propagate = False
@@ -159,7 +159,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _signals_restored() -> Iterator[None]:
-    """The launcher sets handlers of its own and leaves them."""
+    """Restore the signal handlers that the launcher replaces."""
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
     handlers = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
     try:
@@ -170,11 +170,11 @@ def _signals_restored() -> Iterator[None]:
 
 
 def _work(writers: Sequence[Connection], kind: str, function: Callable[..., Result]) -> Result:
-    """What every process does: join the others, then compute. A failure is told before the process ends."""
+    """What every rank does: join the group, compute, and send a failure before the process ends."""
     number, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for ended in (signal.SIGINT, signal.SIGTERM):  # at once, though others are waited for; SIGINT: the parent is dead
+    for ended in (signal.SIGINT, signal.SIGTERM):  # end at once, even in a collective operation
         signal.signal(ended, signal.SIG_DFL)
-    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and is missed where one is killed
+    tqdm.set_lock(threading.RLock())  # the default one is shared among processes: a killed one would keep it
     if number > 0:
         _silence()
     if "OMP_NUM_THREADS" not in os.environ:
@@ -182,8 +182,8 @@ def _work(writers: Sequence[Connection], kind: str, function: Callable[..., Resu
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group(BACKENDS[kind], timeout=PATIENCE)
-        result = function(log=_deaf if number else writers[0].send)
+        dist.init_process_group(BACKENDS[kind], timeout=TIMEOUT)
+        result = function(log=_ignore if number else writers[0].send)
         dist.destroy_process_group()
         return result
     except (UserError, OSError) as error:
@@ -192,11 +192,11 @@ def _work(writers: Sequence[Connection], kind: str, function: Callable[..., Resu
         trace = traceback.format_exc()[-TRACE:]
         writers[number].send(ProcessError(f"process {number} of {processes} failed:\n{trace}"))
     sys.stdout.flush()
-    os._exit(1)  # clearing up could wait for the others
+    os._exit(1)  # an orderly exit could wait for the other ranks
 
 
 def _silence() -> None:
-    """Send output, progress bars among it, nowhere."""
+    """Drop all output, progress bars included."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

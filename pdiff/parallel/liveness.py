@@ -1,4 +1,4 @@
-"""Names of processes that say, later and in another process, whether they are still alive."""
+"""Names of processes, by which another process can find out later whether they are still alive."""
 
 import os
 import socket
@@ -7,12 +7,12 @@ import psutil
 
 
 def this_process() -> str:
-    """A name of this process that no other one gets: host, number, time of its start."""
+    """The name of this process, which no other one has: host, process number, start time."""
     return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
 
 
 def alive(process: str) -> bool:
-    """Whether a process of this host runs; those of other hosts are taken to."""
+    """Whether a process is running; one of another host is assumed to be."""
     host, pid, started = process.rsplit(":", 2)
     if host != socket.gethostname():
         return True

@@ -34,12 +34,12 @@ def _process_group() -> Any:
 
 
 def rows() -> slice:
-    """This process's rows of a global batch; they may be one fewer than another's."""
+    """This rank's rows of a global batch; one fewer than another rank's where the batch does not divide evenly."""
     return slice(rank(), None, world())
 
 
 def summed(value: float) -> float:
-    """The sum of a number over all processes."""
+    """The sum of a number over all ranks."""
     if world() == 1:
         return value
     import torch
@@ -51,12 +51,12 @@ def summed(value: float) -> float:
 
 
 def mean(value: float) -> float:
-    """The mean of a number over all processes: the same on all of them."""
+    """The mean of a number over all ranks, the same on each."""
     return summed(value) / world()
 
 
 def gathered(part: Tensor, count: int) -> Tensor:
-    """All rows (count, ...) of a tensor on the CPU, of which every process has its `rows()`."""
+    """All rows (count, ...) of a tensor on the CPU, of which every rank has its `rows()`."""
     if world() == 1:
         return part
     import torch
@@ -64,17 +64,17 @@ def gathered(part: Tensor, count: int) -> Tensor:
 
     most = -(-count // world())
     padded = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])]).contiguous()
-    if not padded.numel():  # old versions of gloo die of it
+    if not padded.numel():  # old versions of gloo crash on it
         return part.new_zeros(count, *part.shape[1:])
-    flat = padded.reshape(-1).view(torch.uint8)  # gloo does not know every type
-    with torch.inference_mode(False):  # before PyTorch 2.1 nothing could be received otherwise
+    flat = padded.reshape(-1).view(torch.uint8)  # gloo does not support every type
+    with torch.inference_mode(False):  # inference tensors cannot be received into
         parts = [torch.empty_like(flat) for _ in range(world())]
         dist.all_gather(parts, flat)
     return torch.stack([p.view(part.dtype).view_as(padded) for p in parts], dim=1).flatten(0, 1)[:count]
 
 
 def rank_zero_only(function: Callable[Arguments, Any]) -> Callable[Arguments, None]:
-    """A function that process 0 alone carries out, such as writing a file."""
+    """Make a function, such as one that writes a file, do nothing on other ranks than 0."""
 
     @wraps(function)
     def on_rank_zero(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -86,7 +86,7 @@ def rank_zero_only(function: Callable[Arguments, Any]) -> Callable[Arguments, No
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """A block that process 0 is through with before the others enter it, such as a download."""
+    """A block, such as a download, that rank 0 finishes before the others enter it."""
     if rank() > 0:
         summed(0.0)
     yield

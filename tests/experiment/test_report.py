@@ -111,7 +111,7 @@ def test_findings_give_validation_before_test():
 
 @pytest.mark.parametrize("summary", [{}, dict.fromkeys(SUMMARY, nan)])
 def test_findings_without_numbers(summary):
-    assert report.findings(summary) == "Too little was measured for a verdict."
+    assert report.findings(summary) == "Too little was measured to compare the groups."
 
 
 def test_report_is_one_page_that_needs_nothing_from_outside():

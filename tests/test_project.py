@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_mlflow_and_optuna_are_at_one_seam_each():
     assert len(MODULES) > 50
     for library, package in {"mlflow": "tracking", "optuna": "sweeps", "typer": "cli", "rich": "cli"}.items():
         assert {path.relative_to(ROOT / "pdiff").parts[0] for path in MODULES if library in imports(path)} == {package}
+
+
+METHOD = """
+import importlib, pkgutil, sys
+import pdiff.method
+assert "torch" not in sys.modules
+for module in pkgutil.walk_packages(pdiff.method.__path__, "pdiff.method."):
+    importlib.import_module(module.name)
+names = {name.partition(".")[0] for name in sys.modules}
+print(*sorted(names & {"mlflow", "optuna", "pandas", "plotly", "torchvision", "timm", "diffusers", "torch"}))
+"""
+
+
+def test_the_method_stands_alone():
+    done = subprocess.run([sys.executable, "-c", METHOD], capture_output=True, text=True)
+    assert done.stdout.split() == ["torch"], done.stderr
 
 
 def test_no_pickles_are_loaded():

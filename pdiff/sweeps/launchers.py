@@ -43,7 +43,7 @@ Start = Callable[[Task, int], Job]  # the integer says which of the workers it i
 
 
 class Process:
-    """A process of this host, in a session of its own, so that Ctrl-C in the terminal does not reach it directly."""
+    """A process of this host, in a new session, so that Ctrl-C in the terminal does not reach it directly."""
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
         self.log = log

@@ -43,7 +43,7 @@ PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
 
 
 class SeededSampler(BaseSampler):
-    """Optuna's sampler, made anew for every trial with a seed of its own.
+    """Optuna's sampler, made anew for every trial, with the seed of that trial.
 
     The random numbers of a trial depend on the sweep's seed and the trial's number alone: no two workers sample the
     same parameters, and any number of workers samples what one would. `after_trial` is not passed on: it serves

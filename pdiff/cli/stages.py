@@ -42,11 +42,11 @@ def _stage(name: str) -> None:
         experiment = config.load(tag, overrides(ctx.args))
         from pdiff.tracking import engine, store
 
-        with store.connected():
+        with store.connected() as runs:
             if name == "main":
-                done = engine.main(experiment, fresh=fresh)
+                done = engine.main(experiment, runs, fresh=fresh)
             else:
-                done = engine.execute(name, experiment, fresh=fresh)
+                done = engine.Pipeline(experiment, runs).execute(name, fresh=fresh)
         if name in ("main", "evaluate"):
             _print_evaluation(experiment, done.folder)
         print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")

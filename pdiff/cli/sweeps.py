@@ -49,8 +49,8 @@ def sweep(
     """Search for the best settings with Optuna."""
     import yaml
 
-    from pdiff.experiment import config
-    from pdiff.sweeps import schema
+    from pdiff.sweeps.command import Command, check
+    from pdiff.sweeps.storage import default_storage, without_password
 
     if workers < 1 or trials < 0:
         raise UserError(f"--workers {workers} --trials {trials}: expected positive numbers")
@@ -60,13 +60,7 @@ def sweep(
         options = None
     if not isinstance(options, dict):
         raise UserError(f"--launcher-options: expected a mapping in YAML, but got {launcher_options!r}")
-    config.load(tag, overrides(ctx.args))
-    schema.load(sweep)
-    from pdiff.sweeps import leader
-    from pdiff.sweeps.storage import default_storage, without_password
-    from pdiff.tracking import store
-
-    order = leader.Command(
+    asked = Command(
         tag=tag,
         sweep=sweep,
         overrides=overrides(ctx.args),
@@ -77,11 +71,15 @@ def sweep(
         launcher=launcher,
         options=options,
     )
+    check(asked)
+    from pdiff.sweeps import leader
+    from pdiff.tracking import store
+
     with store.connected():
-        result = leader.run(order)
+        result = leader.run(asked)
     if not result.final.empty:
         print(f"\n{result.final_text()}")
-    print(f"\nstudy      {order.name} in {without_password(order.storage)}")
+    print(f"\nstudy      {asked.name} in {without_password(asked.storage)}")
     print(f"best       {result.best_text()}\nreport     {result.report}\nrun        {result.run_id}")
 
 

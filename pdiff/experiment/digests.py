@@ -1,10 +1,10 @@
-"""TODO experiment.digests."""
+"""What decides the result of each stage, as plain data: keys of the configuration, and the content of their files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,72 +14,78 @@ from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
 from pdiff.networks.datasets import files_state
 from pdiff.networks.imported.files import files_of
-from pdiff.networks.options import Collect
+
+BASELINES = ("noise", "noise_count", "baselines")  # keys of `evaluate` that do not concern the originals
 
 
-def digest(experiment: Experiment, sections: Sequence[str]) -> str:
-    """A fingerprint of everything in some sections that can change a result, and of the files that they name: those
-    of `prepare.source` by their names, sizes and times, the others by their content."""
-    values = affecting(experiment)
-    content: Tree = {name: values[name] for name in ("seed", *sections) if name in values}
-    source = experiment.prepare.source
-    if source and "prepare" in sections:  # nothing is trained
-        content["prepare"] = {k: v for k, v in values["prepare"].items() if k not in ("pretrain", "collect")}
-        files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
-        content["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    if experiment.dataset and experiment.dataset.name == "image_folder":
-        content["folder"] = files_state(experiment.dataset)  # a root that is no mere place
-    if contents := [_content(path) for path in _files(experiment, sections)]:
-        content["contents"] = contents
-    return _fingerprint(content)
-
-
-def _fingerprint(content: Any) -> str:
+def fingerprint(content: Any) -> str:
+    """A digest of plain data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def pretraining_digest(experiment: Experiment) -> str:
-    """A fingerprint of what pretraining depends on, less than the whole of `prepare`; empty where there is none."""
-    if experiment.prepare.source or not experiment.prepare.pretrain.epochs:
-        return ""
-    only = experiment.prepare.model_copy(update={"parameters": ("all",), "collect": Collect()})
-    return digest(experiment.model_copy(update={"prepare": only}), ("dataset", "network", "prepare"))
+def sections(*names: str) -> Callable[[Experiment], Tree]:
+    """Experiment -> some of its sections, without the keys that cannot change a result."""
+
+    def chosen(experiment: Experiment) -> Tree:
+        values = affecting(experiment)
+        return {name: values[name] for name in names if name in values}
+
+    return chosen
 
 
-def verdict_digest(experiment: Experiment) -> str:
-    """A fingerprint of what the verdict on the originals depends on, whatever is generated; empty where nobody judges.
-
-    The modules beside a script count, which it may import: verdicts of two versions of them cannot be compared.
-    """
-    if not experiment.evaluator.measures:
-        return ""
-    asked = experiment.evaluate.model_copy(update={"noise": (), "noise_count": 1, "baselines": ()})
-    only = experiment.model_copy(update={"evaluate": asked})
-    scripts = [path for path in experiment.evaluator.scripts() if path.suffix == ".py"]
-    modules = sorted({module for path in scripts for module in path.parent.glob("*.py")})
-    own = digest(only, ("dataset", "network", "prepare", "evaluate"))
-    return _fingerprint(
-        [own, experiment.generator.checkpoints, *((module.name, _content(module)) for module in modules)]
-    )
-
-
-def _files(experiment: Experiment, sections: Sequence[str]) -> list[Path]:
-    """The files that some sections name: weights, an architecture, a function and the script of a command."""
-    network = experiment.network
-    found = [Path(network.weights).expanduser()] if network and network.weights else []
+def base_network(experiment: Experiment) -> Tree:
+    """Data set and network, with the content of the files that they name."""
+    network, dataset = experiment.network, experiment.dataset
+    content = sections("seed", "dataset", "network")(experiment)
+    if network and network.weights:
+        content["weights"] = _content(Path(network.weights).expanduser())
     if network and user_code.is_reference(network.architecture):
-        found.append(user_code.source(network.architecture))
-    return found + (experiment.evaluator.scripts() if "evaluate" in sections else [])
+        content["architecture"] = _content(user_code.source(network.architecture))
+    if dataset and dataset.name == "image_folder":
+        content["folder"] = files_state(dataset)  # here the root is the data set, not only its place
+    return content
+
+
+def pretrained(experiment: Experiment) -> Tree:
+    """What decides the pretrained network."""
+    return base_network(experiment) | {"pretrain": affecting(experiment)["prepare"]["pretrain"]}
+
+
+def collected(experiment: Experiment) -> Tree:
+    """What decides the collection, given the pretrained network; or given files, by their names, sizes and times."""
+    prepare = affecting(experiment)["prepare"]
+    del prepare["pretrain"]
+    source = experiment.prepare.source
+    if not source:
+        return {"seed": experiment.seed, "prepare": prepare}
+    del prepare["collect"]  # nothing is trained
+    files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return base_network(experiment) | {"prepare": prepare, "files": states}
+
+
+def evaluated(experiment: Experiment) -> Tree:
+    """What decides the evaluation of the originals, given the collection.
+
+    A script counts with all modules beside it, which it may import: results of two versions cannot be compared.
+    """
+    evaluate = affecting(experiment)["evaluate"]
+    for name in BASELINES:
+        del evaluate[name]
+    scripts = experiment.evaluator.scripts()
+    modules = {module for path in scripts if path.suffix == ".py" for module in path.parent.glob("*.py")}
+    contents = [(path.name, _content(path)) for path in sorted({*scripts, *modules})]
+    return {"evaluate": evaluate, "checkpoints": experiment.generator.checkpoints, "scripts": contents}
 
 
 def _content(path: Path) -> str:
-    """A fingerprint of a file; empty where there is none."""
+    """A digest of a file; empty where there is none."""
     return _hashed(path, path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ""
 
 
 @lru_cache
 def _hashed(path: Path, size: int, time: int) -> str:
-    """A fingerprint of a file, kept for as long as its size and time of change are the same."""
+    """A digest of a file, kept for as long as its size and time of change are the same."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -37,5 +37,4 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Met
         looks = list(generator.trajectory(count, every=every, **options))
         names = [f"{t:g} {k}" for t, _ in looks for k in range(count)]
         Collection.concatenate([networks for _, networks in looks], names).save(out / "trajectory.safetensors")
-    history.save(out / "history.csv")
     return {"generated": settings.count}

@@ -1,95 +1,86 @@
-"""TODO experiment.prepare."""
+"""The stage `prepare`: the collection of checkpoints that a generator is fitted on."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from pdiff.errors import UserError
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import fresh_network
+from pdiff.experiment.prepared import base_network, load_images, make_network
 from pdiff.experiment.schema import Experiment
-from pdiff.files import (
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from pdiff.files import copy_file, write_json, write_tensors
 from pdiff.method.collection import Collection, StateDict, generated_numbers
 from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
-from pdiff.networks import datasets
 from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import first_template, read_collection
-from pdiff.networks.populations import collect, generated_names, pretrain
-from pdiff.networks.predict import network_accuracy
-from pdiff.parallel.ranks import rank_zero_first
+from pdiff.networks.populations import collect, generated_names
 from pdiff.seeds import sample_seed
 
 
-def prepare(experiment: Experiment, out: Path, log: Log) -> Metrics:
-    """Pretrain a network and collect checkpoints of its generated parameters, or adopt somebody's.
+def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | None = None) -> Metrics:
+    """Collect checkpoints of the generated parameters, or read them from the files of `prepare.source`.
 
     Writes `checkpoints.safetensors` and `.json`, `history.csv`; where data set and network are known also
     `network.safetensors`, `dataset.json`.
+
+    Args:
+        experiment: what to collect.
+        out: folder to write to.
+        log: receives the loss.
+        pretrain: folder of the pretrained network, without which files are read.
     """
     history = History(out, log)
-    with rank_zero_first():  # it may download
-        images = datasets.load(experiment.dataset) if experiment.dataset else None
-    make = _adopted if experiment.prepare.source else _collected
-    collection = make(experiment, images, out, history)
+    images = load_images(experiment) if experiment.dataset else None
+    if pretrain:
+        collection = _collected(experiment, images, pretrain, out, history)
+        copy_file(pretrain / "network.safetensors", out / "network.safetensors")
+    else:
+        collection = _imported(experiment, images, out)
     if images:
-        _describe(experiment, images, out / "dataset.json")
+        parts = {part: len(getattr(images, part)) for part in ("train", "validation", "test")}
+        dataset = {"name": experiment.dataset.name, "digest": images.digest(), "classes": images.classes, **parts}
+        write_json(out / "dataset.json", dataset)
     collection.save(out / "checkpoints.safetensors")
-    history.save(out / "history.csv")
     return {"checkpoints": len(collection), "generated_parameters": generated_numbers(collection[0])}
 
 
-def _adopted(experiment: Experiment, images: Images | None, out: Path, log: Log) -> Collection:
-    """Read somebody's checkpoints; where their architecture is known, write the base network."""
+def _collected(experiment: Experiment, images: Images, pretrain: Path, out: Path, log: Log) -> Collection:
+    """Checkpoints on the way of the pretrained network through a fine-tuning."""
+    settings, seed = experiment.prepare, sample_seed(experiment.seed, 1)
+    network = base_network(experiment, images, pretrain).to(resolve_device(experiment.device))
+    names = generated_names(network, settings.parameters)
+    with measured(log, "collect"):
+        return collect(network, images, settings.collect, names, seed=seed, log=log, path=out / STATE / "collect.pt")
+
+
+def _imported(experiment: Experiment, images: Images | None, out: Path) -> Collection:
+    """Checkpoints from files; where their architecture is known, the base network is written, too."""
     source, exclude = Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude
     collection = read_collection(source, experiment.prepare.parameters, exclude)
     if images:
         pretrained = experiment.network.pretrained
-        network = fresh_network(experiment, images, pretrained=pretrained)
+        network = make_network(experiment, images, pretrained=pretrained)
         _load_into(network, first_template(source, exclude).state, source, complete=not pretrained)
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection
-
-
-def _collected(experiment: Experiment, images: Images, out: Path, log: Log) -> Collection:
-    """Pretrain (unless an earlier run has done so), write the base network, collect."""
-    settings, state, device = experiment.prepare, out / STATE, resolve_device(experiment.device)
-    with rank_zero_first():  # it may download, too
-        network = fresh_network(experiment, images, pretrained=experiment.network.pretrained).to(device)
-    names = generated_names(network, settings.parameters)
-    validate = partial(network_accuracy, images=images.validation, batch_size=500, device=device)
-    seeds = [sample_seed(experiment.seed, k) for k in range(2)]
-    if (out / "network.safetensors").exists():
-        network.load_state_dict(read_tensors(out / "network.safetensors"))
-    else:
-        with measured(log, "pretrain"):
-            path = state / "pretrain.pt"
-            pretrain(network, images, settings.pretrain, seed=seeds[0], accuracy=validate, log=log, path=path)
-        write_tensors(out / "network.safetensors", network.state_dict())
-    with measured(log, "collect"):
-        return collect(network, images, settings.collect, names, seed=seeds[1], log=log, path=state / "collect.pt")
 
 
 def _load_into(network: nn.Module, state: StateDict, source: Path, *, complete: bool) -> None:
     """Put a checkpoint into the base network; where it must be `complete`, it holds all of the network's parameters.
 
     Raises:
-        UserError: tensors that the network has not, or has in another shape or kind; or that the checkpoint lacks.
+        UserError: tensors that the network does not have, or has in another shape or kind; or missing tensors.
     """
-    own = network.state_dict()
+    expected = network.state_dict()
     for name, tensor in state.items():
-        fits = name in own and own[name].shape == tensor.shape
-        if not fits or own[name].is_floating_point() != tensor.is_floating_point():
-            expected = f"{tuple(own[name].shape)} {own[name].dtype}" if name in own else "no such tensor"
+        fits = name in expected and expected[name].shape == tensor.shape
+        if not fits or expected[name].is_floating_point() != tensor.is_floating_point():
+            wanted = f"{tuple(expected[name].shape)} {expected[name].dtype}" if name in expected else "no such tensor"
             found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise UserError(f"prepare.source {source}: {name} is {found}, but the network has {expected}")
+            raise UserError(f"prepare.source {source}: {name} is {found}, but the network has {wanted}")
     missing = [name for name, _ in network.named_parameters() if name not in state]
     if complete and missing:
         raise UserError(
@@ -97,9 +88,3 @@ def _load_into(network: nn.Module, state: StateDict, source: Path, *, complete: 
             f"the rest of the network would be random (network.pretrained is false)"
         )
     network.load_state_dict(state, strict=False)
-
-
-def _describe(experiment: Experiment, images: Images, path: Path) -> None:
-    """Write what the data set is, for whoever tracks it."""
-    parts = {part: len(getattr(images, part)) for part in ("train", "validation", "test")}
-    write_json(path, {"name": experiment.dataset.name, "digest": images.digest(), "classes": images.classes, **parts})

@@ -1,4 +1,4 @@
-"""What later stages read of the stage `prepare`."""
+"""What several stages share: the data set, the base network, and the original networks that `prepare` wrote."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from pdiff.errors import UserError
 from pdiff.experiment.schema import Experiment
 from pdiff.files import read_tensors
 from pdiff.method.collection import Collection
+from pdiff.networks import datasets
 from pdiff.networks.architectures import build
 from pdiff.networks.images import Images
+from pdiff.parallel.ranks import rank_zero_first
 
 
-def fresh_network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
+def load_images(experiment: Experiment) -> Images:
+    """The data set of an experiment; rank 0 downloads it."""
+    with rank_zero_first():
+        return datasets.load(experiment.dataset)
+
+
+def make_network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
     """A freshly initialised network for the data set of an experiment."""
     torch.manual_seed(experiment.seed)
     sizes = {"classes": images.classes, "channels": images.channels, "image_size": images.image_size}
@@ -23,14 +31,14 @@ def fresh_network(experiment: Experiment, images: Images, *, pretrained: bool = 
     return build(network.architecture, pretrained=pretrained, weights=network.weights, **sizes)
 
 
-def base_network(experiment: Experiment, images: Images, prepared: Path) -> nn.Module:
-    """The base network that `prepare` wrote."""
-    network = fresh_network(experiment, images)
-    network.load_state_dict(read_tensors(prepared / "network.safetensors"))
+def base_network(experiment: Experiment, images: Images, folder: Path) -> nn.Module:
+    """The network in `network.safetensors`, which `pretrain` and `prepare` write."""
+    network = make_network(experiment, images)
+    network.load_state_dict(read_tensors(folder / "network.safetensors"))
     return network
 
 
-def originals(experiment: Experiment, prepared: Path) -> Collection:
+def original_networks(experiment: Experiment, prepared: Path) -> Collection:
     """The checkpoints that `prepare` wrote, as many of them as the experiment uses.
 
     Raises:
@@ -42,6 +50,6 @@ def originals(experiment: Experiment, prepared: Path) -> Collection:
     return collection.select(range(wanted)) if wanted else collection
 
 
-def spread(collection: Collection, count: int) -> Collection:
+def evenly_spaced(collection: Collection, count: int) -> Collection:
     """At most `count` checkpoints, evenly spread over a collection."""
     return collection.select(torch.linspace(0, len(collection) - 1, min(count, len(collection))).long())

@@ -1,59 +1,137 @@
-"""The stages: each maps directories to a directory, and tells a log what it measures. STAGES is their table."""
+"""STAGES: each maps folders of results to one more. A new stage is one entry; its code is imported when it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
 
+from pdiff.errors import UserError
 from pdiff.experiment import digests
-from pdiff.experiment.evaluate import VERDICTS, evaluate
-from pdiff.experiment.generate import generate
+from pdiff.experiment.config import Tree
 from pdiff.experiment.history import Metrics
-from pdiff.experiment.prepare import prepare
 from pdiff.experiment.schema import Experiment
-from pdiff.experiment.train import train
-
-
-class Shared(NamedTuple):
-    """A file or a folder that a stage takes from a finished run, where that has one of the same digest and has read
-    the same runs."""
-
-    name: str
-    digest: Callable[[Experiment], str]  # empty: there is nothing to share
-    reads: tuple[str, ...] = ()  # stages that it depends on
+from pdiff.method.log import Log
+from pdiff.method.options import resolve
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: what it does, which stages it reads, which sections of the configuration decide its result, and what
-    of it depends on less."""
+    """A step of an experiment.
 
-    run: Callable[..., Metrics]
+    Attributes:
+        run: a function, or its name as "module:function", imported when the stage runs. It is called with the
+            experiment, the folder to write to, `log=` a log of points, and `<name>=` the folder of each stage that it
+            reads; it returns final metrics.
+        reads: stages that must have run, as far as the experiment has them; they stand before this one in STAGES.
+        decided_by: the part of the configuration that decides its own result, as plain data. What decides the stages
+            that it reads decides its result, too.
+        exists: whether an experiment has this stage.
+        distributed: whether the `processes` of an experiment share its work; otherwise one process does it.
+        part_of: a stage that reads it, and that no one can repeat without repeating this one.
+    """
+
+    run: Callable[..., Metrics] | str
     reads: tuple[str, ...]
-    sections: tuple[str, ...]
-    shared: Shared | None = None
+    decided_by: Callable[[Experiment], Tree]
+    exists: Callable[[Experiment], bool] = lambda experiment: True
+    distributed: Callable[[Experiment], bool] = lambda experiment: False
+    part_of: str = ""
 
 
-PREPARED = ("dataset", "network", "prepare")
-TRAINED = (*PREPARED, "generator", "autoencoder", "diffusion")
-GENERATED = (*TRAINED, "generate")
+def collects(experiment: Experiment) -> bool:
+    """Whether checkpoints are collected here, and not read from files."""
+    return not experiment.prepare.source
+
+
 STAGES = {
-    "prepare": Stage(prepare, (), PREPARED, Shared("network.safetensors", digests.pretraining_digest)),
-    "train": Stage(train, ("prepare",), TRAINED),
-    "generate": Stage(generate, ("train",), GENERATED),
+    "pretrain": Stage(
+        "pdiff.experiment.pretrain:pretrain",
+        reads=(),
+        decided_by=digests.pretrained,
+        exists=collects,
+        distributed=collects,
+        part_of="prepare",
+    ),
+    "prepare": Stage(
+        "pdiff.experiment.prepare:prepare",
+        reads=("pretrain",),
+        decided_by=digests.collected,
+        distributed=collects,
+    ),
+    "train": Stage(
+        "pdiff.experiment.train:train",
+        reads=("prepare",),
+        decided_by=digests.sections("seed", "generator", "autoencoder", "diffusion"),
+        distributed=lambda experiment: True,
+    ),
+    "generate": Stage(
+        "pdiff.experiment.generate:generate",
+        reads=("train",),
+        decided_by=digests.sections("generate"),
+    ),
+    "originals": Stage(
+        "pdiff.experiment.originals:originals",
+        reads=("prepare",),
+        decided_by=digests.evaluated,
+        exists=lambda experiment: experiment.evaluator.measures,
+        distributed=lambda experiment: experiment.evaluator.distributed,
+        part_of="evaluate",
+    ),
     "evaluate": Stage(
-        evaluate,
-        ("prepare", "train", "generate"),
-        (*GENERATED, "evaluate"),
-        Shared(VERDICTS, digests.verdict_digest, ("prepare",)),
+        "pdiff.experiment.evaluate:evaluate",
+        reads=("pretrain", "prepare", "train", "generate", "originals"),
+        decided_by=digests.sections("seed", "evaluate"),
+        distributed=lambda experiment: experiment.evaluator.distributed,
     ),
 }
 
 
-def processes(stage: str, experiment: Experiment) -> int:
-    """How many processes share a stage: those of the experiment, where it trains or evaluates on images; a function
-    and a command of somebody's have `evaluate.workers` of their own."""
-    shared = experiment.evaluator.distributed
-    alone = {"prepare": experiment.prepare.source, "generate": True, "evaluate": not shared}
-    return 1 if alone.get(stage) else experiment.processes
+def of(experiment: Experiment) -> list[str]:
+    """The stages that an experiment has, in an order in which they can run."""
+    return [name for name, stage in STAGES.items() if stage.exists(experiment)]
+
+
+def reads(name: str, experiment: Experiment) -> list[str]:
+    """The stages that a stage of an experiment reads."""
+    return [other for other in of(experiment) if other in STAGES[name].reads]
+
+
+def needed(name: str, experiment: Experiment) -> list[str]:
+    """A stage, last, and before it all that it depends on, in an order in which they can run."""
+
+    def up(name: str) -> Iterator[str]:
+        yield name
+        for other in reads(name, experiment):
+            yield from up(other)
+
+    found = set(up(name))
+    return [other for other in STAGES if other in found]
+
+
+def all_digests(experiment: Experiment) -> dict[str, str]:
+    """Stage -> fingerprint of everything that decides its result, for all stages that an experiment has."""
+    found: dict[str, str] = {}
+    for name in of(experiment):
+        upstream = {other: found[other] for other in reads(name, experiment)}
+        found[name] = digests.fingerprint([name, STAGES[name].decided_by(experiment), upstream])
+    return found
+
+
+def run(name: str, experiment: Experiment, out: Path, *, log: Log, **folders: Path) -> Metrics:
+    """Run a stage; here what the method raises about its data becomes the line that the user reads.
+
+    Raises:
+        UserError: a mistake in the configuration or in the files that it names.
+    """
+    try:
+        return resolve(STAGES[name].run)(experiment, out, log=log, **folders)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def processes(name: str, experiment: Experiment) -> int:
+    """How many processes share a stage."""
+    return experiment.processes if STAGES[name].distributed(experiment) else 1

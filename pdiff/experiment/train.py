@@ -10,13 +10,12 @@ from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import base_network, originals, spread
+from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection
 from pdiff.method.generators.base import Generator
 from pdiff.method.log import Log, Point, ignore
 from pdiff.method.training import resolve_device
-from pdiff.networks import datasets
 from pdiff.networks.predict import accuracy, predictions
 
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
@@ -25,14 +24,13 @@ RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
 def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metrics:
     """Fit the generator on the collection. Writes `generator/`, `history.csv`."""
     history, device = History(out, log), resolve_device(experiment.device)
-    collection = originals(experiment, prepare)
+    collection = original_networks(experiment, prepare)
     check = ignore
     if experiment.dataset and hasattr(experiment, "autoencoder"):
         check = partial(check_reconstruction, experiment, collection, prepare, history)
     options = {"seed": experiment.seed, "device": device, "log": history, "state": out / STATE, "check": check}
     generator = Generator.fit(collection, experiment.generator_options, **options)
     generator.save(out / "generator")
-    history.save(out / "history.csv")
     return generator.sizes()
 
 
@@ -49,9 +47,9 @@ def check_reconstruction(
         UserError: the drop is too large, and `autoencoder.on_accuracy_drop` is stop.
     """
     settings, device = experiment.autoencoder, resolve_device(experiment.device)
-    images = datasets.load(experiment.dataset)
+    images = load_images(experiment)
     network = base_network(experiment, images, prepared)
-    some = spread(collection, RECONSTRUCTED)
+    some = evenly_spaced(collection, RECONSTRUCTED)
     options = {"device": device, "label": "reconstruction"}
     before, after = (
         accuracy(predictions(network, group, images.validation, **options), images.validation.labels).mean()

@@ -1,4 +1,4 @@
-"""What stages tell the world: points of metrics. Who listens (a list, a terminal, MLflow) is not their concern."""
+"""Metrics on their way out: a log is any function of points, such as `list.append`, `print`, or an MLflow run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
-
-import torch
 
 
 class Point(NamedTuple):
@@ -29,12 +27,22 @@ def ignore(_: object) -> None:
 
 @contextmanager
 def measured(log: Log, what: str) -> Iterator[None]:
-    """Log `seconds/<what>`, and `memory_mb/<what>`: the peak so far of the process, or of the GPU in the block."""
+    """Log how long a block takes, and how much memory.
+
+    `seconds/<what>` is logged when the block begins (0 at step 0) and when it ends, even by an exception (at step 1):
+    where only the first of the two is on record, the process was killed inside the block.
+    `memory_mb/<what>` is the peak memory of the process so far, or that of the GPU in the block.
+    """
+    import torch
+
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
+    log(Point(f"seconds/{what}", 0.0, 0))
     start = time.perf_counter()
-    yield
-    log(Point(f"seconds/{what}", time.perf_counter() - start))
+    try:
+        yield
+    finally:
+        log(Point(f"seconds/{what}", time.perf_counter() - start, 1))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
     peak = (
         torch.cuda.max_memory_allocated()

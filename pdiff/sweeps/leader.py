@@ -7,74 +7,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optuna
 import pandas as pd
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, digests
-from pdiff.experiment.schema import Experiment
-from pdiff.experiment.stages import STAGES
+from pdiff.experiment import stages
 from pdiff.files import write_text
 from pdiff.parallel.liveness import alive, this_process
-from pdiff.sweeps import schema, trials
+from pdiff.sweeps import trials
+from pdiff.sweeps.command import Checked, Command, check
 from pdiff.sweeps.launchers import Job, Task, launcher
 from pdiff.sweeps.schema import Sweep
-from pdiff.sweeps.search import Grid, make_pruner, make_sampler
-from pdiff.sweeps.storage import default_storage, open_storage, without_password
+from pdiff.sweeps.storage import open_storage, without_password
 from pdiff.sweeps.workers import POLL, STOP_SECONDS, Workers, last_line, pause, supervise
-from pdiff.tracking import runs, store
+from pdiff.tracking import engine, runs, store
 
 LEASE = 60.0  # seconds for which a leader of another host is taken to be alive
 SETTLE = 0.5  # seconds after which the last of several commands that claim a study leads it
-REHEARSALS = 20  # random trials, of which the configuration must accept one
 FINAL = [f"test_accuracy/{group}_{stat}" for group in ("original", "generated", "average") for stat in ("mean", "max")]
 FINAL += ["similarity/original_original", "similarity/generated_generated", "similarity/original_generated_max"]
-
-
-@dataclass(frozen=True)
-class Command:
-    """A sweep as the user asks for it.
-
-    Args:
-        tag: an experiment.
-        sweep: the name of a sweep, or a path to its YAML file.
-        overrides: configuration key -> value as text, for all trials.
-        trials: of the whole study; 0 for the number in the sweep's file.
-        workers: that this command starts, at most.
-        storage: see `open_storage`.
-        study: its name; by default made of sweep and tag.
-        launcher: an entry of `LAUNCHERS`.
-        options: of the launcher.
-    """
-
-    tag: str
-    sweep: str
-    overrides: dict[str, str] = field(default_factory=dict)
-    trials: int = 0
-    workers: int = 1
-    storage: str = field(default_factory=default_storage)
-    study: str = ""
-    launcher: str = "processes"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The name of the study."""
-        return self.study or f"{Path(self.sweep).stem}-{Path(self.tag).stem}"
-
-
-class Checked(NamedTuple):
-    """A sweep without mistakes, the experiment without a trial, and the values of a grid, if it searches one."""
-
-    sweep: Sweep
-    experiment: Experiment
-    grid: Grid
 
 
 class Result(NamedTuple):
@@ -108,7 +64,7 @@ def run(command: Command) -> Result:
         UserError: a sweep, a tag, or a storage that cannot be used; a study that was begun with other settings.
     """
     checked = check(command)
-    study, folder = _study(command, checked), store.work_folder() / "sweeps" / command.name
+    study, folder = _study(command, checked), engine.work_folder() / "sweeps" / command.name
     start = launcher(
         command.launcher, command.workers, folder, command.options, pinned=checked.experiment.device == "auto"
     )
@@ -134,33 +90,6 @@ def run(command: Command) -> Result:
     return Result(run_id, study, checked.sweep, page, final)
 
 
-def check(command: Command) -> Checked:
-    """Find every mistake that can be found before the first trial.
-
-    Raises:
-        UserError: where it is, and what was expected.
-    """
-    config.load(command.tag, command.overrides)
-    sweep = schema.load(command.sweep)
-    experiment = schema.check(command.sweep, sweep, command.tag, command.overrides)
-    given, path = config.flat(experiment), schema.find(command.sweep)
-    try:
-        grid = sweep.grid(given) if sweep.sampler.kind == "grid" else {}
-        make_sampler(sweep.sampler, grid)
-        make_pruner(sweep.pruner)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    fixed, refused = sweep.fixed(command.overrides), []
-    rehearsal = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for _ in range(REHEARSALS):
-        try:
-            config.load(command.tag, fixed | sweep.suggest(rehearsal.ask(), given), origin=str(path))
-            return Checked(sweep, experiment, grid)
-        except UserError as error:
-            refused.append(str(error))
-    raise UserError(f"every trial would be refused, such as: {refused[0]}")
-
-
 def _study(command: Command, checked: Checked) -> optuna.Study:
     """The study, created where there is none.
 
@@ -172,7 +101,7 @@ def _study(command: Command, checked: Checked) -> optuna.Study:
     study = optuna.create_study(study_name=command.name, storage=storage, directions=directions, load_if_exists=True)
     dumped = sweep.model_dump(mode="json")
     searched = {name: dumped[name] for name in ("objectives", "parameters", "set", "prune_if", "first_batch")}
-    searched["experiment"] = digests.digest(checked.experiment, STAGES["evaluate"].sections)
+    searched["experiment"] = stages.all_digests(checked.experiment)["evaluate"]
     before = study.user_attrs.get("searched", searched)
     if changed := [name for name in searched if before.get(name) != searched[name]]:
         raise UserError(

@@ -17,12 +17,11 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from pdiff.errors import Pruned, UserError
-from pdiff.experiment import config
+from pdiff.experiment import config, stages
 from pdiff.experiment.schema import Experiment
-from pdiff.experiment.stages import STAGES
 from pdiff.method.log import Point
 from pdiff.sweeps.launchers import abandoned
-from pdiff.sweeps.schema import FIRST, Objective, Sweep
+from pdiff.sweeps.schema import FIRST, Sweep
 from pdiff.sweeps.search import load_study
 from pdiff.sweeps.storage import MAX_WAIT, QueueEmpty, open_storage, without_password
 from pdiff.sweeps.trials import best, heartbeats, is_late
@@ -93,15 +92,6 @@ class PruningLog:
         return metrics
 
 
-def objective_value(name: str, objective: Objective, metrics: Mapping[str, float]) -> float:
-    """The value of an objective.
-
-    Raises:
-        KeyError: a metric that no stage measures.
-    """
-    return sum(metrics[metric] for metric in objective.sum or (name,))
-
-
 class ObjectiveFunction:
     """The objective function of a study: trial -> values of the objectives."""
 
@@ -142,14 +132,14 @@ class ObjectiveFunction:
     def _metrics(self, log: PruningLog, experiment: Experiment, chosen: Mapping[str, str]) -> dict[str, float]:
         """All metrics of a trial's stages, those of its first batch of networks among them."""
         metrics: dict[str, float] = {}
-        known: dict[str, engine.Done] = {}
-        for stage in STAGES:
+        pipeline = engine.Pipeline(experiment, store.MLflowStore())
+        for stage in stages.of(experiment):
             if stage == "generate" and self.sweep.first_batch:
                 part = self._experiment(chosen, **{"generate.count": str(self.sweep.first_batch)})
-                done = engine.execute("evaluate", part, known={name: known[name] for name in ("prepare", "train")})
+                done = engine.Pipeline(part, store.MLflowStore(), known=pipeline.known).execute("evaluate")
                 metrics |= log.final({f"{FIRST}{name}": value for name, value in done.metrics.items()})
             with runs.listening(log):
-                done = engine.execute(stage, experiment, known=known)
+                done = pipeline.execute(stage)
             metrics |= log.final(done.metrics)
         return metrics
 
@@ -162,7 +152,7 @@ class ObjectiveFunction:
         values = []
         for name, objective in self.sweep.objectives.items():
             try:
-                values.append(objective_value(name, objective, metrics))
+                values.append(sum(metrics[metric] for metric in objective.sum or (name,)))
             except KeyError as error:
                 known = [metric for metric in metrics if not metric.startswith(("test_", "similarity/", "system/"))]
                 reason = f"objectives.{name}: no stage measures {error}; {config.nearest(str(error.args[0]), known)}"
@@ -284,7 +274,7 @@ def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, 
     columns = []
     for k in range(1, seeds + 1):
         new = {"seed": str(experiment.seed + k), "generate.seed": str(experiment.generate.seed + k)}
-        metrics = engine.main(config.load(tag, {**overrides, **new})).metrics
+        metrics = engine.main(config.load(tag, {**overrides, **new}), store.MLflowStore()).metrics
         columns.append({name: value for name, value in metrics.items() if name.startswith(KEPT)})
     frame = pd.DataFrame(columns)
     return pd.DataFrame({"mean": frame.mean(), "std": frame.std(ddof=1)})

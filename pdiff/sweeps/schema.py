@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff.errors import UserError
 from pdiff.experiment import config, metrics
-from pdiff.experiment.schema import Experiment, all_keys, known_keys
+from pdiff.experiment.schema import known_keys
 from pdiff.method.options import Positive, Section, Several
 
 FIRST = "first_batch/"  # prefix of the metrics of the first networks
@@ -300,40 +299,3 @@ def _problem(item: Any, path: Path) -> str:
         known = sorted({name.rpartition(".")[2] for name in known_keys(Sweep)})
         return f"{where}: unknown key; {config.nearest(str(item['loc'][-1]), known)}"
     return f"{where}: {config.rule(item)}"
-
-
-def check(name: str, sweep: Sweep, tag: str, overrides: Mapping[str, str]) -> Experiment:
-    """The experiment of a sweep without a trial, after a search for mistakes that every trial would meet.
-
-    Raises:
-        UserError: keys that no configuration has, values that it never takes, no parameter that applies.
-    """
-    path, given = str(find(name)), sweep.fixed(overrides)
-    base = config.load(tag, given, origin=path)
-    known, keys = config.flat(base), all_keys()
-    problems, searched = [], False
-    for parameter_name, parameter in sweep.parameters.items():
-        for key in parameter.when.keys() - sweep.parameters.keys() - set(keys):
-            problems.append(f"{path}: parameters.{parameter_name}.when: {config.nearest(key, keys)}")
-        for key in set(parameter.keys or (parameter_name,)) - set(keys):
-            problems.append(f"{path}: {key}: unknown key; {config.nearest(key, keys)}")
-        if (where := sweep.context(parameter, known)) is not None:
-            searched = True
-            problems += _refused(parameter_name, parameter, tag, given | where, path)
-    if not searched:
-        conditions = {key: list(values) for p in sweep.parameters.values() for key, values in p.when.items()}
-        problems.append(f"{path}: no parameter applies to {tag}; they are searched where {conditions}")
-    if problems:
-        raise UserError("; ".join(dict.fromkeys(problems)))
-    return base
-
-
-def _refused(name: str, parameter: Parameter, tag: str, given: dict[str, str], path: str) -> Iterator[str]:
-    """Problems with single values of a parameter; those with combinations are left to the trials."""
-    for value in parameter.extremes():
-        chosen = parameter.settings(name, value)
-        try:
-            config.load(tag, given | chosen, origin=path)
-        except UserError as error:
-            problems = re.split(r"; (?=\S+\.ya?ml: )", str(error))
-            yield from (text for text in problems if any(text.startswith(f"{path}: {key}: ") for key in chosen))

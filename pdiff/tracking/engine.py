@@ -1,92 +1,187 @@
-"""The seam with MLflow: run a stage as a tracked run, find a finished one, log models."""
+"""The engine: runs the stages of an experiment in order, each at most once; reuses, locks, resumes.
+
+It speaks to a `Store` of finished runs and knows nothing of MLflow, which is one.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
-import mlflow
 from filelock import FileLock, Timeout
-from mlflow.data.code_dataset_source import CodeDatasetSource
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import Run
 from tqdm.auto import tqdm
 
 from pdiff.errors import Pruned, UserError
-from pdiff.experiment import digests
-from pdiff.experiment.history import HISTORY, STATE
+from pdiff.experiment import stages
+from pdiff.experiment.digests import fingerprint
+from pdiff.experiment.history import STATE, Metrics
 from pdiff.experiment.schema import Experiment
-from pdiff.experiment.stages import STAGES, processes
-from pdiff.files import copy_file, read_json
-from pdiff.method.generators.base import Generator
 from pdiff.method.log import Point
-from pdiff.method.training import resolve_device
-from pdiff.parallel.launch import launch
-from pdiff.tracking.models import _log_generator, _log_models, _register
-from pdiff.tracking.runs import RunLog, _copy_metrics, _run, commit
-from pdiff.tracking.store import _artifacts, _is_whole, _runs, work_folder
 
 
-class Done(NamedTuple):
-    """A finished run of a stage: where its artifacts are, and its metrics."""
+@dataclass(frozen=True)
+class Done:
+    """A finished run.
+
+    Attributes:
+        run_id: its identifier.
+        metrics: its final metrics.
+        fetch: makes its artifacts available in a folder of this machine.
+        tags: what else the store knows of it.
+    """
 
     run_id: str
-    folder: Path
-    metrics: dict[str, float]
+    metrics: Metrics
+    fetch: Callable[[], Path]
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Its artifacts."""
+        return self.fetch()
 
 
-def finished(stage: str, digest: str) -> Run | None:
-    """The latest finished run of a stage with this digest whose artifacts are still there."""
-    condition = (
-        f"attributes.status = 'FINISHED' and tags.`pdiff.digest` = '{digest}' and tags.`pdiff.stage` = '{stage}'"
-    )
-    return _latest(condition)
+class Run(Protocol):
+    """A run in progress."""
+
+    run_id: str
+
+    def log(self, point: Point) -> object:
+        """Record a point."""
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Record tags, at the latest when the run ends."""
+
+    def upload(self, paths: Iterable[Path]) -> None:
+        """Keep files and folders as artifacts."""
+
+    def done(self) -> Done:
+        """The run as it will be found once it is finished."""
 
 
-def _latest(condition: str) -> Run | None:
-    """The latest run that did something itself and whose artifacts are there."""
-    return next((run for run in _runs(condition) if "pdiff.reused" not in run.data.tags and _is_whole(run)), None)
+class Store(Protocol):
+    """Where runs are kept."""
+
+    def find(self, tags: Mapping[str, str]) -> Done | None:
+        """The latest finished run that has all of these tags and still its artifacts, if there is one."""
+
+    def open(self, stage: str, experiment: Experiment, digest: str) -> AbstractContextManager[Run]:
+        """A new run, inside the one that is open; an exception in the block makes it a failed one."""
+
+    def reuse(self, stage: str, experiment: Experiment, done: Done) -> None:
+        """Take note that a finished run serves an experiment instead of a new one."""
 
 
-def execute(stage: str, experiment: Experiment, *, fresh: bool = False, known: dict[str, Done] | None = None) -> Done:
-    """Run a stage after what it reads, each as a run; or reuse a finished one, and say so.
+def identity(stage: str, digest: str, upstream: Mapping[str, Done]) -> dict[str, str]:
+    """Tags of a run of a stage: what decides its result, and the runs that it read."""
+    return {"pdiff.stage": stage, "pdiff.digest": digest, **{f"pdiff.{n}_run": d.run_id for n, d in upstream.items()}}
 
-    Two processes that want the same stage do not do it twice: the second waits for the first.
+
+def work_folder() -> Path:
+    """Where unfinished stages keep what they have: the variable PDIFF_WORK, else `.pdiff` in the current folder."""
+    return Path(os.environ.get("PDIFF_WORK", ".pdiff")).absolute()
+
+
+class Pipeline:
+    """The stages of one experiment.
 
     Args:
-        stage: a name in `STAGES`.
-        experiment: what it shall do.
-        fresh: repeat this stage though it is finished.
-        known: stages of this experiment that are done, to which this one and what it reads are added.
+        experiment: what they do.
+        store: where their runs are found and kept.
+        known: finished stages that this experiment has in common with another one.
     """
-    known = {} if known is None else known
-    digest = digests.digest(experiment, STAGES[stage].sections)
-    with _exclusively(digest, f"{stage} of {experiment.tag}"):
-        found = None if fresh else finished(stage, digest)
-        if fresh:
-            shutil.rmtree(work_folder() / digest, ignore_errors=True)
-        if found:
-            known[stage] = _reuse(found, stage, experiment)
-        else:
-            known[stage] = _perform(stage, experiment, digest, known, fresh=fresh)
-        if stage == "train" and experiment.register:
-            _register(known[stage].run_id, f"pdiff-{experiment.tag}")
-    return known[stage]
+
+    def __init__(self, experiment: Experiment, store: Store, *, known: Mapping[str, Done] | None = None) -> None:
+        self.experiment, self.store = experiment, store
+        self.digests, self.known = stages.all_digests(experiment), dict(known or {})
+
+    def execute(self, stage: str, *, fresh: bool = False) -> Done:
+        """Run a stage after what it reads, unless it is finished already.
+
+        Of two processes that want the same stage, the second waits for the first and reuses its result.
+
+        Args:
+            stage: one that the experiment has.
+            fresh: repeat this stage, and those that are part of it, even if they are finished.
+        """
+        if stage not in self.known:
+            with _exclusively(self.digests[stage], f"{stage} of {self.experiment.tag}"):
+                found = None if fresh else self._find(stage)
+                if found:
+                    tqdm.write(f"{stage}: reusing run {found.run_id} (--fresh repeats it)")
+                    self.store.reuse(stage, self.experiment, found)
+                self.known[stage] = found or self._run(stage, fresh=fresh)
+        return self.known[stage]
+
+    def _find(self, stage: str) -> Done | None:
+        """A finished run of a stage that has read the runs that would be read now."""
+        found: dict[str, Done] = dict(self.known)
+        for name in stages.needed(stage, self.experiment):
+            if name not in found:
+                upstream = {other: found[other] for other in stages.reads(name, self.experiment)}
+                done = self.store.find(identity(name, self.digests[name], upstream))
+                if done is None:  # then what reads it must run, too
+                    return None
+                found[name] = done
+        return found[stage]
+
+    def _run(self, stage: str, *, fresh: bool) -> Done:
+        """Run a stage in its work folder, then keep what it wrote there."""
+        digest = self.digests[stage]
+        with self.store.open(stage, self.experiment, digest) as run:
+            upstream = {
+                name: self.execute(name, fresh=fresh and stages.STAGES[name].part_of == stage)
+                for name in stages.reads(stage, self.experiment)
+            }
+            run.tag(identity(stage, digest, upstream))
+            ids = fingerprint([done.run_id for done in upstream.values()])
+            work = work_folder() / f"{digest}-{ids[:8]}"
+            if fresh:
+                _clear(digest)
+            tqdm.write(f"{stage}: run {run.run_id}" + (", resuming" if work.exists() else ""))
+            work.mkdir(parents=True, exist_ok=True)
+            folders = {name: done.folder for name, done in upstream.items()}
+            try:
+                for name, value in self._compute(stage)(self.experiment, work, log=run.log, **folders).items():
+                    run.log(Point(name, value))
+            except UserError:
+                if not any(path.is_file() for path in (work / STATE).rglob("*")):  # it failed before it did anything
+                    _clear(digest)
+                raise
+            except Pruned:  # it will not be resumed
+                _clear(digest)
+                raise
+            # The rest is either the state, or what a killed process left half-written.
+            run.upload(path for path in sorted(work.iterdir()) if not path.name.startswith("."))
+        _clear(digest)
+        return run.done()
+
+    def _compute(self, stage: str) -> Callable[..., Metrics]:
+        """The function of a stage, in as many processes as share it."""
+        function, processes = partial(stages.run, stage), stages.processes(stage, self.experiment)
+        if processes == 1:
+            return function
+        from pdiff.method.training import resolve_device
+        from pdiff.parallel.launch import launch
+
+        return partial(launch, function, processes=processes, device=resolve_device(self.experiment.device))
 
 
 @contextmanager
 def _exclusively(digest: str, what: str) -> Iterator[None]:
-    """Hold the lock of a digest; say so where one must wait."""
+    """Hold the lock of a digest; report that another process holds it."""
+    work_folder().mkdir(parents=True, exist_ok=True)
     lock = FileLock(work_folder() / f"{digest}.lock")
     try:
         lock.acquire(timeout=0.2)
     except Timeout:
-        tqdm.write(f"{what}: another process is at it, waiting")
+        tqdm.write(f"{what}: waiting for another process that runs it")
         lock.acquire()
     try:
         yield
@@ -94,107 +189,27 @@ def _exclusively(digest: str, what: str) -> Iterator[None]:
         lock.release()
 
 
-def _reuse(run: Run, stage: str, experiment: Experiment) -> Done:
-    """Take a finished run's results; a run that `mlflow run` began for this tells whose they are."""
-    tqdm.write(f"{stage}: reusing run {run.info.run_id} (--fresh repeats it)")
-    _warn_of_commit(run)
-    if stage == "train" and experiment.log_models and not mlflow.get_run(run.info.run_id).outputs.model_outputs:
-        with mlflow.start_run(run.info.run_id, nested=True):
-            _log_beside(stage, experiment, _artifacts(run))
-    if "MLFLOW_RUN_ID" in os.environ and mlflow.active_run() is None:
-        with _run(stage, experiment, run.data.tags["pdiff.digest"]) as own:
-            mlflow.set_tag("pdiff.reused", run.info.run_id)
-            _copy_metrics(own.info.run_id, run.data.metrics)
-    return Done(run.info.run_id, _artifacts(run), run.data.metrics)
+def _clear(digest: str) -> None:
+    """Remove unfinished work on a stage, also that on earlier runs of what it reads."""
+    for folder in work_folder().glob(f"{digest}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _warn_of_commit(run: Run) -> None:
-    """Say so where other code than this made a run."""
-    if run.data.tags.get("pdiff.commit") not in (commit(), "unknown"):
-        tqdm.write(f"warning: run {run.info.run_id} was made by commit {run.data.tags.get('pdiff.commit')}")
+def main(experiment: Experiment, store: Store, *, fresh: bool = False) -> Done:
+    """Run all stages under one parent run, to which their metrics are copied, so that parents compare.
 
-
-def _perform(stage: str, experiment: Experiment, digest: str, known: dict[str, Done], *, fresh: bool) -> Done:
-    """Run a stage in its work folder, then upload what it wrote."""
-    work = work_folder() / digest
-    with _run(stage, experiment, digest) as run:
-        reads = STAGES[stage].reads
-        upstream = {name: known.get(name) or execute(name, experiment, known=known) for name in reads}
-        mlflow.set_tags({f"pdiff.{name}_run": done.run_id for name, done in upstream.items()})
-        tqdm.write(f"{stage}: run {run.info.run_id}" + (", resuming" if work.exists() else ""))
-        _share(stage, experiment, work, upstream, fresh=fresh)
-        log, compute = RunLog(run.info.run_id), STAGES[stage].run
-        if (count := processes(stage, experiment)) > 1:
-            compute = partial(launch, compute, processes=count, device=resolve_device(experiment.device))
-        try:
-            metrics = compute(experiment, work, log=log, **{name: done.folder for name, done in upstream.items()})
-            for name, value in metrics.items():
-                log(Point(name, value))
-        except UserError:
-            if not _has_results(stage, work):  # a mistake at the start, not an interruption
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        except Pruned:  # nobody will ask for it again
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        finally:
-            log.flush()
-        for path in sorted(work.iterdir()):
-            if not path.name.startswith("."):  # neither the state, nor what a killed process left half-written
-                mlflow.log_artifact(str(path))  # a folder with what is in it
-        _log_beside(stage, experiment, work)
-    shutil.rmtree(work)
-    ended = mlflow.get_run(run.info.run_id)
-    return Done(run.info.run_id, _artifacts(ended), ended.data.metrics)
-
-
-def _has_results(stage: str, work: Path) -> bool:
-    """Whether a stage has left anything to go on from: more than points of a log, and what it shares with others."""
-    shared = STAGES[stage].shared
-    given = {HISTORY} | ({path.name for path in (work / shared.name).glob("*")} if shared else set())
-    return any(path.is_file() and path.name not in given for path in (work / STATE).rglob("*"))
-
-
-def _share(stage: str, experiment: Experiment, work: Path, upstream: Mapping[str, Done], *, fresh: bool) -> None:
-    """Tag a run with what a part of its result depends on, and take that part from a finished run of the same tag,
-    unless all shall be `fresh`: what is collected may differ where the pretrained network does not."""
-    shared = STAGES[stage].shared
-    digest = shared.digest(experiment) if shared else ""
-    if not digest:
-        return
-    value = " ".join([digest, *(upstream[name].run_id for name in shared.reads)])
-    mlflow.set_tag(f"pdiff.{shared.name}", value)
-    condition = f"attributes.status = 'FINISHED' and tags.`pdiff.{shared.name}` = '{value}'"
-    found = None if fresh else _latest(condition)
-    source = _artifacts(found) / shared.name if found else None
-    if source and source.exists() and not (work / shared.name).exists():
-        for path in sorted(source.iterdir()) if source.is_dir() else [source]:
-            copy_file(path, work / path.relative_to(source.parent))
-        tqdm.write(f"{stage}: {shared.name} of run {found.info.run_id} (--fresh does without)")
-        _warn_of_commit(found)
-
-
-def _log_beside(stage: str, experiment: Experiment, work: Path) -> None:
-    """What MLflow has a place of its own for: data sets and models."""
-    if stage == "prepare" and experiment.dataset:
-        described = read_json(work / "dataset.json")
-        source = CodeDatasetSource({"mlflow.source.name": f"pdiff.datasets:{described['name']}"})
-        mlflow.log_input(MetaDataset(source, name=described["name"], digest=described["digest"]), context="training")
-    if stage == "train" and experiment.log_models:
-        _log_models(Generator.load(work / "generator"))
-        _log_generator(experiment, work / "generator")
-
-
-def main(experiment: Experiment, *, fresh: bool = False) -> Done:
-    """All stages under one parent run, to which their metrics are copied; parents compare in `mlflow ui`."""
-    digest = digests.digest(experiment, STAGES["evaluate"].sections)
-    with _run("main", experiment, digest) as parent:
-        metrics: dict[str, float] = {}
-        known: dict[str, Done] = {}
-        for stage in STAGES:
-            done = execute(stage, experiment, fresh=fresh, known=known)
-            mlflow.set_tag(f"pdiff.{stage}_run", done.run_id)
+    Returns:
+        The parent run, with all metrics and the artifacts of `evaluate`.
+    """
+    pipeline = Pipeline(experiment, store)
+    with store.open("main", experiment, pipeline.digests["evaluate"]) as run:
+        metrics: Metrics = {}
+        for stage in stages.of(experiment):
+            done = pipeline.execute(stage, fresh=fresh)
+            run.tag({f"pdiff.{stage}_run": done.run_id})
             metrics |= done.metrics
-        _copy_metrics(parent.info.run_id, metrics)
-        mlflow.log_artifact(str(done.folder / "report.html"))
-    return Done(parent.info.run_id, done.folder, metrics)
+        for name, value in metrics.items():
+            run.log(Point(name, value))
+        evaluation = pipeline.known["evaluate"]
+        run.upload([evaluation.folder / "report.html"])
+    return Done(run.run_id, metrics, lambda: evaluation.folder)

@@ -1,69 +1,91 @@
-"""TODO tracking.models."""
+"""Logged and registered models: the parts of a generator as exported programs, and all of it as code and tensors."""
 
 from __future__ import annotations
 
+import ast
 import logging
+import re
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlflow
 import numpy as np
-import torch
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
 from tqdm.auto import tqdm
 
+import pdiff
 from pdiff import compat
 from pdiff.experiment.schema import Experiment
 from pdiff.method.generators.base import Generator
 
-REQUIREMENTS = [f"{name}=={version(name)}" for name in ("torch", "diffusers", "mlflow")]  # of logged models
+SAMPLING = ("__init__.py", "compat.py", "errors.py", "files.py", "seeds.py", "parallel", "parallel.py", "method")
+"""Modules and packages of pdiff that sampling needs, as far as they exist; they travel with the model."""
+SIGNATURE = ModelSignature(inputs=Schema([ColSpec("long", "count"), ColSpec("long", "seed")]))
 
 
-def _register(run_id: str, name: str) -> None:
-    """Register the generator of a run of train as a model, once."""
-    versions = mlflow.search_model_versions(filter_string=f"name = '{name}'")
-    if run_id not in {version.run_id for version in versions}:
-        mlflow.register_model(f"runs:/{run_id}/generator", name)
+def log(experiment: Experiment, folder: Path) -> None:
+    """Log the models of a generator in the active run, and register it if the experiment asks for it.
+
+    Args:
+        experiment: how the model samples, and what it is called.
+        folder: what `Generator.save` wrote.
+    """
+    with _quiet(), TemporaryDirectory() as scratch:
+        if experiment.log_models:
+            _log_programs(Generator.load(folder))
+        code, model = travelling_code(Path(scratch)), Path(__file__).with_name("pyfunc_model.py")
+        mlflow.pyfunc.log_model(
+            name="generator",
+            python_model=str(model),
+            artifacts={"generator": str(folder)},
+            model_config=experiment.sampling,
+            code_paths=[str(code)],
+            signature=SIGNATURE,
+            pip_requirements=requirements(*code.rglob("*.py"), model),
+            registered_model_name=f"pdiff-{experiment.tag}" if experiment.register else None,
+        )
 
 
-def _log_models(generator: Generator) -> None:
-    """Log the autoencoder and the denoiser as PyTorch models (exported programs, not pickles)."""
+def travelling_code(folder: Path) -> Path:
+    """Copy what sampling needs of this package into a folder, from which it can be imported."""
+    package, source = folder / "pdiff", Path(pdiff.__file__).parent
+    package.mkdir()
+    for path in (source / name for name in SAMPLING):
+        if path.is_dir():
+            shutil.copytree(path, package / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.exists():
+            shutil.copy(path, package)
+    return package
+
+
+def requirements(*sources: Path) -> list[str]:
+    """The installed versions of all that some source files import, beside the standard library and this package."""
+    names = {"mlflow", "torch"}
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    foreign = sorted(names - set(sys.stdlib_module_names) - {"pdiff"})
+    return [f"{name}=={re.sub('[+].*', '', version(name))}" for name in foreign]  # without the build, such as +cpu
+
+
+def _log_programs(generator: Generator) -> None:
+    """Log the modules of a generator as exported programs, which need no code of this package."""
     if not compat.exports_models():
         tqdm.write("train: autoencoder and diffusion are logged as models by PyTorch 2.1 or newer alone")
         return
-    modules = {"autoencoder": (generator.autoencoder, generator.standardizer.size)}
-    if generator.denoiser:
-        modules["diffusion"] = (Denoising(generator.denoiser), len(generator.latent_mean) + 1)
-    with _quiet():
-        for name, (module, size) in modules.items():
-            example = np.zeros((2, size), dtype=np.float32)
-            mlflow.pytorch.log_model(module, name=name, input_example=example, pip_requirements=REQUIREMENTS)
-
-
-class Denoising(torch.nn.Module):
-    """A denoiser of one input, as MLflow's models have it: latents and, as the last column, timesteps (B, L + 1)."""
-
-    def __init__(self, denoiser: torch.nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Prediction (B, L)."""
-        return self.denoiser(rows[:, :-1], rows[:, -1])
-
-
-def _log_generator(experiment: Experiment, folder: Path) -> None:
-    """Log a model whose `predict` returns new weights."""
-    with _quiet():
-        mlflow.pyfunc.log_model(
-            name="generator",
-            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-            artifacts={"generator": str(folder)},
-            model_config=experiment.sampling,
-            pip_requirements=REQUIREMENTS,
-        )
+    for name, (module, width) in generator.modules().items():
+        example = np.zeros((2, width), dtype=np.float32)
+        mlflow.pytorch.log_model(module, name=name, input_example=example, pip_requirements=requirements())
 
 
 @contextmanager

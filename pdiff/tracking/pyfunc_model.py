@@ -1,4 +1,4 @@
-"""A generator as an MLflow model, loaded from this file ("models from code"), never from a pickle."""
+"""A generator as an MLflow model. MLflow runs this file when it loads the model ("models from code"): no pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdiff.method.generators.base import Generator
 
 
 class NewWeights(mlflow.pyfunc.PythonModel):
-    """Draws networks: `predict` takes one row with columns `count` and `seed`, and returns name -> (count, *shape)."""
+    """Samples networks: `predict` takes one row with columns `count` and `seed`; returns name -> (count, *shape)."""
 
     def load_context(self, context: Any) -> None:
         """Load the generator."""
@@ -21,10 +21,10 @@ class NewWeights(mlflow.pyfunc.PythonModel):
         self.options = dict(context.model_config)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict | None = None) -> dict[str, np.ndarray]:
-        """Draw networks 0 .. count - 1 of a seed."""
+        """Networks 0 .. count - 1 of a seed."""
         count, seed = (int(model_input[name].iloc[0]) for name in ("count", "seed"))
-        drawn = self.generator.sample(count, seed=seed, **self.options)
-        return {name: tensor.numpy() for name, tensor in drawn.tensors.items()}
+        networks = self.generator.sample(count, seed=seed, **self.options)
+        return {name: tensor.numpy() for name, tensor in networks.tensors.items()}
 
 
 mlflow.models.set_model(NewWeights())

@@ -1,4 +1,4 @@
-"""TODO tracking.queries."""
+"""Questions about finished runs: side by side (`compare`), and the latest of each tag (the leaderboard)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from pdiff.experiment import config, leaderboard, published
 from pdiff.experiment.leaderboard import Result
 from pdiff.experiment.metrics import COMPARED
 from pdiff.tracking.engine import Done
-from pdiff.tracking.runs import CONFIG, _run
-from pdiff.tracking.store import _artifacts, _runs
+from pdiff.tracking.runs import CONFIG, tracked
+from pdiff.tracking.store import search
 
 
-def _finished(*stages: str) -> list[Run]:
-    """All finished runs of some stages, but not those of trials, the latest first."""
-    found = [
-        run for stage in stages for run in _runs(f"attributes.status = 'FINISHED' and tags.`pdiff.stage` = '{stage}'")
-    ]
-    own = [run for run in found if "pdiff.trial" not in run.data.tags]
-    return sorted(own, key=lambda run: run.info.start_time, reverse=True)
+def finished(*stages: str) -> list[Run]:
+    """All finished runs of some stages, except those of trials, the latest first."""
+    condition = "attributes.status = 'FINISHED' and tags.`pdiff.stage` = "
+    found = [run for stage in stages for run in search(f"{condition}'{stage}'") if "pdiff.trial" not in run.data.tags]
+    return sorted(found, key=lambda run: run.info.start_time, reverse=True)
 
 
 def compare() -> pd.DataFrame:
     """Every finished run of all stages, one row each, the oldest first; `metrics.readable` makes a table for people."""
     rows = []
-    for run in reversed(_finished("main")):
+    for run in reversed(finished("main")):
         metrics, parameters = run.data.metrics, run.data.params
         row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
         row |= {name: metrics.get(name, math.nan) for name in COMPARED.values()}
@@ -41,7 +39,7 @@ def compare() -> pd.DataFrame:
 
 
 def log_leaderboard(names: Sequence[str] = (), *, only_ours: bool = False) -> tuple[Done, pd.DataFrame]:
-    """Published results and ours side by side, as a run of its own: `leaderboard.csv`, `leaderboard.html`.
+    """Published results and ours side by side, logged as a run with `leaderboard.csv` and `leaderboard.html`.
 
     Args:
         names: a tag is shown that holds one of them; every tag when absent.
@@ -50,27 +48,27 @@ def log_leaderboard(names: Sequence[str] = (), *, only_ours: bool = False) -> tu
     Returns:
         The run, and the board as `leaderboard.table` makes it.
     """
-    ours = _evaluations()
+    ours = evaluations()
     others = (
         [] if only_ours else [Result(tag, published.published(tag)) for tag in config.runnable() if tag not in ours]
     )
     results = sorted([*ours.values(), *others], key=lambda result: (not result.ours, not result.published, result.tag))
     shown = [result for result in results if not names or any(name in result.tag for name in names)]
     board = leaderboard.table(shown)
-    with _run("leaderboard") as run:
+    with tracked("leaderboard") as run:
         mlflow.log_text(board.to_csv(index=False), "leaderboard.csv")
         mlflow.log_text(leaderboard.page(board), "leaderboard.html")
-    return Done(run.info.run_id, _artifacts(run), {}), board
+    return run.done(), board
 
 
-def _evaluations() -> dict[str, Result]:
-    """The latest finished evaluation of every tag; one of the tag as it stands comes before any with changes."""
+def evaluations() -> dict[str, Result]:
+    """The latest finished evaluation of every tag; those of the tag as it stands come before those with changes."""
     known, results = config.tags(), {}
-    own = cache(config.load)
-    for run in _finished("main", "evaluate"):
+    as_it_stands = cache(config.load)
+    for run in finished("main", "evaluate"):
         tag, parameters = run.data.tags["pdiff.tag"], run.data.params
         values = {key.removeprefix(CONFIG): value for key, value in parameters.items() if key.startswith(CONFIG)}
-        changed = config.changed(own(tag), values) if tag in known else {}
+        changed = config.changed(as_it_stands(tag), values) if tag in known else {}
         if tag not in results or (results[tag].changed and not changed):
             results[tag] = Result(tag, published.published(tag), run.data.metrics, changed, run.info.run_id)
     return results

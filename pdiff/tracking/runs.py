@@ -1,33 +1,40 @@
-"""TODO tracking.runs."""
+"""Runs of MLflow: tags, the configuration as parameters, metrics in batches, artifacts."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import mlflow
-from mlflow.entities import Metric, Param, Run, RunStatus
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.entities import Run as Record
+from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.git_utils import get_git_commit
 
 from pdiff.errors import Pruned
-from pdiff.experiment import config, digests
+from pdiff.experiment import config, stages
 from pdiff.experiment.schema import Experiment
-from pdiff.experiment.stages import STAGES
+from pdiff.files import read_json
 from pdiff.method.log import Log, Point
 from pdiff.parallel.liveness import this_process
+from pdiff.tracking.engine import Done, work_folder
 
 BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
 CONFIG = "config."  # before the names of the parameters that are keys of the configuration
+CONFIG_FILE = "config.yaml"  # the artifact that every run of an experiment has
 PARAMETER_LIMIT = 6000  # characters; MLflow cuts longer values silently
-
 
 _inherited: ContextVar[dict[str, str]] = ContextVar("inherited", default={})  # noqa: B039 (never changed in place)
 _listener: ContextVar[Log] = ContextVar("listener", default=lambda point: None)
@@ -35,7 +42,7 @@ _listener: ContextVar[Log] = ContextVar("listener", default=lambda point: None)
 
 @contextmanager
 def listening(log: Log) -> Iterator[None]:
-    """Tell a log everything that the stages in the block tell their runs; it may raise `Pruned` to end them."""
+    """Pass all points of the runs in the block on to a log, too; it may raise `Pruned` to end them."""
     token = _listener.set(log)
     try:
         yield
@@ -43,77 +50,106 @@ def listening(log: Log) -> Iterator[None]:
         _listener.reset(token)
 
 
-class RunLog:
-    """Points to a run, in batches, and to who is listening."""
+class TrackedRun:
+    """An MLflow run in progress, see `pdiff.tracking.engine.Run`; points and tags are sent in batches."""
 
-    def __init__(self, run_id: str) -> None:
-        self.run_id, self.client, self.pending, self.sent = run_id, mlflow.MlflowClient(), [], time.monotonic()
+    def __init__(self, record: Record, experiment: Experiment | None = None) -> None:
+        self.run_id, self.record, self.experiment = record.info.run_id, record, experiment
+        self.client, self.sent = mlflow.MlflowClient(), time.monotonic()
+        self.latest: dict[str, Point] = {}
+        self.points: list[Metric] = []
+        self.tags: list[RunTag] = []
 
-    def __call__(self, point: Point) -> None:
-        self.pending.append(Metric(point.name, float(point.value), int(time.time() * 1000), point.step))
-        if len(self.pending) >= BATCH or time.monotonic() - self.sent > BATCH_SECONDS:
+    def log(self, point: Point) -> None:
+        """Record a point, and pass it on to the log that is listening."""
+        if point.name not in self.latest or point.step >= self.latest[point.name].step:
+            self.latest[point.name] = point
+        self.points.append(Metric(point.name, float(point.value), int(time.time() * 1000), point.step))
+        if len(self.points) >= BATCH or time.monotonic() - self.sent > BATCH_SECONDS:
             self.flush()
         _listener.get()(point)
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Record tags, which are sent with the next points."""
+        self.tags += [RunTag(name, value) for name, value in tags.items()]
+
     def flush(self) -> None:
         """Send what is pending."""
-        if self.pending:
-            self.client.log_batch(self.run_id, metrics=self.pending)
-        self.pending, self.sent = [], time.monotonic()
+        if self.points or self.tags:
+            self.client.log_batch(self.run_id, metrics=self.points, tags=self.tags)
+        self.points, self.tags, self.sent = [], [], time.monotonic()
+
+    def upload(self, paths: Iterable[Path]) -> None:
+        """Keep files, and folders with what is in them, as artifacts; what MLflow has other places for, there, too."""
+        for path in paths:
+            self.client.log_artifact(self.run_id, str(path))
+            if path.name == "dataset.json":
+                described = read_json(path)
+                source = CodeDatasetSource({"mlflow.source.name": f"pdiff.datasets:{described['name']}"})
+                dataset = MetaDataset(source, name=described["name"], digest=described["digest"])
+                mlflow.log_input(dataset, context="training")
+            elif path.name == "generator" and (self.experiment.log_models or self.experiment.register):
+                from pdiff.tracking import models  # imports torch
+
+                models.log(self.experiment, path)
+
+    def done(self) -> Done:
+        """The run with its latest metrics."""
+        return Done(self.run_id, {name: p.value for name, p in self.latest.items()}, lambda: artifacts(self.record))
 
 
 @contextmanager
-def _run(
+def tracked(
     stage: str,
     experiment: Experiment | None = None,
-    digest: str = "",
     *,
+    digest: str = "",
     label: str = "",
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
-) -> Iterator[Run]:
-    """A run with its tags and parameters, if it is one of an experiment; nested in the active one, or in another
-    process's `parent`; closed as what it ended as."""
-    tags = {
-        **_inherited.get(),
-        **(tags or {}),
-        "pdiff.stage": stage,
-        **({"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}),
-        "pdiff.process": this_process(),
-        "pdiff.commit": commit(),
-        "pdiff.interpreter": sys.executable,
-    }
+) -> Iterator[TrackedRun]:
+    """A new run, nested in the active one or in another process's; closed as finished, failed, or killed.
+
+    Args:
+        stage: what is run.
+        experiment: its configuration, if it runs one.
+        digest: what decides its result.
+        label: what its name says beside the tag of the experiment; the stage when absent.
+        parent: a run of another process.
+        tags: more tags.
+    """
+    own = {"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}
+    process = {"pdiff.process": this_process(), "pdiff.commit": commit(), "pdiff.interpreter": sys.executable}
+    tags = _inherited.get() | dict(tags or {}) | {"pdiff.stage": stage} | own | process
     nested = mlflow.active_run() is not None
     name = f"{experiment.tag} {label or stage}" if experiment else stage
-    run = mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
+    run = TrackedRun(mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags), experiment)
     status = RunStatus.FINISHED
     try:
-        if not nested:
-            _name_project_run(run, name)
+        if not nested and re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.record.info.run_name or ""):
+            run.tag({"mlflow.runName": name})  # `mlflow run` began it, and its user chose no name
         if experiment:
-            _log_config(run, experiment)
+            _log_config(run.run_id, experiment)
         yield run
     except BaseException as error:
         status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
         reason = "pdiff.pruned" if isinstance(error, Pruned) else "pdiff.error"
-        mlflow.set_tag(reason, str(error)[:PARAMETER_LIMIT] or type(error).__name__)
+        run.tag({reason: str(error)[:PARAMETER_LIMIT] or type(error).__name__})
         raise
     finally:
-        mlflow.end_run(RunStatus.to_string(status))
+        try:
+            run.flush()
+        finally:
+            mlflow.end_run(RunStatus.to_string(status))
 
 
-def _log_config(run: Run, experiment: Experiment) -> None:
+def _log_config(run_id: str, experiment: Experiment) -> None:
     """The complete configuration, as parameters `config.*` and as an artifact."""
+    client = mlflow.MlflowClient()
     parameters = [Param(f"{CONFIG}{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
     for start in range(0, len(parameters), BATCH):
-        mlflow.MlflowClient().log_batch(run.info.run_id, params=parameters[start : start + BATCH])
-    mlflow.log_text(config.to_yaml(experiment), "config.yaml")
-
-
-def _name_project_run(run: Run, name: str) -> None:
-    """Give a run that `mlflow run` began a telling name, unless its user chose one."""
-    if re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.info.run_name or ""):
-        mlflow.set_tag("mlflow.runName", name)
+        client.log_batch(run_id, params=parameters[start : start + BATCH])
+    client.log_text(run_id, config.to_yaml(experiment), CONFIG_FILE)
 
 
 @cache
@@ -122,13 +158,22 @@ def commit() -> str:
     return get_git_commit(str(Path(__file__).parent)) or "unknown"
 
 
-def _copy_metrics(run_id: str, metrics: dict[str, float]) -> None:
-    """Set final metrics on another run."""
-    log = RunLog(run_id)
-    for name, value in metrics.items():
-        if not name.startswith("system/"):
-            log(Point(name, value))
-    log.flush()
+def artifacts(record: Record) -> Path:
+    """The artifacts of a run: in place in a local store, else downloaded once."""
+    if local := local_artifacts(record):
+        return local
+    target = work_folder() / "runs" / record.info.run_id
+    if not target.exists():
+        loading = target.with_name(f".{target.name}.{os.getpid()}")
+        mlflow.artifacts.download_artifacts(run_id=record.info.run_id, dst_path=str(loading))
+        os.replace(loading, target)
+    return target
+
+
+def local_artifacts(record: Record) -> Path | None:
+    """Where the artifacts of a run lie on this machine, if the store is local."""
+    uri = record.info.artifact_uri
+    return Path(local_file_uri_to_path(uri)) if urlparse(uri).scheme in ("", "file") else None
 
 
 @contextmanager
@@ -140,7 +185,7 @@ def around(
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
 ) -> Iterator[str]:
-    """A run of no stage, which may be around others, such as a sweep or a trial; yields its identifier.
+    """A run of no stage, which may hold others, such as a sweep or a trial; yields its identifier.
 
     Args:
         kind: what takes the place of a stage in its tags.
@@ -151,11 +196,11 @@ def around(
     """
     if parent:
         mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
-    tags, digest = tags or {}, digests.digest(experiment, STAGES["evaluate"].sections) if experiment else ""
-    with _run(kind, experiment, digest, label=label, parent=parent, tags=tags) as run:
-        token = _inherited.set({name: value for name, value in tags.items() if name.startswith("pdiff.")})
+    digest = stages.all_digests(experiment)["evaluate"] if experiment else ""
+    with tracked(kind, experiment, digest=digest, label=label, parent=parent, tags=tags) as run:
+        token = _inherited.set({name: value for name, value in (tags or {}).items() if name.startswith("pdiff.")})
         try:
-            yield run.info.run_id
+            yield run.run_id
         finally:
             _inherited.reset(token)
 
@@ -165,14 +210,14 @@ def record(
     *,
     metrics: Mapping[str, float] | None = None,
     parameters: Mapping[str, Any] | None = None,
-    tags: Mapping[str, str] | None = None,
     files: Mapping[Path, str] | None = None,
 ) -> None:
     """Add to a run; `files` are path -> name of the folder of artifacts that gets it, "" for the top."""
-    client = mlflow.MlflowClient()
-    _copy_metrics(run_id, dict(metrics or {}))
-    client.log_batch(run_id, params=[Param(k, str(v)[:PARAMETER_LIMIT]) for k, v in (parameters or {}).items()])
-    for name, value in (tags or {}).items():
-        client.set_tag(run_id, name, value)
+    client, now = mlflow.MlflowClient(), int(time.time() * 1000)
+    values = [Metric(name, float(value), now, 0) for name, value in (metrics or {}).items()]
+    given = [Param(name, str(value)[:PARAMETER_LIMIT]) for name, value in (parameters or {}).items()]
+    for start in range(0, max(len(values), len(given)), BATCH):
+        part = slice(start, start + BATCH)
+        client.log_batch(run_id, metrics=values[part], params=given[part])
     for path, folder in (files or {}).items():
         client.log_artifact(run_id, str(path), folder or None)

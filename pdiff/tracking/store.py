@@ -1,38 +1,37 @@
-"""TODO tracking.store."""
+"""The connection to MLflow's tracking store, and that store as the engine sees it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import mlflow
 import requests
 from filelock import FileLock
-from mlflow.entities import Run, RunStatus
+from mlflow.entities import Run as Record
+from mlflow.entities import RunStatus
 from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.rest_utils import http_request
+from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
+from pdiff.experiment.schema import Experiment
+from pdiff.method.log import Point
 from pdiff.parallel.liveness import alive
+from pdiff.tracking.engine import Done, work_folder
+from pdiff.tracking.runs import CONFIG_FILE, TrackedRun, artifacts, commit, local_artifacts, tracked
 
 EXPERIMENT = "pdiff"
 SERVER_TIMEOUT = 5.0
 
 
-def work_folder() -> Path:
-    """Where unfinished stages keep what they have: the variable PDIFF_WORK, else `.pdiff` in the current folder."""
-    return Path(os.environ.get("PDIFF_WORK", ".pdiff")).absolute()
-
-
 @contextmanager
-def connected() -> Iterator[None]:
+def connected() -> Iterator[MLflowStore]:
     """Work with the tracking store; what fails in it becomes one line.
 
     Raises:
@@ -40,7 +39,7 @@ def connected() -> Iterator[None]:
     """
     try:
         connect()
-        yield
+        yield MLflowStore()
     except mlflow.MlflowException as error:
         raise UserError(f"MLflow: {' '.join(str(error).split())}") from None
 
@@ -53,6 +52,7 @@ def connect() -> None:
     """
     for noisy in ("mlflow.system_metrics", "mlflow.store.db", "mlflow.tracking.fluent"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = mlflow.get_tracking_uri()
     if uri.startswith("http"):
         reach(uri)
@@ -72,7 +72,7 @@ def connect() -> None:
 
 
 def reach(uri: str) -> None:
-    """Ask a tracking server whether it is there, by the certificates and passwords that MLflow is told of.
+    """Check that a tracking server answers, with the certificates and passwords of MLflow's settings.
 
     Raises:
         UserError: it does not answer.
@@ -84,39 +84,74 @@ def reach(uri: str) -> None:
         raise UserError(f"MLFLOW_TRACKING_URI {uri}: no answer ({reason})") from None
 
 
-def _experiments() -> list[str]:
-    return [experiment.experiment_id for experiment in mlflow.search_experiments()]
+def search(condition: str) -> list[Record]:
+    """The runs of all MLflow experiments that meet a condition, the latest first."""
+    ids = [experiment.experiment_id for experiment in mlflow.search_experiments()]
+    return mlflow.search_runs(ids, condition, output_format="list", order_by=["attributes.start_time DESC"])
 
 
-def _runs(condition: str) -> list[Run]:
-    return mlflow.search_runs(_experiments(), condition, output_format="list", order_by=["attributes.start_time DESC"])
+class MLflowStore:
+    """MLflow as the store of the engine, see `pdiff.tracking.engine.Store`."""
+
+    def find(self, tags: Mapping[str, str]) -> Done | None:
+        """The latest finished run that has these tags and its artifacts, and does not stand for another one."""
+        conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+        found = search(" and ".join(["attributes.status = 'FINISHED'", *conditions]))
+        return next((_done(run) for run in found if "pdiff.reused" not in run.data.tags and _is_whole(run)), None)
+
+    @contextmanager
+    def open(self, stage: str, experiment: Experiment, digest: str) -> Iterator[TrackedRun]:
+        """A new run, nested in the active one."""
+        with tracked(stage, experiment, digest=digest) as run:
+            yield run
+
+    def reuse(self, stage: str, experiment: Experiment, done: Done) -> None:
+        """Warn of a run that was made by other code; log its models, if this experiment wants them and the run has
+        none; and if `mlflow run` began a run for this, note there which one it stands for."""
+        made_by = done.tags.get("pdiff.commit", "unknown")
+        if made_by not in (commit(), "unknown"):
+            tqdm.write(f"warning: run {done.run_id} was made by commit {made_by}")
+        if stage == "train" and (experiment.log_models or experiment.register):
+            _complete_models(experiment, done)
+        if "MLFLOW_RUN_ID" in os.environ and mlflow.active_run() is None:
+            with tracked(stage, experiment, digest=done.tags["pdiff.digest"]) as run:
+                run.tag({"pdiff.reused": done.run_id})
+                for name, value in done.metrics.items():
+                    run.log(Point(name, value))
+
+
+def _done(record: Record) -> Done:
+    metrics = {name: value for name, value in record.data.metrics.items() if not name.startswith("system/")}
+    return Done(record.info.run_id, metrics, lambda: artifacts(record), record.data.tags)
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether the artifacts of a run are there, as far as that is known without a server."""
+    folder = local_artifacts(record)
+    return folder is None or (folder / CONFIG_FILE).exists()
+
+
+def _complete_models(experiment: Experiment, done: Done) -> None:
+    """Log and register the models of a finished run of `train` as far as that was not done."""
+    logged = mlflow.get_run(done.run_id).outputs.model_outputs
+    name = f"pdiff-{experiment.tag}"
+    versions = mlflow.search_model_versions(filter_string=f"name = '{name}'") if experiment.register else []
+    registered = done.run_id in {version.run_id for version in versions}
+    if not logged:
+        from pdiff.tracking import models  # imports torch
+
+        with mlflow.start_run(done.run_id, nested=True):
+            models.log(experiment, done.folder / "generator")
+    elif experiment.register and not registered:
+        mlflow.register_model(f"runs:/{done.run_id}/generator", name)
 
 
 def close_dead_runs() -> None:
     """Mark runs as KILLED that are RUNNING by their record, but whose process is gone."""
-    for run in _runs("attributes.status = 'RUNNING'"):
-        process = run.data.tags.get("pdiff.process")
+    for record in search("attributes.status = 'RUNNING'"):
+        process = record.data.tags.get("pdiff.process")
         if process and not alive(process):
-            mlflow.MlflowClient().set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
-
-
-def _is_whole(run: Run) -> bool:
-    """Whether the artifacts of a run lie where they should, as far as that can be told without a server."""
-    uri = run.info.artifact_uri
-    return urlparse(uri).scheme not in ("", "file") or (Path(local_file_uri_to_path(uri)) / "config.yaml").exists()
-
-
-def _artifacts(run: Run) -> Path:
-    """The artifacts of a run: in place in a local store, else downloaded once."""
-    uri = run.info.artifact_uri
-    if urlparse(uri).scheme in ("", "file"):
-        return Path(local_file_uri_to_path(uri))
-    target = work_folder() / "runs" / run.info.run_id
-    if not target.exists():
-        loading = target.with_name(f".{target.name}.{os.getpid()}")
-        mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=str(loading))
-        os.replace(loading, target)
-    return target
+            mlflow.MlflowClient().set_terminated(record.info.run_id, RunStatus.to_string(RunStatus.KILLED))
 
 
 def address() -> str:
@@ -131,13 +166,13 @@ def move(run_ids: Sequence[str], parent: str) -> None:
 
 
 def disown(run_ids: Sequence[str]) -> None:
-    """Mark runs as KILLED, also those that had just finished when their process died, before it could say so."""
+    """Mark runs as KILLED, even if they are FINISHED by their record: their process died before their trial ended."""
     for run_id in run_ids:
         mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.KILLED))
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error says that the tracking store does not answer, and not that it was asked for nonsense."""
+    """Whether an error means that the tracking store does not answer, not that the request was wrong."""
     code = getattr(error, "error_code", "")
     return isinstance(error, mlflow.MlflowException | requests.RequestException) and (
         code in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -145,15 +180,15 @@ def is_away(error: BaseException) -> bool:
 
 
 def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:
-    """The artifacts and tags of a run by its identifier.
+    """The artifacts and tags of a run, or of the one that it stands for.
 
     Raises:
         UserError: no such run.
     """
     try:
-        run = mlflow.get_run(run_id)
+        record = mlflow.get_run(run_id)
     except mlflow.MlflowException as error:
         raise UserError(f"--run: {error.message.splitlines()[0]}") from None
-    if reused := run.data.tags.get("pdiff.reused"):
+    if reused := record.data.tags.get("pdiff.reused"):
         return artifacts_of(reused)
-    return _artifacts(run), run.data.tags
+    return artifacts(record), record.data.tags

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, digests, schema
+from pdiff.experiment import config, schema, stages
 from pdiff.experiment.schema import affecting
 
 BASE = "dataset: {name: digits}\nnetwork: {architecture: mlp}\n"
@@ -245,11 +245,8 @@ def test_flat_keys_are_overrides(write):
     ).model_copy(update={"tag": "t"})
 
 
-SECTIONS = ("dataset", "network", "prepare", "autoencoder", "diffusion", "generate", "evaluate")
-
-
-def digest(sections: tuple[str, ...] = SECTIONS, **overrides: str) -> str:
-    return digests.digest(config.load("t", {k.replace("__", "."): v for k, v in overrides.items()}), sections)
+def digest(stage: str = "evaluate", **overrides: str) -> str:
+    return stages.all_digests(config.load("t", {k.replace("__", "."): v for k, v in overrides.items()}))[stage]
 
 
 def test_digest_sees_what_can_change_a_result_and_nothing_else(write):
@@ -274,14 +271,17 @@ def test_digest_sees_what_can_change_a_result_and_nothing_else(write):
         "evaluate__noise": "[1]",
     }
     assert len({digest(), *(digest(**{key: value}) for key, value in changes.items())}) == len(changes) + 1
-    assert digest(("dataset",), generate__seed="1") == digest(("dataset",))
-    assert digest(("dataset",), seed="1") != digest(("dataset",))
+    assert digest("train", generate__seed="1") == digest("train")
+    assert digest("train", seed="1") != digest("train")
+    assert digest("pretrain", prepare__collect__learning_rate="0.5") == digest("pretrain")
+    assert digest("originals", evaluate__noise="[1]") == digest("originals")
+    assert digest("originals", evaluate__test="false") != digest("originals")
 
 
 def test_digest_is_the_same_whatever_the_tag_and_the_notation(write):
     write("t", BASE + "diffusion: {learning_rate: 1e-4}")
     write("u", "extends: t\ndiffusion: {learning_rate: 0.0001}")
-    assert digest() == digests.digest(config.load("u"), SECTIONS)
+    assert digest() == stages.all_digests(config.load("u"))["evaluate"]
 
 
 def test_fields_without_effect_are_those_that_are_meant():
@@ -349,20 +349,20 @@ def test_digest_sees_what_is_used_alone(write, tmp_path):
         (source / name).write_text(name)
     (tmp_path / "test.py").write_text("print(1)")
 
-    def digest(sections: tuple[str, ...], **evaluate: str) -> str:
+    def digest(stage: str, **evaluate: str) -> str:
         tree = {"prepare": {"source": str(source), "exclude": ["b*.pth"]}, "evaluate": evaluate}
-        return digests.digest(config.load(str(write("own", yaml.safe_dump(tree)))), sections)
+        return stages.all_digests(config.load(str(write("own", yaml.safe_dump(tree)))))[stage]
 
     options = {"command": "python test.py {checkpoint}", "folder": str(tmp_path)}
     function = {"function": f"{tmp_path}/test.py:predict"}
-    sections = (("prepare",), ("prepare", "evaluate"))
-    before = [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
+    names = ("generate", "originals", "evaluate")
+    before = [digest(name, **options) for name in names] + [digest("originals", **function)]
     for name in ("bad.pth", "notes.txt", "more.txt", "b.pth"):
         (source / name).write_text("changed")
-    assert before == [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
+    assert before == [digest(name, **options) for name in names] + [digest("originals", **function)]
     (tmp_path / "test.py").write_text("print(12)")
-    after = [digest(part, **options) for part in sections] + [digest(sections[1], **function)]
-    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
+    after = [digest(name, **options) for name in names] + [digest("originals", **function)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_digest_sees_the_script_of_a_command(write, tmp_path, command):
     seen = set()
     for text in ("print(1)", "print(12)"):
         script.write_text(text)
-        seen.add(digests.digest(experiment, ("prepare", "evaluate")))
+        seen.add(stages.all_digests(experiment)["originals"])
     assert len(seen) == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdiff.experiment import config, digests, published
+from pdiff.experiment import config, published, stages
 from pdiff.experiment.schema import Experiment
 from pdiff.method.autoencoders import convolutional
 from pdiff.method.denoisers import convolutional as convolutional_denoiser
@@ -22,7 +22,6 @@ from pdiff.networks.populations import generated_names, generated_size
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = [path for path in sorted(FOLDER.rglob("*.yaml")) if path.parent.name != "sweeps"]
 TAGS = [path.stem for path in FILES if path.parent != FOLDER]  # what lies in the folder itself is for `extends` alone
-PREPARED = ("dataset", "network", "prepare")
 PUBLISHED = json.loads((Path(__file__).parents[1] / "helpers" / "tags.json").read_text())
 FACTS = PUBLISHED["tags"]
 
@@ -44,7 +43,7 @@ def test_loads(tag):
 @pytest.mark.parametrize("tag", [tag for tag in TAGS if tag.endswith("_paper")])
 def test_paper_variants_share_their_checkpoints(tag):
     ours, papers = (config.load(t) for t in (tag.removesuffix("_paper"), tag))
-    assert digests.digest(ours, PREPARED) == digests.digest(papers, PREPARED)
+    assert stages.all_digests(ours)["prepare"] == stages.all_digests(papers)["prepare"]
     assert papers.autoencoder == config.load("cifar100_resnet18").autoencoder
     assert papers.diffusion == config.load("cifar100_resnet18").diffusion
     assert papers.generate == config.load("cifar100_resnet18").generate
@@ -196,7 +195,7 @@ def check_transforms(experiment: Experiment, facts: dict) -> None:
 
 def check_checkpoints_from(experiment: Experiment, facts: dict) -> None:
     base = config.load(facts.get("checkpoints_from", experiment.tag))
-    assert digests.digest(experiment, PREPARED) == digests.digest(base, PREPARED)
+    assert stages.all_digests(experiment)["prepare"] == stages.all_digests(base)["prepare"]
 
 
 def check_pretrained_from(experiment: Experiment, facts: dict) -> None:
@@ -242,7 +241,7 @@ def test_the_facts_are_those_that_the_checks_know():
 
 
 def test_tags_that_share_checkpoints_share_a_run_of_prepare():
-    found = {tag: digests.digest(config.load(tag), PREPARED) for tag in FACTS}
+    found = {tag: stages.all_digests(config.load(tag))["prepare"] for tag in FACTS}
     shared = {"cifar100_resnet18", *(tag for tag, facts in FACTS.items() if "checkpoints_from" in facts)}
     assert len(shared) == 17 and {found[tag] for tag in shared} == {found["cifar100_resnet18"]}
     assert len(set(found.values())) == 81 - 16  # and nobody else does

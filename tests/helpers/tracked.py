@@ -20,7 +20,7 @@ diffusion: {steps: 60, width: 32, blocks: 1, evaluate_every: 20}
 generate: {count: 8, sampling_steps: 6}
 evaluate: {noise: [0.05], noise_count: 4}
 """
-STAGES = ["prepare", "train", "generate", "evaluate"]
+STAGES = ["pretrain", "prepare", "train", "generate", "originals", "evaluate"]
 
 
 def runs(stage=None):

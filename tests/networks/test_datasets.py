@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 
 from pdiff.cli.main import main
 from pdiff.errors import UserError
-from pdiff.experiment import digests, schema
+from pdiff.experiment import schema, stages
 from pdiff.networks import datasets, loaders
 from pdiff.networks.datasets import DATASETS, Source
 from pdiff.networks.images import Images, Part, Pixels
@@ -534,7 +534,8 @@ def test_grey_files(monkeypatch, tmp_path):
 def test_the_root_of_a_folder_counts_and_that_of_others_does_not(monkeypatch, tmp_path):
     def digest(name: str, root: Path) -> str:
         dataset, network = Dataset(name=name, root=str(root)), Network(architecture="mlp")
-        return digests.digest(schema.experiment({"dataset": dataset, "network": network}), ["dataset"])
+        experiment = schema.experiment({"dataset": dataset, "network": network})
+        return stages.all_digests(experiment)["pretrain"]
 
     write("image_folder", tmp_path / "a", monkeypatch)
     shutil.copytree(tmp_path / "a", tmp_path / "b")  # times of modification, too

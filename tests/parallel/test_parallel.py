@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from pdiff.errors import ProcessError, UserError
-from pdiff.experiment import prepare, schema, train
+from pdiff.experiment import prepare, pretrain, schema, train
 from pdiff.files import append_line, read_tensors, write_tensors
 from pdiff.method.collection import Collection
 from pdiff.method.log import Point
@@ -125,7 +125,9 @@ def compute(folder: Path, prepared: Path, *, log) -> dict[str, float]:
     metrics = {}
     for name, tree in EXPERIMENTS.items():
         experiment = schema.experiment(tree)
-        metrics |= prepare.prepare(experiment, folder / name / "prepare", log)
+        pretrain.pretrain(experiment, folder / name / "pretrain", log)
+        pretrained = prepared / name / "pretrain"
+        metrics |= prepare.prepare(experiment, folder / name / "prepare", log, pretrain=pretrained)
         metrics |= train.train(experiment, folder / name / "train", log, prepare=prepared / name / "prepare")
     if world() > 1:
         check_helpers(folder)

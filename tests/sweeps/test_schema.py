@@ -9,6 +9,7 @@ import pytest
 from pdiff.errors import UserError
 from pdiff.experiment import config
 from pdiff.sweeps import schema
+from pdiff.sweeps.command import Command, check
 from pdiff.sweeps.schema import Sweep, Threshold
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "sweeps"
@@ -36,7 +37,7 @@ def refusal(path: Path, tree: dict, tag: str = "digits_mlp") -> str:
     """The one line that refuses a sweep file."""
     name = written(path, tree)
     with pytest.raises(UserError) as caught:
-        schema.check(name, schema.load(name), tag, {})
+        check(Command(tag, name))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -53,9 +54,9 @@ def test_sweeps_of_the_repository_are_valid_for_both_generators(name, tag):
     sweep = schema.load(name)
     if (name, tag) == ("noise_scale", "digits_mlp") or name == "layers":  # PCA takes no noise; an MLP is no ResNet
         with pytest.raises(UserError, match="no parameter applies"):
-            schema.check(name, sweep, tag, {})
+            check(Command(tag, name))
         tag = "fashion_resnet18_paper"
-    base = schema.check(name, sweep, tag, {})
+    base = check(Command(tag, name)).experiment
     for chosen in sampled(sweep, tag, {key: schema.as_text(value) for key, value in sweep.set.items()}):
         assert chosen
         experiment = config.load(tag, {key: schema.as_text(value) for key, value in sweep.set.items()} | chosen)
@@ -148,7 +149,7 @@ def test_options_of_a_kind_are_checked_where_another_parameter_chooses_it(tmp_pa
         "diffusion.width": {"kind": "int", "low": 8, "high": 64, "when": {"diffusion.denoiser": "mlp"}},
     }
     name = written(tmp_path / "s.yaml", MINIMAL | {"parameters": parameters})
-    assert schema.check(name, schema.load(name), "digits_mlp_paper", {}).diffusion.denoiser == "conv"
+    assert check(Command("digits_mlp_paper", name)).experiment.diffusion.denoiser == "conv"
     parameters["diffusion.width"]["low"] = -8
     message = refusal(tmp_path / "s.yaml", MINIMAL | {"parameters": parameters}, "digits_mlp_paper")
     assert "diffusion.width" in message and "-8" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -19,20 +20,21 @@ from pathlib import Path
 import mlflow
 import optuna
 import pandas as pd
+import psutil
 import pytest
 from tracked import runs, start, wait_for
 
 from pdiff.cli.main import main as pdiff
 from pdiff.errors import UserError
-from pdiff.experiment import stages
 from pdiff.experiment.history import STATE, History
 from pdiff.experiment.stages import STAGES
 from pdiff.files import write_json
 from pdiff.method.log import Point
 from pdiff.sweeps import leader as leading
-from pdiff.sweeps import objective, trials
 from pdiff.sweeps import storage as storages
-from pdiff.tracking import engine, queries, store
+from pdiff.sweeps import trials
+from pdiff.sweeps.command import Command
+from pdiff.tracking import queries, store
 
 SMALLER = """
 extends: base.yaml
@@ -91,12 +93,13 @@ def states(study):
 @pytest.fixture
 def measured(monkeypatch):
     """Stages that measure what the test says: metric -> values at steps 1, 2, ..., or what to raise."""
-    numbers: dict = {"prepare": {}, "train": {}, "generate": {}, "evaluate": {"val_accuracy/generated_mean": [0.5]}}
+    numbers: dict = {stage: {} for stage in STAGES} | {"evaluate": {"val_accuracy/generated_mean": [0.5]}}
 
     def fake(stage):
         def run(experiment, out, log, **_):
             history = History(out, log)
             write_json(out / "dataset.json", {"name": "digits", "digest": "1"})
+            (out / STATE).mkdir(exist_ok=True)
             (out / STATE / "x.pt").touch()
             given = numbers[stage](experiment) if callable(numbers[stage]) else numbers[stage]
             for name, values in given.items():
@@ -106,15 +109,14 @@ def measured(monkeypatch):
 
         return run
 
-    table = {name: stages.Stage(fake(name), stage.reads, stage.sections) for name, stage in STAGES.items()}
-    monkeypatch.setattr(engine, "STAGES", table)
-    monkeypatch.setattr(objective, "STAGES", table)
+    for name, stage in STAGES.items():
+        monkeypatch.setitem(STAGES, name, dataclasses.replace(stage, run=fake(name)))
     return numbers
 
 
 def in_process(count: int, **more) -> optuna.Study:
     """Lead a sweep whose one worker is this process."""
-    command = leading.Command("tiny.yaml", written(**more), trials=count, storage=storages.STORAGE, launcher="inline")
+    command = Command("tiny.yaml", written(**more), trials=count, storage=storages.STORAGE, launcher="inline")
     with store.connected():
         return leading.run(command).study
 
@@ -131,9 +133,10 @@ def test_a_trial_is_a_run_with_its_stages_in_it(workspace, measured):
         assert run.data.params["config.generate.count"] == str(trial.params["generate.count"])
         assert run.data.metrics["val_accuracy/generated_mean"] == 0.5
         assert run.data.params["config.evaluate.test"] == run.data.params["config.log_models"] == "False"
-    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 3, 3], "what trials share is done once"
+    counts = {"pretrain": 1, "prepare": 1, "train": 1, "generate": 3, "originals": 1, "evaluate": 3}
+    assert {stage: len(runs(stage)) for stage in STAGES} == counts, "what trials share is done once"
     assert {run.data.tags["pdiff.study"] for run in runs("evaluate")} == {"s-tiny"}
-    assert queries._finished("evaluate") == [], "no leaderboard takes a trial for the latest run of its tag"
+    assert queries.finished("evaluate") == [], "no leaderboard takes a trial for the latest run of its tag"
     inside = {run.data.tags["mlflow.parentRunId"] for run in runs("generate")}
     assert inside == {run.info.run_id for run in runs("trial")}
 
@@ -252,6 +255,48 @@ def test_an_interrupted_trial_is_retried_with_the_same_parameters(workspace, mea
     assert {run.data.tags["mlflow.parentRunId"] for run in runs("trial")} == {newest}
 
 
+def test_a_trial_that_was_declared_stale_is_left_to_the_worker_that_retries_it(workspace, measured, capsys):
+    calls = []
+
+    def silent_once(experiment):
+        calls.append(experiment.generate.count)
+        if len(calls) == 1:
+            study = loaded()
+            (trial,) = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        return {}
+
+    measured["generate"] = silent_once
+    study = in_process(2)
+    found = study.get_trials()
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"] and found[2].params == found[0].params
+    assert [run.info.status for run in runs("trial")] == ["KILLED", "FINISHED", "FINISHED"]
+    assert "error" not in found[0].user_attrs and len(calls) == 2, "a stage that was finished is reused"
+    assert "trial 0 was declared stale and is being retried by another worker" in capsys.readouterr().out
+
+
+def test_a_second_command_lends_its_worker_and_leaves_the_rest_to_the_leader(workspace, measured, capsys):
+    study = in_process(3, timeout=1e-6)
+    parent = psutil.Process(os.getppid())  # any process that lives: it leads the study
+    name = f"{socket.gethostname()}:{parent.pid}:{parent.create_time():.0f}"
+    study.set_user_attr("deadline", None)
+    study.set_user_attr("leader", [name, time.time() + 60])
+    assert states(in_process(3)) == ["COMPLETE"] * 3
+    assert "study s-tiny: another command leads it; 1 workers join" in capsys.readouterr().out
+    (sweep,) = runs("sweep")
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs("trial")} == {sweep.info.run_id}
+    assert study.user_attrs["leader"][0] == name
+
+
+def test_a_study_whose_leader_died_has_another(workspace, measured):
+    study = in_process(1)
+    study.set_user_attr("leader", [f"{socket.gethostname()}:1:1", time.time() + 60])
+    assert states(in_process(2)) == ["COMPLETE"] * 2 and len(runs("sweep")) == 2
+    study.set_user_attr("leader", ["another-host:1:1", time.time() - 1])
+    assert states(in_process(3)) == ["COMPLETE"] * 3 and len(runs("sweep")) == 3
+    assert study.user_attrs["leader"] == ["", 0]
+
+
 def test_a_worker_that_dies_between_its_run_and_its_trial(workspace, measured):
     """The run was FINISHED, the trial still RUNNING: it is retried, and only one run may say that it finished."""
     study = in_process(1, timeout=1e-6)
@@ -265,7 +310,7 @@ def test_a_worker_that_dies_between_its_run_and_its_trial(workspace, measured):
     assert mlflow.get_run(run_id).info.status == "KILLED" and states(study) == ["FAIL", "WAITING"]
 
 
-def test_a_tracking_store_that_is_away_is_not_the_foundfault(workspace, measured, monkeypatch):
+def test_a_tracking_store_that_is_away_is_not_the_trials_fault(workspace, measured, monkeypatch):
     away = [mlflow.MlflowException("connection refused"), None, None, None]
 
     def sometimes(experiment):
@@ -362,7 +407,7 @@ def test_terminated_and_continued(workspace):
     assert parent.info.status == "KILLED"
     assert not [run for run in runs() if run.info.status == "RUNNING"]
 
-    assert pdiff([*WORDS, "--storage", "journal://study.journal"]) == 0
+    assert pdiff([*WORDS, "--storage", "journal://study.journal", "--launcher", "inline"]) == 0
     study = loaded(url="journal://study.journal")
     assert states(study).count("COMPLETE") == 3 and set(states(study)) <= {"COMPLETE", "FAIL"}
     assert [run.info.status for run in runs("sweep")] == ["KILLED", "FINISHED"]

@@ -38,9 +38,11 @@ def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
         assert run.data.params["config.diffusion.steps"] == "60"
         assert (artifacts(run) / "config.yaml").exists()
     written = {
+        "pretrain": {"network.safetensors", "history.csv"},
         "prepare": {"checkpoints.safetensors", "checkpoints.json", "network.safetensors"},
         "train": {"generator"},
         "generate": {"generated.safetensors", "generated.json"},
+        "originals": {"original.safetensors"},
         "evaluate": {"evaluation.csv", "similarity.safetensors", "report.html", "summary.json"},
     }
     for stage, names in written.items():
@@ -86,10 +88,11 @@ def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
     assert row[0] == "tiny" and float(row[5]) == pytest.approx(100 * generated.test_accuracy.mean(), abs=0.006)
 
     assert pdiff(["main", "--tag", "tiny.yaml", "--generate.count", "5"]) == 0
-    assert capsys.readouterr().out.count("reusing run") == 2
-    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 2, 2]
+    assert capsys.readouterr().out.count("reusing run") == 4
+    counts = {"pretrain": 1, "prepare": 1, "train": 1, "generate": 2, "originals": 1, "evaluate": 2}
+    assert {stage: len(runs(stage)) for stage in STAGES} == counts
     assert pdiff(["generate", "--tag", "tiny.yaml", "--fresh"]) == 0
-    assert [len(runs(stage)) for stage in STAGES] == [1, 1, 3, 2]
+    assert {stage: len(runs(stage)) for stage in STAGES} == counts | {"generate": 3}
     same = [load_file(artifacts(runs("generate")[k]) / "generated.safetensors") for k in (0, 1, 2)]
     for name, tensor in same[0].items():
         torch.testing.assert_close(same[1][name], tensor[:5])  # network k depends on the seed and on k alone
@@ -134,16 +137,17 @@ def test_registered_model_returns_new_weights(workspace):
         torch.testing.assert_close(torch.from_numpy(weights[name]), tensor)
 
 
-@pytest.mark.parametrize("stage", ["prepare", "train"])
+@pytest.mark.parametrize("stage", ["pretrain", "train"])
 def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
     longer = {
-        "prepare": ["--prepare.pretrain.epochs", "150"],
+        "pretrain": ["--prepare.pretrain.epochs", "150"],
         "train": ["--diffusion.steps", "1500", "--diffusion.patience", "0"],
     }
-    words = [stage, "--tag", "tiny.yaml", *longer[stage]]
-    result = {"prepare": "checkpoints.safetensors", "train": "generator/generator.safetensors"}[stage]
-    state = {"prepare": "pretrain.pt", "train": "diffusion.pt"}[stage]
+    command = {"pretrain": "prepare", "train": "train"}[stage]
+    words = [command, "--tag", "tiny.yaml", *longer[stage]]
+    result = {"pretrain": "checkpoints.safetensors", "train": "generator/generator.safetensors"}[stage]
+    state = {"pretrain": "pretrain.pt", "train": "diffusion.pt"}[stage]
     process = start(*words, PDIFF_SAVE_SECONDS="0.2")
     wait_for(lambda: list(workspace.glob(f".pdiff/*/.state/{state}")), process)
     process.send_signal(signal.SIGKILL)
@@ -157,7 +161,7 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     assert again.returncode == 0, printed
     assert "resuming" in printed
     assert [run.info.status for run in runs(stage)] == ["KILLED", "FINISHED"]
-    loss = {"prepare": "pretrain/loss", "train": "diffusion/loss"}[stage]
+    loss = {"pretrain": "pretrain/loss", "train": "diffusion/loss"}[stage]
     history = mlflow.MlflowClient().get_metric_history(runs(stage)[1].info.run_id, loss)
     steps = sorted(point.step for point in history)
     assert steps[0] < saved < steps[-1], "the curve is whole, before and after the kill"
@@ -183,7 +187,7 @@ def test_terminated_runs_are_closed(workspace):
     wait_for(lambda: any(stage == "train" for stage, _ in statuses()), process)
     process.terminate()
     assert process.wait() == 130
-    assert dict(statuses()) == {"main": "KILLED", "prepare": "FINISHED", "train": "KILLED"}
+    assert dict(statuses()) == {"main": "KILLED", "pretrain": "FINISHED", "prepare": "FINISHED", "train": "KILLED"}
 
 
 def test_a_tracking_server(workspace):

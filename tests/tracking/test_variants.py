@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from tracked import artifacts, runs
 
 from pdiff.cli.main import main as pdiff
-from pdiff.experiment import config, evaluate, history, stages
+from pdiff.experiment import config, stages
 from pdiff.method.generators.base import Generator
 from pdiff.networks.evaluators import images
 from pdiff.seeds import sample_seed
@@ -168,24 +168,27 @@ def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys
     assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
     words = ["prepare", "--tag", "tiny.yaml", "--prepare.collect.checkpoints", "5"]
     assert pdiff([*words, "--prepare.parameters", "3.*"]) == 0
+    (pretrained,) = runs("pretrain")
+    assert f"pretrain: reusing run {pretrained.info.run_id}" in capsys.readouterr().out
+    assert "pretrain/loss" in pretrained.data.metrics
     first, second = runs("prepare")
-    assert f"prepare: network.safetensors of run {first.info.run_id}" in capsys.readouterr().out
-    assert "pretrain/loss" in first.data.metrics and "pretrain/loss" not in second.data.metrics
+    assert first.data.tags["pdiff.pretrain_run"] == second.data.tags["pdiff.pretrain_run"] == pretrained.info.run_id
     base, shared = (load_file(artifacts(run) / "network.safetensors") for run in (first, second))
     assert all(torch.equal(tensor, shared[name]) for name, tensor in base.items())
     whole, last = (load_file(artifacts(run) / "checkpoints.safetensors") for run in (first, second))
     assert set(last) == {"3.weight", "3.bias"} and len(last["3.bias"]) == 5 and len(whole["3.bias"]) == 20
     assert pdiff([*words, "--prepare.pretrain.epochs", "2"]) == 0  # another pretraining
     assert pdiff(["prepare", "--tag", "tiny.yaml", "--fresh"]) == 0
-    assert all("pretrain/loss" in run.data.metrics for run in runs("prepare")[2:])
+    assert len(runs("pretrain")) == 3
+    assert all("pretrain/loss" in run.data.metrics for run in runs("pretrain"))
 
 
-def test_originals_are_judged_once(workspace, monkeypatch, capsys):
+def test_originals_are_evaluated_once(workspace, monkeypatch, capsys):
     """Whatever is generated, and whatever else it is compared with."""
-    judged, run = [], images.batch_predictions
+    counts, run = [], images.batch_predictions
 
     def counted(network, groups, *arguments, **options):
-        judged.append([len(group) for group in groups])
+        counts.append([len(group) for group in groups])
         return run(network, groups, *arguments, **options)
 
     monkeypatch.setattr(images, "batch_predictions", counted)
@@ -193,16 +196,16 @@ def test_originals_are_judged_once(workspace, monkeypatch, capsys):
     first = table()
     words = ["--autoencoder.latent_size", "3", "--generate.count", "5", "--evaluate.noise", "[0.1, 0.2]"]
     evaluated(*words)
-    assert f"evaluate: verdicts of run {runs('evaluate')[0].info.run_id}" in capsys.readouterr().out
-    assert judged == [[20, 8, 4, 1]] * 2 + [[5, 4, 4, 1]] * 2, "on validation and on test images"
+    assert f"originals: reusing run {runs('originals')[0].info.run_id}" in capsys.readouterr().out
+    assert counts == [[20]] * 2 + [[8, 4, 1]] * 2 + [[5, 4, 4, 1]] * 2, "on validation and on test images"
     shared = table()
     columns = ["val_accuracy", "test_accuracy", "max_similarity"]
     assert shared[columns][:20].equals(first[columns][:20])
     assert pdiff(["evaluate", "--tag", "tiny.yaml", "--fresh", *words]) == 0
-    assert judged[4:] == [[20, 5, 4, 4, 1]] * 2
+    assert counts[6:] == [[20]] * 2 + [[5, 4, 4, 1]] * 2
     assert table().equals(shared)
     evaluated("--generator.checkpoints", "7")  # other originals
-    assert judged[6:] == [[7, 8, 4, 1]] * 2
+    assert counts[10:] == [[7]] * 2 + [[8, 4, 1]] * 2
 
 
 @pytest.mark.parametrize(
@@ -262,7 +265,7 @@ def test_a_command_that_fails_late_goes_on_where_it_was(workspace, commanded):
     assert not list(workspace.glob(".pdiff/*/")), "nothing is left"
 
 
-def test_verdicts_are_taken_from_the_latest_evaluation_of_the_same_checkpoints(workspace, commanded, capsys):
+def test_originals_are_evaluated_again_where_their_script_or_their_checkpoints_changed(workspace, commanded, capsys):
     def calls(*words):
         Path("calls").write_text("")
         assert pdiff([*words[:1], *commanded, *words[1:]]) == 0
@@ -270,7 +273,7 @@ def test_verdicts_are_taken_from_the_latest_evaluation_of_the_same_checkpoints(w
 
     assert calls("evaluate") == calls("evaluate", "--fresh") == 12
     assert calls("evaluate", "--generate.seed", "1") == 8
-    assert f"evaluate: verdicts of run {runs('evaluate')[1].info.run_id}" in capsys.readouterr().out
+    assert f"originals: reusing run {runs('originals')[1].info.run_id}" in capsys.readouterr().out
     Path("helper.py").write_text("SCALE = 2")  # which the script imports
     assert calls("evaluate", "--generate.seed", "2") == 12
     assert calls("prepare", "--fresh") == 0
@@ -278,17 +281,22 @@ def test_verdicts_are_taken_from_the_latest_evaluation_of_the_same_checkpoints(w
     assert calls("evaluate", "--generate.seed", "4") == 8
 
 
-def test_whole_verdicts_of_others_replace_unfinished_ones(tmp_path):
-    for folder, lines in ((history.STATE, "1\n"), (evaluate.VERDICTS, "1\n2\n")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "original.jsonl").write_text(lines)
-    known = evaluate._verdicts(lambda groups, state: (state / "original.jsonl").read_text(), {}, tmp_path)
-    assert known == "1\n2\n"
+def test_an_evaluation_of_originals_that_failed_late_is_completed(workspace, commanded):
+    """Its results so far are kept, and no evaluation of what is generated takes them for the whole."""
+    Path("test.py").write_text(TEST.replace("generated/00000", "original/00002"))
+    Path("full").touch()
+    assert pdiff(["evaluate", *commanded]) == 2
+    assert len(Path("calls").read_text()) == 2
+    assert [run.info.status for stage in ("originals", "evaluate") for run in runs(stage)] == ["FAILED", "FAILED"]
+    Path("full").unlink()
+    assert pdiff(["evaluate", *commanded]) == 0
+    assert len(Path("calls").read_text()) == 4 + 3 + 4 + 1
+    assert table().query("group == 'original'").test_accuracy.tolist() == pytest.approx([1, 1 / 2, 1 / 5, 1 / 10])
 
 
-def test_verdicts_that_were_taken_are_no_reason_to_keep_a_failed_evaluation(workspace, commanded, capsys):
+def test_known_originals_are_no_reason_to_keep_an_evaluation_that_failed_at_once(workspace, commanded, capsys):
     assert pdiff(["evaluate", *commanded]) == 0
     Path("full").touch()
     assert pdiff(["evaluate", *commanded, "--generate.seed", "1"]) == 2
-    assert "evaluate: verdicts of run" in capsys.readouterr().out
+    assert "originals: reusing run" in capsys.readouterr().out
     assert not list(workspace.glob(".pdiff/*/"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdiff.files import read_json, read_tensors, write_json, write_tensors
 from pdiff.method.collection import Collection, not_finite
@@ -102,6 +102,10 @@ class Generator(ABC):
 
     def sizes(self) -> dict[str, float]:
         """Sizes worth logging, such as the number of latents."""
+        return {}
+
+    def modules(self) -> dict[str, tuple[nn.Module, int]]:
+        """Modules that are useful by themselves: name -> module of rows (B, width), and the width."""
         return {}
 
     @abstractmethod

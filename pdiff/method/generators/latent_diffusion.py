@@ -104,6 +104,12 @@ class LatentDiffusion(Generator):
     def sizes(self) -> dict[str, float]:
         return {"latent_size": len(self.latent_mean)}
 
+    def modules(self) -> dict[str, tuple[nn.Module, int]]:
+        found = {"autoencoder": (self.autoencoder, self.standardizer.size)}
+        if self.denoiser:
+            found["diffusion"] = (OneInput(self.denoiser), len(self.latent_mean) + 1)
+        return found
+
     @torch.inference_mode()
     def trajectory(
         self, count: int, *, every: int, seed: int = 0, device: torch.device | str = "cpu", **options: Any
@@ -153,6 +159,17 @@ class LatentDiffusion(Generator):
         if standardizer.size != autoencoder.size:
             raise ValueError(f"its slots hold {standardizer.size} numbers, its autoencoder {autoencoder.size}")
         return cls(standardizer, autoencoder, mean, std, denoiser, OBJECTIVES[objective.pop("prediction")](**objective))
+
+
+class OneInput(nn.Module):
+    """A denoiser of one input: latents and, as the last column, timesteps, (B, L + 1) -> prediction (B, L)."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.denoiser(rows[:, :-1], rows[:, -1])
 
 
 def described(kinds: dict[str, type[Section]], module: nn.Module) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def main(words: Sequence[str] | None = None) -> int:
         words: those of the command line when absent.
 
     Returns:
-        The exit code: 0; 2 for a mistake of the user's; 1 for a failure; 130 when interrupted; 141 when nobody reads
-        the output any more.
+        The exit code: 0; 2 for a user error, which is one line; 1 for a failure; 130 when interrupted; 141 when the
+        pipe that the output goes to is closed.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     if "_PDIFF_COMPLETE" in os.environ:  # set by the shell: typer answers, and ends the process

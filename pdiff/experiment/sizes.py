@@ -47,7 +47,7 @@ def sizes(experiments: Sequence[Experiment]) -> list[int | None]:
     """How many numbers each experiment generates; None where that is unknown.
 
     Networks of `experiments/sizes.csv` are looked up there, others in a file of the user's cache; what neither has is
-    measured in a process of its own, and kept in the cache until the code that it depends on changes.
+    measured in another process, and kept in the cache until the code that it depends on changes.
     """
     networks = [Network.of(experiment) for experiment in experiments]
     known = table()

@@ -50,7 +50,10 @@ def test_examples(command) -> None:
         config.load("digits_mlp", changed)
 
 
-@pytest.mark.parametrize("command", ["tags", "show", "studies", "memory", "compare", "leaderboard"])
+SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("memory", "compare", "leaderboard")]
+
+
+@pytest.mark.parametrize("command", ["tags", "show", "studies", *SLOW])
 def test_examples_run(command, workspace, capsys) -> None:
     assert main(words(command)) == 0
     printed = capsys.readouterr()
@@ -143,8 +146,8 @@ def test_mistakes_are_one_line(line, expected, capsys) -> None:
     assert expected in printed.err
 
 
-def test_nobody_reads_on(monkeypatch, capsys) -> None:
-    """`pdiff show digits_mlp | true` says nothing."""
+def test_a_closed_pipe(monkeypatch, capsys) -> None:
+    """`pdiff show digits_mlp | true` prints nothing."""
     for command in ("show", "tags"):
         read, written = os.pipe()
         os.close(read)

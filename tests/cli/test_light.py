@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from pdiff.cli.main import main
+
 PROGRAM = """
 import shlex, sys
 from pdiff.cli.main import main
@@ -53,14 +55,23 @@ def finished(*lines: str) -> dict[str, tuple[int, list[str]]]:
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty folder, and a new machine: nothing is cached."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def new_machine(workspace, monkeypatch):
+    """A folder without runs, on a machine where nothing is cached."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace}/mlflow.db")
 
 
 def test_without_torch():
     assert finished(*LIGHT) == {line: (code, []) for line, code in LIGHT.items()}
+
+
+@pytest.mark.slow
+def test_what_reads_runs_is_without_torch():
+    """A `main` of which everything is finished, and what shows results."""
+    assert main(["main", "--tag", "tiny.yaml"]) == 0
+    lines = {"main --tag tiny.yaml": 0, "compare": 0, "export --run none --out out": 2, "leaderboard tiny": 0}
+    drawn = {"leaderboard tiny": ["plotly"]}
+    assert finished(*lines) == {line: (code, drawn.get(line, [])) for line, code in lines.items()}
 
 
 def test_completion_is_without_torch():

@@ -275,6 +275,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_users_own_networks_from_training_to_their_own_test(here, capsys, monkeypatch):
     """A script of ten lines, `pdiff new`, and another network in such a file, measured by the user's own test.py."""
     home = here / "own"

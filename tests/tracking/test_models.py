@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tracked import artifacts, runs
 
 from pdiff.cli.main import main as pdiff
-from pdiff.method.generators import Generator
+from pdiff.method.generators.base import Generator
 from pdiff.tracking import models
 
 ELSEWHERE = """

@@ -11,7 +11,7 @@ import pytest
 from tracked import artifacts, runs
 
 from pdiff.errors import UserError
-from pdiff.experiment.schema import Experiment
+from pdiff.experiment import schema
 from pdiff.method.log import Point
 from pdiff.tracking import store
 
@@ -68,7 +68,7 @@ TAGS = {"pdiff.stage": "train", "pdiff.digest": "1", "pdiff.prepare_run": "a"}
 @pytest.fixture
 def kept(workspace):
     """The store of a workspace, and a function that leaves a run with some tags in it."""
-    experiment = Experiment(tag="tiny", dataset={"name": "digits"}, network={"architecture": "mlp"})
+    experiment = schema.experiment({"tag": "tiny", "prepare": {"source": "folder"}})
     (workspace / "text").write_text("result")
     with store.connected() as connected:
 
@@ -108,7 +108,7 @@ def test_a_run_without_its_artifacts_is_not_found(kept):
 
 def test_a_run_knows_its_metrics_as_they_are_found_later(kept):
     connected, _ = kept
-    with connected.open("train", Experiment(prepare={"source": "x"}), "1") as run:
+    with connected.open("train", schema.experiment({"prepare": {"source": "folder"}}), "1") as run:
         run.tag(TAGS)
         for step in range(250):  # several batches
             run.log(Point("fit/loss", 1.0 + step, step))

@@ -1,4 +1,4 @@
-"""TODO experiment.export."""
+"""Networks of a collection as ordinary files of state dicts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
-from pdiff.files import (
-    write_state,
-    write_tensors,
-)
+from pdiff.files import write_state, write_tensors
 from pdiff.method.collection import Collection
 
 
 def export(collection: Collection, base: Path, out: Path, *, form: str, index: list[int] | None = None) -> list[Path]:
-    """Write networks of a collection as ordinary state-dict files.
+    """Write networks of a collection as state dicts, one file each.
 
     Args:
         collection: what to write.
-        base: path stem of the file names, e.g. `generated`.
+        base: beginning of the file names, such as `generated`.
         out: folder to write to.
         form: "pth" or "safetensors".
         index: which networks; all when absent.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: an index outside of the collection.
     """
     paths = []
     for k in tqdm(range(len(collection)) if index is None else index, desc="export", unit="file", disable=None):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import logging
-import re
 import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -75,7 +74,15 @@ def requirements(*sources: Path) -> list[str]:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.partition(".")[0])
     foreign = sorted(names - set(sys.stdlib_module_names) - {"pdiff"})
-    return [f"{name}=={re.sub('[+].*', '', version(name))}" for name in foreign]  # without the build, such as +cpu
+    return [f"{name}=={version(name).partition('+')[0]}" for name in map(distribution, foreign) if name]  # not +cpu
+
+
+def distribution(module: str) -> str:
+    """The installed distribution that a module belongs to; empty where it is not installed."""
+    with suppress(PackageNotFoundError):
+        version(module)  # most have the name of their module, and asking all takes long
+        return module
+    return next(iter(packages_distributions().get(module, [])), "")
 
 
 def _log_programs(generator: Generator) -> None:

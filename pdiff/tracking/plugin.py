@@ -1,18 +1,18 @@
 """Lets `mlflow run .` work where conda is absent, and makes it end cleanly on SIGTERM.
 
 MLflow imports this module together with `mlflow.tracking`, in every process, through the entry-point group
-`mlflow.run_context_provider`. Three things follow from that import.
+`mlflow.run_context_provider`. That import does three things.
 
-*A stand-in for conda.* MLflow hands a project with a `conda_env` to conda and has no setting that says otherwise.
-Where there is no conda, `MLFLOW_CONDA_HOME` is pointed to a folder with the two files that MLflow uses of one.
-"Activating" this package's environment then means to put the interpreter that runs MLflow first on PATH: since the
-plugin exists only where the package was installed, so do all its dependencies. Any other environment is still refused.
-The variable is set at import because that serves `mlflow run` and `mlflow.projects.run` alike; what it has to say is
-said by its `conda`, so only when a project really runs. `PDIFF_NO_CONDA_STANDIN=1` opts out.
+*A stand-in for conda.* MLflow runs a project with a `conda_env` through conda, and no setting changes that. Where
+there is no conda, `MLFLOW_CONDA_HOME` is set to a folder with the two files of a conda installation that MLflow uses.
+"Activating" this package's environment then puts the interpreter that runs MLflow first on PATH: the plugin exists
+only where the package is installed, and so do all its dependencies. Any other environment is refused. The variable is
+set at import, which serves `mlflow run` and `mlflow.projects.run` alike; the message about it is printed by the
+stand-in itself, so only when a project really runs. `PDIFF_NO_CONDA_STANDIN=1` turns it off.
 
-*A tag.* Runs that are created inside a project that runs through the stand-in carry `pdiff.interpreter`.
+*A tag.* Runs created inside a project that runs through the stand-in carry `pdiff.interpreter`.
 
-*An end.* On SIGTERM, `mlflow run` by itself leaves its child alive and its run RUNNING; here both end.
+*A clean end.* On SIGTERM, `mlflow run` by itself leaves its child alive and its run RUNNING; here both end.
 """
 
 import atexit
@@ -57,9 +57,10 @@ conda() {
 
 
 class InterpreterContext:
-    """Says in the tag `pdiff.interpreter` which Python really ran a project that asked for conda's.
+    """Records in the tag `pdiff.interpreter` which Python ran a project that asked for conda's.
 
-    An MLflow `RunContextProvider` in all but inheritance: MLflow imports this module while it is being imported itself.
+    It is an MLflow `RunContextProvider` without inheriting from it: while this module is imported, that class is not
+    yet defined.
     """
 
     def in_context(self) -> bool:
@@ -67,19 +68,19 @@ class InterpreterContext:
         return IN_USE in os.environ
 
     def tags(self) -> dict[str, str]:
-        """The tags that every run created in this process gets."""
+        """Tags of every run that is created in this process."""
         return {"pdiff.interpreter": sys.executable}
 
 
 def offer_standin(environ: MutableMapping[str, str]) -> None:
-    """Set `MLFLOW_CONDA_HOME` to a stand-in, unless there is a conda, no wish for one, or no place for it."""
-    # Another virtual environment's stand-in is inherited by its child processes: it is no conda of the user's.
+    """Set `MLFLOW_CONDA_HOME` to a stand-in, unless there is a conda, the user opted out, or no folder is writable."""
+    # The stand-in of another virtual environment, inherited by its child processes, does not count as a conda.
     home = environ.get("MLFLOW_CONDA_HOME")
     has_home = home is not None and not Path(home).name.startswith("pdiff-conda-")
     has_conda = has_home or "CONDA_EXE" in environ or shutil.which("conda", path=environ.get("PATH"))
     if os.name != "posix" or has_conda or environ.get(OPT_OUT):
         return
-    for folder in _candidates(environ):
+    for folder in candidates(environ):
         try:
             _install(folder)
         except OSError:
@@ -88,8 +89,8 @@ def offer_standin(environ: MutableMapping[str, str]) -> None:
         return
 
 
-def _candidates(environ: MutableMapping[str, str]) -> Iterator[Path]:
-    """Yield where the stand-in of this interpreter may live: one folder per virtual environment."""
+def candidates(environ: MutableMapping[str, str]) -> Iterator[Path]:
+    """Folders that may hold the stand-in of this interpreter: one per virtual environment."""
     name = "pdiff-conda-" + hashlib.sha256(os.fsencode(sys.prefix)).hexdigest()[:12]
     cache = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     yield Path(cache, name)
@@ -97,9 +98,13 @@ def _candidates(environ: MutableMapping[str, str]) -> Iterator[Path]:
 
 
 def _install(folder: Path) -> None:
-    """Write the stand-in: into a folder that nobody else can write to, since it will be executed, or not at all."""
+    """Write the stand-in into a folder that only this user can write to, since it will be executed.
+
+    Raises:
+        OSError: other users can write to the folder, or MLflow cannot use its name.
+    """
     if not folder.is_absolute() or shlex.quote(str(folder)) != str(folder):
-        raise OSError(f"{folder} must be absolute and need no quotes: MLflow writes none around it")
+        raise OSError(f"{folder} must be absolute and need no quotes, since MLflow writes none")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -110,7 +115,7 @@ def _install(folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write an executable file, whole or not at all, unless it says the same already."""
+    """Write an executable file, whole or not at all, unless it has this content already."""
     content = os.fsencode(text)
     if path.exists() and path.read_bytes() == content:
         return
@@ -133,10 +138,10 @@ def is_mlflow_run(argv: list[str], orig_argv: list[str]) -> bool:
 
 
 def end_project(signum: int, frame: FrameType | None) -> NoReturn:
-    """Handle SIGTERM in `mlflow run`: end all that it started, mark its run as KILLED, exit with 143."""
+    """Handle SIGTERM in `mlflow run`: end all its child processes, mark its run as KILLED, exit with 143."""
     import psutil
 
-    # Not by process group: the child shares that with whoever called `mlflow run`.
+    # Not by process group: the child shares it with the caller of `mlflow run`.
     processes = psutil.Process().children(recursive=True)
     for send in psutil.Process.terminate, psutil.Process.kill:
         for process in processes:
@@ -145,7 +150,7 @@ def end_project(signum: int, frame: FrameType | None) -> NoReturn:
         _, processes = psutil.wait_procs(processes, timeout=GRACE)
     if run_id := _held_run(frame):
         atexit.register(_mark_killed, run_id)  # later: the interrupted code may be in the middle of a transaction
-    # The interrupted code may also catch everything, and go on: then ask again.
+    # The interrupted code may also catch everything and go on; then try again.
     signal.signal(signal.SIGALRM, end_project)
     signal.alarm(1)
     atexit.register(signal.alarm, 0)
@@ -153,7 +158,7 @@ def end_project(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _held_run(frame: FrameType | None) -> str | None:
-    """Id of the run that `mlflow.projects` is working on: only local variables of the interrupted code hold it."""
+    """Id of the run that `mlflow.projects` is working on; only local variables of the interrupted code hold it."""
     while frame is not None:
         for name in "active_run", "submitted_run", "submitted_run_obj":
             if held := frame.f_locals.get(name):
@@ -163,7 +168,7 @@ def _held_run(frame: FrameType | None) -> str | None:
 
 
 def _mark_killed(run_id: str) -> None:
-    """Mark a run as KILLED, unless the project has already said how it ended."""
+    """Mark a run as KILLED, unless the project has recorded already how it ended."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -171,7 +176,7 @@ def _mark_killed(run_id: str) -> None:
         client.set_terminated(run_id, "KILLED")
 
 
-with contextlib.suppress(OSError):  # no folder at all to write to
+with contextlib.suppress(OSError):  # no folder is writable
     offer_standin(os.environ)
 if is_mlflow_run(sys.argv, sys.orig_argv) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
     signal.signal(signal.SIGTERM, end_project)

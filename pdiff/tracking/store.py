@@ -84,10 +84,15 @@ def reach(uri: str) -> None:
         raise UserError(f"MLFLOW_TRACKING_URI {uri}: no answer ({reason})") from None
 
 
+def experiment_ids() -> list[str]:
+    """All MLflow experiments of the store."""
+    return [experiment.experiment_id for experiment in mlflow.search_experiments()]
+
+
 def search(condition: str) -> list[Record]:
     """The runs of all MLflow experiments that meet a condition, the latest first."""
-    ids = [experiment.experiment_id for experiment in mlflow.search_experiments()]
-    return mlflow.search_runs(ids, condition, output_format="list", order_by=["attributes.start_time DESC"])
+    order = ["attributes.start_time DESC"]
+    return mlflow.search_runs(experiment_ids(), condition, output_format="list", order_by=order)
 
 
 class MLflowStore:
@@ -133,17 +138,18 @@ def _is_whole(record: Record) -> bool:
 
 def _complete_models(experiment: Experiment, done: Done) -> None:
     """Log and register the models of a finished run of `train` as far as that was not done."""
-    logged = mlflow.get_run(done.run_id).outputs.model_outputs
-    name = f"pdiff-{experiment.tag}"
-    versions = mlflow.search_model_versions(filter_string=f"name = '{name}'") if experiment.register else []
-    registered = done.run_id in {version.run_id for version in versions}
+    condition = f"name = 'generator' and source_run_id = '{done.run_id}'"
+    logged = mlflow.search_logged_models(experiment_ids(), condition, output_format="list")
     if not logged:
         from pdiff.tracking import models  # imports torch
 
         with mlflow.start_run(done.run_id, nested=True):
             models.log(experiment, done.folder / "generator")
-    elif experiment.register and not registered:
-        mlflow.register_model(f"runs:/{done.run_id}/generator", name)
+    elif experiment.register:
+        name = f"pdiff-{experiment.tag}"
+        versions = mlflow.search_model_versions(filter_string=f"name = '{name}'")
+        if done.run_id not in {version.run_id for version in versions}:
+            mlflow.register_model(logged[0].model_uri, name)
 
 
 def close_dead_runs() -> None:

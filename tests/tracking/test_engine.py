@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pdiff.errors import Pruned, UserError
-from pdiff.experiment import digests, stages
+from pdiff.experiment import digests, schema, stages
 from pdiff.experiment.history import STATE, History
 from pdiff.experiment.schema import Experiment
 from pdiff.experiment.stages import Stage
@@ -128,7 +128,7 @@ def store(tmp_path) -> ListStore:
 
 
 def experiment(**sections) -> Experiment:
-    return Experiment(**({"dataset": {"name": "digits"}, "network": {"architecture": "mlp"}} | sections))
+    return schema.experiment({"dataset": {"name": "digits"}, "network": {"architecture": "mlp"}} | sections)
 
 
 def left(tmp_path: Path) -> list[Path]:

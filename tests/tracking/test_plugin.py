@@ -139,7 +139,7 @@ def test_unsafe_folder_is_not_used(
     if spoil == "file":
         cache.touch()
     if spoil == "shared":
-        folder = next(plugin._candidates(environ))
+        folder = next(plugin.candidates(environ))
         folder.mkdir(parents=True)
         folder.chmod(0o777)
     offer_standin(environ)

@@ -1,4 +1,4 @@
-"""Whether a server is reached, as MLflow's own settings say."""
+"""Whether a server is reached, as MLflow's settings say; and which runs the engine finds in MLflow."""
 
 import http.server
 import shutil
@@ -6,9 +6,13 @@ import ssl
 import subprocess
 import threading
 
+import mlflow
 import pytest
+from tracked import artifacts, runs
 
 from pdiff.errors import UserError
+from pdiff.experiment import schema
+from pdiff.method.log import Point
 from pdiff.tracking import store
 
 
@@ -56,3 +60,57 @@ def test_a_server_of_a_private_certificate_is_reached_where_mlflow_is_told_of_it
 def test_a_server_that_is_absent():
     with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI http://127\.0\.0\.1:1: no answer \(ConnectionError\)$"):
         store.reach("http://127.0.0.1:1")
+
+
+TAGS = {"pdiff.stage": "train", "pdiff.digest": "1", "pdiff.prepare_run": "a"}
+
+
+@pytest.fixture
+def kept(workspace):
+    """The store of a workspace, and a function that leaves a run with some tags in it."""
+    experiment = schema.experiment({"tag": "tiny", "prepare": {"source": "folder"}})
+    (workspace / "text").write_text("result")
+    with store.connected() as connected:
+
+        def keep(*, error: BaseException | None = None, **more: str) -> str:
+            with connected.open("train", experiment, "1") as run:
+                run.tag(TAGS | {f"pdiff.{name}": value for name, value in more.items()})
+                for step in (2, 1, 3):
+                    run.log(Point("fit/loss", 1 / step, step))
+                run.upload([workspace / "text"])
+                if error:
+                    raise error
+            return run.run_id
+
+        yield connected, keep
+
+
+def test_the_latest_finished_run_with_all_tags_is_found(kept):
+    connected, keep = kept
+    assert connected.find(TAGS) is None
+    run_ids = [keep(), keep(), keep(prepare_run="b"), keep(digest="2"), keep(reused="1")]
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            keep(error=error)
+    found = connected.find(TAGS)
+    assert found.run_id == run_ids[1] and (found.folder / "text").read_text() == "result"
+    assert found.metrics == {"fit/loss": 1 / 3}
+    assert connected.find(TAGS | {"pdiff.prepare_run": "b"}).run_id == run_ids[2]
+    assert [run.info.status for run in runs("train")] == ["FINISHED"] * 5 + ["FAILED", "KILLED"]
+
+
+def test_a_run_without_its_artifacts_is_not_found(kept):
+    connected, keep = kept
+    run_ids = [keep(), keep()]
+    shutil.rmtree(artifacts(mlflow.get_run(run_ids[1])))
+    assert connected.find(TAGS).run_id == run_ids[0]
+
+
+def test_a_run_knows_its_metrics_as_they_are_found_later(kept):
+    connected, _ = kept
+    with connected.open("train", schema.experiment({"prepare": {"source": "folder"}}), "1") as run:
+        run.tag(TAGS)
+        for step in range(250):  # several batches
+            run.log(Point("fit/loss", 1.0 + step, step))
+        run.log(Point("fit/loss", 7.0, 3))  # an earlier step
+    assert run.done().metrics == connected.find(TAGS).metrics == {"fit/loss": 250.0}

@@ -1,6 +1,10 @@
 """What several test modules need."""
 
+import shutil
 import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -12,7 +16,7 @@ from pdiff.networks import datasets
 from pdiff.networks.images import Images
 from pdiff.networks.options import Dataset
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started pytest in the background has it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where pytest runs in the background
 
 
 @pytest.fixture
@@ -38,11 +42,23 @@ def digits() -> Images:
     return datasets.load(Dataset(name="digits", validation_fraction=0.9))
 
 
+@pytest.fixture(scope="session")
+def tracking_store(tmp_path_factory) -> Path:
+    """The file of an empty SQLite tracking store; creating its tables takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("tracking")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        mlflow.search_experiments()
+        mlflow.set_tracking_uri(None)
+    return folder / "mlflow.db"
+
+
 @pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """An empty folder with a tiny experiment in it, a fresh tracking store, and no project run."""
+def empty_workspace(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The current folder, with a tiny experiment in it, and the address of a tracking store that does not exist yet."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK"):
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "tiny.yaml").write_text(TINY)
@@ -51,3 +67,18 @@ def workspace(tmp_path, monkeypatch):
     while mlflow.active_run():
         mlflow.end_run()
     mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
+def workspace(empty_workspace, tracking_store) -> Path:
+    """The same with a tracking store, in which there is no run."""
+    shutil.copy(tracking_store, empty_workspace)
+    return empty_workspace
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of this machine on which nothing listens, and nothing can while the test runs."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]

@@ -240,16 +240,16 @@ def test_a_generator_and_an_evaluator(registered, capfd):
     assert pdiff(["main", "--tag", "toy.yaml", *words, "--evaluate.accuracy", "0.75"]) == 0
     (parent,) = runs("main")
     assert parent.data.metrics["test_accuracy/generated_mean"] == 0.75
-    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")["1.bias"]
-    assert torch.equal(drawn, drawn[:1].expand(3, -1))
+    sampled = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")["1.bias"]
+    assert torch.equal(sampled, sampled[:1].expand(3, -1))
     (biases,) = runs("biases")
-    assert biases.info.status == "FINISHED" and (artifacts(biases) / "biases.txt").read_text() == str(drawn.tolist())
-    assert parent.data.metrics["largest_bias"] == pytest.approx(drawn.abs().max().item())
+    assert biases.info.status == "FINISHED" and (artifacts(biases) / "biases.txt").read_text() == str(sampled.tolist())
+    assert parent.data.metrics["largest_bias"] == pytest.approx(sampled.abs().max().item())
     assert pdiff(["main", "--tag", "toy.yaml", *words, "--evaluate.accuracy", "0.75"]) == 0
     assert len(runs("biases")) == 1, "it is reused like every other stage"
     assert "generator" in {model.name for model in mlflow.search_logged_models(output_format="list")}
     assert pdiff(["main", "--tag", "toy.yaml", *words, "--generate.sampler", "heun"]) == 2
-    told = capfd.readouterr().err.splitlines()[-1]
-    assert "generate.sampler: belongs to generator.kind latent_diffusion, but generator.kind is copies" in told
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "generate.sampler: belongs to generator.kind latent_diffusion, but generator.kind is copies" in line
     assert pdiff(["main", "--tag", "toy.yaml", *words, "--generator.scale", "1"]) == 2
     assert "generator.scale: belongs to kind gaussian, but kind is copies" in capfd.readouterr().err.splitlines()[-1]

@@ -55,10 +55,10 @@ def finished(*lines: str) -> dict[str, tuple[int, list[str]]]:
 
 
 @pytest.fixture(autouse=True)
-def new_machine(workspace, monkeypatch):
+def new_machine(empty_workspace, monkeypatch):
     """A folder without runs, on a machine where nothing is cached."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(workspace / "cache"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workspace}/mlflow.db")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty_workspace / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{empty_workspace}/mlflow.db")
 
 
 def test_without_torch():
@@ -70,8 +70,8 @@ def test_what_reads_runs_is_without_torch():
     """A `main` of which everything is finished, and what shows results."""
     assert main(["main", "--tag", "tiny.yaml"]) == 0
     lines = {"main --tag tiny.yaml": 0, "compare": 0, "export --run none --out out": 2, "leaderboard tiny": 0}
-    drawn = {"leaderboard tiny": ["plotly"]}
-    assert finished(*lines) == {line: (code, drawn.get(line, [])) for line, code in lines.items()}
+    plotted = {"leaderboard tiny": ["plotly"]}
+    assert finished(*lines) == {line: (code, plotted.get(line, [])) for line, code in lines.items()}
 
 
 def test_completion_is_without_torch():

@@ -1,4 +1,4 @@
-"""Experiments by tag: who wins, what is said of mistakes, and what a digest sees."""
+"""Experiments by tag: precedence of settings, messages of mistakes, and what a digest depends on."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def message(tag: str, overrides: dict[str, str] | None = None) -> str:
-    """What the user is told; always on one line."""
+    """The message for the user; always on one line."""
     with pytest.raises(UserError) as caught:
         config.load(tag, overrides)
     assert "\n" not in str(caught.value)
@@ -40,7 +40,7 @@ def message(tag: str, overrides: dict[str, str] | None = None) -> str:
 # -- who wins
 
 
-def test_defaults_then_extended_then_own_then_overrides(write):
+def test_defaults_then_extended_files_then_the_file_then_overrides(write):
     write("low", BASE + "prepare: {collect: {learning_rate: 0.1, batch_size: 11, checkpoints: 12}}")
     write("high", "extends: low\nprepare: {collect: {batch_size: 21, checkpoints: 22}}")
     collect = config.load("high", {"prepare.collect.checkpoints": "32"}).prepare.collect
@@ -314,7 +314,7 @@ def test_digest_sees_the_files_of_the_source(write, tmp_path):
     assert len(set(seen)) == 5
 
 
-def test_digest_sees_the_content_of_weights_and_of_own_architectures(write, tmp_path):
+def test_digest_sees_the_content_of_weights_and_of_files_of_architectures(write, tmp_path):
     write("t", BASE)
     own, weights = tmp_path / "nets.py", tmp_path / "w.pth"
     own.write_text("def net(): ...")

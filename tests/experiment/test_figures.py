@@ -97,5 +97,5 @@ def test_losses_of_a_single_point_are_left_out():
     assert not figures.loss_curves(losses[losses["name"] == "autoencoder/loss"]).data
 
 
-def test_nothing_is_drawn_over_a_single_timestep():
+def test_nothing_is_plotted_over_a_single_timestep():
     assert not figures.accuracy_over_time(trajectory().query("timestep == 1")).data

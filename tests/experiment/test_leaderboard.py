@@ -138,7 +138,7 @@ def test_the_page_says_what_the_numbers_say_and_needs_nothing_from_outside():
     assert [value for _, value in page.attributes].count("plotly-graph-div") == 1  # no similarity, no figure of it
 
 
-def test_every_pair_is_drawn_once_with_its_difference():
+def test_every_pair_is_plotted_once_with_its_difference():
     figure = figures.dumbbells(leaderboard.table(RESULTS), "original mean", "generated mean")
     points = {trace.name: (*trace.x, *trace.customdata[:, 0]) for trace in figure.data if trace.mode == "markers"}
     expected = {

@@ -193,7 +193,7 @@ def test_every_part_of_a_tag(tag):
 
 
 def test_a_network_too_large_for_this_machine():
-    """Somebody's report of the paper's autoencoder tells 44.9 GB of a GPU, its allocator's reserve included."""
+    """The paper's autoencoder was reported to take 44.9 GB of GPU memory, the allocator's reserve included."""
     experiment = config.load("digits_mlp_paper", {"diffusion.steps": "0"})
     sizes = memory.latent_sizes(experiment, 300_288, 270, 30)
     trained = {need.does: need for need in memory.needs(experiment, sizes)}
@@ -206,7 +206,7 @@ def test_without_diffusion_there_is_no_denoiser():
     assert {need.part for need in memory.needs(experiment, memory.sizes(experiment))} == {"autoencoder"}
 
 
-def test_a_folder_of_checkpoints_tells_its_size(tmp_path):
+def test_sizes_of_a_folder_of_checkpoints(tmp_path):
     for name in "abcdef":
         save_file(
             {"a": torch.zeros(7, 3), "b": torch.zeros(5), "one": torch.zeros(1)}, tmp_path / f"{name}.safetensors"

@@ -57,7 +57,7 @@ def test_networks_are_measured_as_in_plain_python(groups, results):
     evaluation, matrices = compared(groups, results)
     assert list(evaluation.columns) == ["group", "index", *metrics.of_networks()]
     assert evaluation.groupby("group", sort=False).size().to_dict() == SIZES
-    wrong = {name: verdict.wrong for name, verdict in results["test"].items()}
+    wrong = {name: found.wrong for name, found in results["test"].items()}
     for row in evaluation.to_dict("records"):
         errors = wrong[row["group"]][row["index"]]
         assert row["test_accuracy"] == pytest.approx(1 - errors.double().mean().item())

@@ -100,9 +100,9 @@ def test_settings_of_the_paper_are_the_medians_of_what_was_published():
     runs = [default | run["pdiff"] for run in facts["tags"].values() if run["category"] in ("main", "full")]
     assert len(runs) == 54
     for row in PAPERS:
-        own = [run for run in runs if run["latent_size"] == row.latent_size]
-        assert row.autoencoder_steps == statistics.median(run["ae_steps"] for run in own)
-        assert row.diffusion_steps == statistics.median(run["diffusion_steps"] for run in own)
+        same = [run for run in runs if run["latent_size"] == row.latent_size]
+        assert row.autoencoder_steps == statistics.median(run["ae_steps"] for run in same)
+        assert row.diffusion_steps == statistics.median(run["diffusion_steps"] for run in same)
     assert {run["latent_size"] for run in runs} == {row.latent_size for row in PAPERS}
     sizes = {768: 128, 5120: 128, 10853: 256, 24000: 768, 80000: 768, 11_000_000: 768}
     assert {size: paper_settings(size).latent_size for size in sizes} == sizes
@@ -181,7 +181,7 @@ def test_mistakes(here, options, message):
     assert not Path("experiments").exists()
 
 
-def test_own_function_and_command(here, tmp_path):
+def test_a_function_and_a_command_of_the_user(here, tmp_path):
     folder = plain(here / "mine", 4)
     (tmp_path / "eval.py").write_text("def predict(state): ...")
     (here / "near.py").write_text("def predict(state): ...")

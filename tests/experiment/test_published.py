@@ -66,7 +66,7 @@ SMALL = {
     "cnnmedium": "cnn_medium",
     **{name: f"{name}_mini" for name in ("mlp", "convnet", "resnet", "vit", "convnext")},
 }
-UNMAPPED = {"seed", "precision"}  # of the reference: ours are drawn from `seed`, and bfloat16 is for CUDA alone
+UNMAPPED = {"seed", "precision"}  # of the reference: ours come from `seed`, and bfloat16 is for CUDA alone
 
 
 def merged(facts: dict, section: str) -> dict:
@@ -244,7 +244,7 @@ def test_tags_that_share_checkpoints_share_a_run_of_prepare():
     found = {tag: stages.all_digests(config.load(tag))["prepare"] for tag in FACTS}
     shared = {"cifar100_resnet18", *(tag for tag, facts in FACTS.items() if "checkpoints_from" in facts)}
     assert len(shared) == 17 and {found[tag] for tag in shared} == {found["cifar100_resnet18"]}
-    assert len(set(found.values())) == 81 - 16  # and nobody else does
+    assert len(set(found.values())) == 81 - 16  # and no other does
 
 
 def test_published():

@@ -81,7 +81,7 @@ def test_figures_without_data_are_left_out(networks, losses):
     html = page(evaluation=networks, similarity=np.empty((0, 0)), groups=[], history=losses, trajectory=None)
     parsed = Page(html)
     assert "h2" not in parsed.texts
-    assert "script" not in parsed.tags and len(html) < 10_000, "nothing to draw, no plotly.js"
+    assert "script" not in parsed.tags and len(html) < 10_000, "nothing to plot, no plotly.js"
 
 
 def test_findings_follow_the_numbers():

@@ -39,7 +39,7 @@ def artifacts(run):
 
 
 def start(*words, **environment):
-    """The command as a process of its own, on the workspace's store."""
+    """Start the command in another process, on the workspace's store."""
     variables = {**os.environ, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), **environment}
     command = [sys.executable, "-m", "pdiff", *words]
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

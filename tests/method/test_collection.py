@@ -148,11 +148,11 @@ def test_decode_inverts_encode(mixed: Collection) -> None:
         assert torch.allclose(decoded.tensors[name], expected, rtol=1e-3 if name == "half" else 1e-5, atol=1e-6), name
 
 
-def test_a_draw_of_another_count_and_size_decodes(mixed: Collection) -> None:
+def test_any_number_of_vectors_decodes(mixed: Collection) -> None:
     standardizer = Standardizer.fit(mixed)
-    drawn = standardizer.decode(torch.zeros(3, standardizer.size))
-    assert len(drawn) == 3 and drawn.tensors["norm.num_batches_tracked"].tolist() == [10, 10, 10]
-    assert torch.allclose(drawn.tensors["weight"], torch.tensor(standardizer.slots[0].mean))  # vector 0 is the mean
+    sampled = standardizer.decode(torch.zeros(3, standardizer.size))
+    assert len(sampled) == 3 and sampled.tensors["norm.num_batches_tracked"].tolist() == [10, 10, 10]
+    assert torch.allclose(sampled.tensors["weight"], torch.tensor(standardizer.slots[0].mean))  # vector 0 is the mean
 
 
 def test_variances_never_fall_below_their_floor() -> None:
@@ -160,9 +160,9 @@ def test_variances_never_fall_below_their_floor() -> None:
     standardizer = Standardizer.fit(Collection({"running_var": torch.full((2, 2), 4.0)}))
     (slot,) = standardizer.slots
     assert slot.variance == pytest.approx(3.8) and slot.std == 1.0
-    drawn = standardizer.decode(torch.tensor([[0.0, -50.0], [math.log(2), 0.0]])).tensors["running_var"]
+    sampled = standardizer.decode(torch.tensor([[0.0, -50.0], [math.log(2), 0.0]])).tensors["running_var"]
     expected = [[4.0, 0.0038], [(2 * (1 / 0.95 + 0.05) - 0.05) * 3.8, 4.0]]
-    assert torch.allclose(drawn, torch.tensor(expected), rtol=1e-5)
+    assert torch.allclose(sampled, torch.tensor(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e4])

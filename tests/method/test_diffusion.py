@@ -100,7 +100,7 @@ def test_the_loss_of_an_ideal_denoiser_is_zero_on_one_point(prediction: str) -> 
 
 
 @pytest.mark.parametrize("prediction", OBJECTIVES)
-def test_the_heldout_loss_is_always_drawn_alike(prediction: str) -> None:
+def test_the_heldout_loss_always_uses_the_same_noise(prediction: str) -> None:
     torch.manual_seed(0)
     objective, denoiser, z = made(prediction), Ideal(made(prediction), gaussian(0.0, 1.0)), torch.randn(40, 8)
     first, state = heldout_loss(objective, denoiser, z), torch.get_rng_state()
@@ -112,7 +112,7 @@ def test_the_heldout_loss_is_always_drawn_alike(prediction: str) -> None:
 
 @pytest.mark.parametrize("steps", [60, 100])  # 60 does not divide the timesteps
 @pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
-def test_ideal_denoisers_draw_a_gaussian(prediction: str, sampler: str, steps: int) -> None:
+def test_ideal_denoisers_sample_a_gaussian(prediction: str, sampler: str, steps: int) -> None:
     objective = made(prediction)
     z = sampled(objective, Ideal(objective, gaussian(3.0, 0.5)), 64, range(64), sampler=sampler, steps=steps)
     assert z.dtype == torch.float32 and z.shape == (64, 64)
@@ -121,7 +121,7 @@ def test_ideal_denoisers_draw_a_gaussian(prediction: str, sampler: str, steps: i
 
 
 @pytest.mark.parametrize(("prediction", "sampler"), PAIRS)
-def test_ideal_denoisers_draw_the_points(prediction: str, sampler: str) -> None:
+def test_ideal_denoisers_sample_the_points(prediction: str, sampler: str) -> None:
     objective, points = made(prediction, **SHORT), torch.tensor([[2.0, 0.0], [-2.0, 1.0], [0.0, -3.0]])
     z = sampled(objective, Ideal(objective, among(points)), 2, range(90), sampler=sampler, steps=50)
     distance, nearest = torch.cdist(z, points).min(1)
@@ -167,12 +167,12 @@ def test_a_sample_depends_on_its_seed_alone(prediction: str, sampler: str) -> No
     objective = made(prediction, **SHORT)
     seeds = [stream(0, k) for k in range(6)]
 
-    def draw(chosen: list[int]) -> Tensor:
+    def sampled(chosen: list[int]) -> Tensor:
         return sampled(objective, denoiser, 5, [seeds[k] for k in chosen], sampler=sampler, steps=10)
 
-    together = draw([0, 1, 2, 3, 4, 5])
-    assert torch.allclose(torch.cat([draw([k]) for k in range(6)]), together, rtol=1e-3, atol=1e-4)
-    assert torch.allclose(draw([4, 2]), together[[4, 2]], rtol=1e-3, atol=1e-4)
+    together = sampled([0, 1, 2, 3, 4, 5])
+    assert torch.allclose(torch.cat([sampled([k]) for k in range(6)]), together, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(sampled([4, 2]), together[[4, 2]], rtol=1e-3, atol=1e-4)
     assert torch.cdist(together, together).fill_diagonal_(1).min() > 0.01
 
 

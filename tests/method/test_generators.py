@@ -69,27 +69,27 @@ def fitted() -> LatentDiffusion:
 
 
 @pytest.mark.parametrize(("prediction", "sampler"), [("flow", "heun"), ("v_prediction", "dpmsolver++")])
-def test_drawn_networks_are_distributed_like_the_originals(prediction: str, sampler: str) -> None:
+def test_generated_networks_are_distributed_like_the_originals(prediction: str, sampler: str) -> None:
     originals, log = gaussian_collection(), []
     generator = fit(originals, log.append, prediction=prediction)
-    drawn = generator.sample(400, sampler=sampler, sampling_steps=20)
-    assert list(drawn.tensors) == ["a", "n", "b"] and set(drawn.tensors["n"].tolist()) == {0}
+    sampled = generator.sample(400, sampler=sampler, sampling_steps=20)
+    assert list(sampled.tensors) == ["a", "n", "b"] and set(sampled.tensors["n"].tolist()) == {0}
     assert generator.autoencoder.latent_size <= 3  # it found the degrees of freedom
     for name in ("a", "b"):
-        real, new = originals.tensors[name].flatten(1), drawn.tensors[name].flatten(1)
+        real, new = originals.tensors[name].flatten(1), sampled.tensors[name].flatten(1)
         assert ((new.mean(0) - real.mean(0)) / real.std(0)).abs().max() < 0.25
         assert (new.std(0) / real.std(0) - 1).abs().max() < 0.25
     losses = {point.name for point in log if point.name.endswith("loss")}
     assert losses == {"autoencoder/loss", "diffusion/loss", "diffusion/heldout_loss"}
 
 
-def test_the_first_networks_of_a_longer_draw_are_the_same(fitted: Generator) -> None:
+def test_the_first_networks_of_more_samples_are_the_same(fitted: Generator) -> None:
     few, many = (fitted.sample(count, sampler="heun", sampling_steps=7) for count in (2, 5))
     for name in few.tensors:
         assert torch.allclose(few.tensors[name], many.tensors[name][:2], rtol=1e-4, atol=1e-4)
 
 
-def test_a_loaded_generator_draws_the_same(fitted: Generator, tmp_path: Path) -> None:
+def test_a_loaded_generator_samples_the_same(fitted: Generator, tmp_path: Path) -> None:
     fitted.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator.json", "generator.safetensors"]
     expected = fitted.sample(3, sampler="euler", sampling_steps=5)
@@ -202,7 +202,7 @@ def test_the_loss_of_principal_components_is_the_variance_left_over() -> None:
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_early_stopping_restores_the_best(ema: float) -> None:
-    """Four latents are soon learnt by heart, which does not help on others."""
+    """Four latents are soon memorised, which does not help on others."""
     g = torch.Generator().manual_seed(0)
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
     options = QUICK | {"steps": 2000, "evaluate_every": 10, "schedule": "constant", "ema": ema, "patience": 3}
@@ -242,7 +242,7 @@ def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_without_patience_the_last_weights_count() -> None:
+def test_without_early_stopping_the_last_weights_count() -> None:
     g = torch.Generator().manual_seed(0)
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
     options = DiffusionOptions(**QUICK | {"steps": 60, "evaluate_every": 10, "patience": 0})
@@ -298,8 +298,8 @@ def test_one_checkpoint_is_enough(kind: str) -> None:
     )
     generator = Generator.fit(collection, options)
     vectors = generator.standardizer.encode(collection)
-    drawn = generator.standardizer.encode(generator.sample(4, sampler="heun", sampling_steps=10))
-    assert (drawn - vectors).square().mean().sqrt() < 0.3  # of the standard deviation within the checkpoint
+    sampled = generator.standardizer.encode(generator.sample(4, sampler="heun", sampling_steps=10))
+    assert (sampled - vectors).square().mean().sqrt() < 0.3  # of the standard deviation within the checkpoint
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.37, 0.5])
@@ -323,7 +323,7 @@ def test_latents_are_scaled_by_component() -> None:
 
 
 def test_sampling_undoes_scale_autoencoder_and_standardisation() -> None:
-    """A denoiser that always predicts one latent: the network drawn is the one that this latent stands for."""
+    """A denoiser that always predicts one latent: the generated network is the one that this latent stands for."""
 
     class One(nn.Module):
         def forward(self, z: Tensor, t: Tensor) -> Tensor:
@@ -334,11 +334,11 @@ def test_sampling_undoes_scale_autoencoder_and_standardisation() -> None:
     autoencoder = fit_autoencoder(standardizer.encode(collection), PCAOptions(latent_size=2))
     mean, std = torch.tensor([0.5, 0.25]), torch.tensor([2.0, 4.0])
     generator = LatentDiffusion(standardizer, autoencoder, mean, std, One(), Sample())
-    (drawn,) = generator.sample(1, sampler="ddim", sampling_steps=4)
+    (sampled,) = generator.sample(1, sampler="ddim", sampling_steps=4)
     vector = autoencoder.center + 2.5 * autoencoder.components[0] - 3.75 * autoencoder.components[1]
     a, b = standardizer.slots
-    assert torch.allclose(drawn["a"].flatten(), vector[:8] * a.std + a.mean, atol=1e-3)
-    assert torch.allclose(drawn["b"], vector[8:] * b.std + b.mean, atol=1e-3)
+    assert torch.allclose(sampled["a"].flatten(), vector[:8] * a.std + a.mean, atol=1e-3)
+    assert torch.allclose(sampled["b"], vector[8:] * b.std + b.mean, atol=1e-3)
 
 
 def test_a_gaussian_has_the_moments_of_the_collection(tmp_path: Path) -> None:

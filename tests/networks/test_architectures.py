@@ -161,7 +161,7 @@ def test_what_the_main_experiments_generate(name, count):
 @mark.parametrize("name", [*MAIN, *(name for name in ARCHITECTURES if name not in MAIN)])
 @torch.no_grad()
 def test_a_split_network_predicts_the_same(name):
-    """With the last layers generated, and with everything; the weights of the large networks are quickly drawn."""
+    """With the last layers generated, and with everything; uniform weights, which are quick for the large networks."""
     with torch.device("meta"):
         network = make(name, image_size=32)
     network.to_empty(device="cpu").eval()
@@ -231,7 +231,7 @@ def own(tmp_path: Path) -> Path:
 
 
 @mark.parametrize("function", ["net", "everything", "nothing", "Net"])
-def test_own_architectures(own, monkeypatch, function):
+def test_architectures_in_a_file(own, monkeypatch, function):
     network = make(f"{own}:{function}")
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     monkeypatch.chdir(own.parent)
@@ -252,12 +252,12 @@ def test_own_architectures(own, monkeypatch, function):
         ("Failing", "does not take images of 3 x 32 x 32"),
     ],
 )
-def test_mistakes_in_own_architectures(own, function, expected):
+def test_mistakes_in_a_file_of_architectures(own, function, expected):
     found = message(f"{own}:{function}")
     assert expected in found and found.startswith("network.architecture")
 
 
-def test_own_files_that_cannot_be_run(own):
+def test_files_that_cannot_be_run(own):
     assert "absent.py is not a file" in message(f"{own.parent / 'absent.py'}:net")
     for text, expected in (("1 / 0", "ZeroDivisionError: division by zero (nets.py, line 1)"), ("x ==", "SyntaxError")):
         own.write_text(text)
@@ -299,7 +299,7 @@ def test_weights_of_a_file(name, suffix, tmp_path):
     assert found.keys() == state.keys() and all(torch.equal(found[n], t) for n, t in state.items())
 
 
-def test_weights_of_own_architectures(own, tmp_path):
+def test_weights_of_an_architecture_in_a_file(own, tmp_path):
     state = save(make(f"{own}:net"), tmp_path / "w.pt")
     found = make(f"{own}:net", pretrained=True, weights=str(tmp_path / "w.pt")).state_dict()
     assert all(torch.equal(found[n], t) for n, t in state.items())

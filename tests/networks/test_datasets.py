@@ -57,7 +57,7 @@ def files_below(folder: Path) -> list[Path]:
 # -- writers: (root, random, monkeypatch) -> what the training and the test part hold
 
 
-def drawn(random: np.random.Generator, classes: int, *shape: int) -> tuple[Known, Known]:
+def random_parts(random: np.random.Generator, classes: int, *shape: int) -> tuple[Known, Known]:
     """Random images of a training and a test part; every label that has room occurs."""
     images = random.integers(0, 256, (TRAIN + TEST, *shape), dtype=np.uint8)
     labels = [k % classes for k in range(TRAIN + TEST)]
@@ -72,7 +72,7 @@ def md5(path: Path) -> str:
 def write_cifar(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kind: type) -> tuple:
     folder, fine = root / kind.base_folder, kind is tv.CIFAR100
     folder.mkdir(parents=True)
-    parts = drawn(random, 100 if fine else 10, 3, 32, 32)
+    parts = random_parts(random, 100 if fine else 10, 3, 32, 32)
     for attribute, part in zip(("train_list", "test_list"), parts, strict=True):
         names = [name for name, _ in getattr(kind, attribute)]
         for k, name in enumerate(names):
@@ -93,7 +93,7 @@ def idx(*shape: int, content: bytes) -> bytes:
 
 
 def write_mnist(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kind: str) -> tuple:
-    raw, parts = root / kind / "raw", drawn(random, 10, 1, 28, 28)
+    raw, parts = root / kind / "raw", random_parts(random, 10, 1, 28, 28)
     raw.mkdir(parents=True)
     for prefix, part in zip(("train", "t10k"), parts, strict=True):
         images = idx(len(part), 28, 28, content=b"".join(image.tobytes() for image, _ in part))
@@ -103,7 +103,7 @@ def write_mnist(root: Path, random: np.random.Generator, monkeypatch: pytest.Mon
 
 
 def write_svhn(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    parts, sums = drawn(random, 10, 3, 32, 32), {}
+    parts, sums = random_parts(random, 10, 3, 32, 32), {}
     for name, part in zip(("train", "test"), parts, strict=True):
         path = root / f"{name}_32x32.mat"
         images = np.stack([image.transpose(1, 2, 0) for image, _ in part], axis=-1)  # (32, 32, 3, n)
@@ -115,7 +115,7 @@ def write_svhn(root: Path, random: np.random.Generator, monkeypatch: pytest.Monk
 
 
 def write_stl10(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    folder, parts = root / "stl10_binary", drawn(random, 10, 3, 96, 96)
+    folder, parts = root / "stl10_binary", random_parts(random, 10, 3, 96, 96)
     folder.mkdir()
     for name, part in zip(("train", "test"), parts, strict=True):
         columns = b"".join(image.transpose(0, 2, 1).tobytes() for image, _ in part)  # column by column
@@ -134,7 +134,7 @@ def paint(path: Path, colour: np.ndarray, k: int) -> None:
 
 
 def write_flowers102(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    folder, parts = root / "flowers-102", drawn(random, 102, 3)
+    folder, parts = root / "flowers-102", random_parts(random, 102, 3)
     ids = 1 + random.permutation(TRAIN + TEST + 3)  # three for validation, which is not read
     labels = np.full(len(ids), 77, dtype=np.uint8)
     for number, (colour, label) in zip(ids, [*parts[0], *parts[1]], strict=False):
@@ -149,7 +149,7 @@ def write_flowers102(root: Path, random: np.random.Generator, monkeypatch: pytes
 
 
 def write_pets(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    folder, parts = root / "oxford-iiit-pet", drawn(random, 37, 3)
+    folder, parts = root / "oxford-iiit-pet", random_parts(random, 37, 3)
     (folder / "annotations").mkdir(parents=True)
     for name, part in zip(("trainval", "test"), parts, strict=True):
         lines = [f"Great_Dane_{name}{k} {label + 1} 1 1\n" for k, (_, label) in enumerate(part)]
@@ -160,7 +160,7 @@ def write_pets(root: Path, random: np.random.Generator, monkeypatch: pytest.Monk
 
 
 def write_food101(root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    folder, parts = root / "food-101", drawn(random, 3, 3)
+    folder, parts = root / "food-101", random_parts(random, 3, 3)
     (folder / "meta").mkdir(parents=True)
     for name, part in zip(("train", "test"), parts, strict=True):
         part.sort(key=lambda known: known[1])
@@ -176,7 +176,7 @@ def write_food101(root: Path, random: np.random.Generator, monkeypatch: pytest.M
 def write_folders(
     root: Path, random: np.random.Generator, monkeypatch: pytest.MonkeyPatch, names: tuple = ("train", "test")
 ) -> tuple:
-    parts = drawn(random, 3, 3)
+    parts = random_parts(random, 3, 3)
     for name, part in zip(names, parts, strict=True):
         part.sort(key=lambda known: known[1])
         for k, (colour, label) in enumerate(part):

@@ -264,10 +264,17 @@ def test_what_is_augmented_is_not_kept(tmp_path, decoded):
     assert not files_below(tmp_path / "store")
 
 
-def test_what_is_preprocessed_is_never_written_to(tmp_path):
+def test_what_is_preprocessed_is_never_written_to(tmp_path, monkeypatch):
+    from_file, mapped = torch.from_file, []
+
+    def noted(*arguments, **options):
+        mapped.append(from_file(*arguments, **options))
+        return mapped[-1]
+
+    monkeypatch.setattr(torch, "from_file", noted)
     part = Part(photographs(tmp_path / "files"), PLAIN, store=tmp_path / "store")
     first = gathered(part)
-    part._held.images.zero_()
+    mapped[0].zero_()
     assert torch.equal(gathered(Part(part.raw, PLAIN, store=part.store)), first)
 
 

@@ -180,8 +180,8 @@ def test_a_written_network_can_be_loaded_by_its_owner(tmp_path):
     """Also by modules that look at the version of what they load, which BatchNorm does."""
     network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     torch.save({"model": network.state_dict(), "config": {"hidden": 3}}, tmp_path / "0.pth")
-    drawn = Collection({"0.weight": torch.randn(5, 3, 4)})
-    Template.read(tmp_path / "0.pth").write(tmp_path / "1.pth", drawn[2])
+    sampled = Collection({"0.weight": torch.randn(5, 3, 4)})
+    Template.read(tmp_path / "0.pth").write(tmp_path / "1.pth", sampled[2])
     written = torch.load(tmp_path / "1.pth", weights_only=True)
     assert written["config"] == {"hidden": 3}
     stored = written["model"]["0.weight"]
@@ -189,7 +189,7 @@ def test_a_written_network_can_be_loaded_by_its_owner(tmp_path):
     assert written["model"]._metadata == network.state_dict()._metadata
     other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     other.load_state_dict(written["model"])
-    assert torch.equal(other[0].weight, drawn.tensors["0.weight"][2])
+    assert torch.equal(other[0].weight, sampled.tensors["0.weight"][2])
     assert torch.equal(other[0].bias, network[0].bias)
 
 

@@ -139,16 +139,16 @@ def test_every_call_of_a_storage_waits_for_its_database(monkeypatch):
     ("url", "hints"),
     [
         ("sqlite:////absent/folder/s.db", ["absent"]),
-        ("postgresql+psycopg://user:secret@127.0.0.1:1/x", ["127.0.0.1", "***"]),
+        ("postgresql+psycopg://user:secret@127.0.0.1:{port}/x", ["127.0.0.1", "***"]),
         ("nonsense://x", ["nonsense"]),
         ("nonsense", ["nonsense"]),
         ("sqlite://", ["memory", "sqlite:///FILE"]),
         ("sqlite:///:memory:", ["memory", "sqlite:///FILE"]),
     ],
 )
-def test_storages_that_cannot_be_opened_are_one_line_without_password(url, hints):
+def test_storages_that_cannot_be_opened_are_one_line_without_password(url, hints, closed_port):
     with pytest.raises(UserError) as caught:
-        open_storage(url)
+        open_storage(url.format(port=closed_port))
     message = str(caught.value)
     assert "--storage" in message and all(hint in message for hint in hints)
     assert "secret" not in message and "\n" not in message

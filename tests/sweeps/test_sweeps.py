@@ -261,7 +261,7 @@ def test_a_trial_that_was_declared_stale_is_left_to_the_worker_that_retries_it(w
     assert "trial 0 was declared stale and is being retried by another worker" in capsys.readouterr().out
 
 
-def test_a_second_command_lends_its_worker_and_leaves_the_rest_to_the_leader(workspace, measured, capsys):
+def test_a_second_command_adds_a_worker_and_leaves_the_rest_to_the_leader(workspace, measured, capsys):
     study = in_process(3, timeout=1e-6)
     parent = psutil.Process(os.getppid())  # any process that lives: it leads the study
     name = f"{socket.gethostname()}:{parent.pid}:{parent.create_time():.0f}"

@@ -76,8 +76,8 @@ def test_models_predict_where_pdiff_is_not_installed(workspace):
     assert ended.returncode == 0, ended.stderr
     predicted = {name: torch.from_numpy(array) for name, array in np.load("predicted.npz").items()}
 
-    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
-    for name, tensor in drawn.items():
+    sampled = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    for name, tensor in sampled.items():
         torch.testing.assert_close(predicted[f"weights.{name}"], tensor)
     generator = Generator.load(artifacts(run) / "generator")
     with torch.no_grad():

@@ -25,7 +25,7 @@ from pdiff.method.generators.base import Generator
 from pdiff.networks import architectures
 
 
-def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
+def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, capsys):
     assert pdiff(["main", "--tag", "tiny.yaml"]) == 0
     printed = capsys.readouterr().out
     assert all(group in printed for group in ("original", "generated", "noise_0.05", "average"))
@@ -83,7 +83,7 @@ def test_main_tracks_everything_and_reuses_what_is_finished(workspace, capsys):
         "memory_mb/diffusion",
     }
     assert expected <= parent.data.metrics.keys()
-    assert list((workspace / ".pdiff").glob("*/")) == [], "work folders are removed"
+    assert list((empty_workspace / ".pdiff").glob("*/")) == [], "work folders are removed"
     assert pdiff(["compare"]) == 0
     row = capsys.readouterr().out.splitlines()[1].split()
     assert row[0] == "tiny" and float(row[5]) == pytest.approx(100 * generated.test_accuracy.mean(), abs=0.006)
@@ -127,9 +127,9 @@ def test_export_writes_what_a_network_loads(workspace):
     network = architectures.build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
     plain, safe = torch.load(paths[2], weights_only=True), load_file(paths[3])
     assert network.load_state_dict(plain, strict=False).unexpected_keys == []
-    drawn = load_file(artifacts(run) / "generated.safetensors")
+    sampled = load_file(artifacts(run) / "generated.safetensors")
     for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, drawn[name][3]) and torch.equal(safe[name], drawn[name][3])
+        assert torch.equal(tensor, sampled[name][3]) and torch.equal(safe[name], sampled[name][3])
     assert pdiff(["export", "--run", run.info.run_id, "--out", "exported", "--index", "8"]) == 2
     assert pdiff(["export", "--run", "nonsense", "--out", "exported"]) == 2
 
@@ -150,7 +150,7 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (killed,) = runs(stage)
-    assert killed.info.status == "RUNNING"  # nobody was left to say otherwise
+    assert killed.info.status == "RUNNING"  # no process was left to close it
     saved = torch.load(next(workspace.glob(f".pdiff/*/.state/{state}")), weights_only=True)[0]["step"]
     block = {"pretrain": "seconds/pretrain", "train": "seconds/diffusion"}[stage]
     points = [pd.read_csv(path).set_index("name").time for path in workspace.glob(".pdiff/*/history.csv")]
@@ -174,7 +174,7 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in resumed.items())
 
 
-def test_two_at_once_on_a_fresh_database(workspace):
+def test_two_at_once_on_a_fresh_database(empty_workspace):
     both = [start("main", "--tag", "tiny.yaml") for _ in range(2)]
     for process in both:
         assert process.wait() == 0, process.communicate()[0]
@@ -183,7 +183,6 @@ def test_two_at_once_on_a_fresh_database(workspace):
 
 
 def test_terminated_runs_are_closed(workspace):
-    mlflow.search_experiments()  # creates the store, before two processes look at it
     process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.patience", "0")
     wait_for(lambda: any(stage == "train" for stage, _ in statuses()), process)
     process.terminate()
@@ -273,16 +272,16 @@ def test_no_permission_is_one_line(workspace, capfd, monkeypatch):
     assert "cannot be written" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_an_interrupted_draw_resumes_with_another_batch_size(workspace, monkeypatch):
+def test_interrupted_sampling_resumes_with_another_batch_size(workspace, monkeypatch):
     """Interrupted in the second batch of four, resumed in batches of two: the same networks."""
     assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
-    draw, calls = Generator.sample, []
+    sample, calls = Generator.sample, []
 
     def interrupted(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return draw(*arguments, **options)
+        return sample(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Generator, "sample", interrupted)
@@ -294,7 +293,7 @@ def test_an_interrupted_draw_resumes_with_another_batch_size(workspace, monkeypa
         torch.testing.assert_close(second[name], tensor)
 
 
-def test_own_checkpoints_bring_their_frozen_layers(workspace, capfd):
+def test_checkpoints_in_files_bring_their_frozen_layers(workspace, capfd):
     """Only the last layer is generated; the others come from the files, not from a random network."""
     network = architectures.build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
     Path("own").mkdir()

@@ -30,7 +30,7 @@ class Healthy(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address(tmp_path):
-    """An HTTPS server on this machine whose certificate, `certificate.pem`, nobody knows."""
+    """An HTTPS server on this machine whose certificate, `certificate.pem`, is self-signed."""
     if not shutil.which("openssl"):
         pytest.skip("needs openssl")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -45,7 +45,7 @@ def address(tmp_path):
     server.shutdown()
 
 
-def test_a_server_of_a_private_certificate_is_reached_where_mlflow_is_told_of_it(address, tmp_path, monkeypatch):
+def test_a_server_with_a_private_certificate_is_reached_as_mlflows_settings_say(address, tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_INSECURE_TLS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=rf"^MLFLOW_TRACKING_URI {address}: no answer \(SSLError\)$"):
@@ -57,9 +57,10 @@ def test_a_server_of_a_private_certificate_is_reached_where_mlflow_is_told_of_it
     store.reach(address)
 
 
-def test_a_server_that_is_absent():
-    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI http://127\.0\.0\.1:1: no answer \(ConnectionError\)$"):
-        store.reach("http://127.0.0.1:1")
+def test_a_server_that_is_absent(closed_port):
+    address = f"http://127.0.0.1:{closed_port}"
+    with pytest.raises(UserError, match=rf"^MLFLOW_TRACKING_URI {address}: no answer \(ConnectionError\)$"):
+        store.reach(address)
 
 
 TAGS = {"pdiff.stage": "train", "pdiff.digest": "1", "pdiff.prepare_run": "a"}

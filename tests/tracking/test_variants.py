@@ -40,12 +40,12 @@ def test_without_diffusion_latents_are_gaussian(workspace):
     assert "diffusion/loss" not in metrics and "autoencoder/loss" in metrics
     generator = Generator.load(artifacts(runs("train")[0]) / "generator")
     assert generator.denoiser is None
-    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    sampled = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
     seeds = [stream(0, k) for k in range(8)]
     z = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     with torch.no_grad():  # decode(N(0, I)), as the VAE variant has it
         expected = generator.standardizer.decode(generator.autoencoder.decode(z))
-    for name, tensor in drawn.items():
+    for name, tensor in sampled.items():
         torch.testing.assert_close(tensor, expected.tensors[name])
 
 
@@ -74,16 +74,16 @@ def test_validation_images_alone(workspace):
     assert "test_accuracy/generated_mean" in again
 
 
-def test_a_trajectory_ends_at_the_draws(workspace):
+def test_a_trajectory_ends_at_the_samples(workspace):
     evaluated("--generate.trajectory_every", "2", "--generate.trajectory_count", "3")
     folder = artifacts(runs("generate")[0])
-    passed, drawn = (load_file(folder / f"{name}.safetensors") for name in ("trajectory", "generated"))
+    passed, sampled = (load_file(folder / f"{name}.safetensors") for name in ("trajectory", "generated"))
     names = [name.split() for name in json.loads((folder / "trajectory.json").read_text())["checkpoints"]]
     timesteps = sorted({float(t) for t, _ in names}, reverse=True)
     assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == 4  # 5 calls of Heun's, and the end
     assert [int(k) for _, k in names] == [0, 1, 2] * 4
     for name, tensor in passed.items():
-        torch.testing.assert_close(tensor[-3:], drawn[name][:3])
+        torch.testing.assert_close(tensor[-3:], sampled[name][:3])
     path = pd.read_csv(artifacts(runs("evaluate")[0]) / "trajectory.csv")
     last, generated = path[path.timestep == 0], table().query("group == 'generated'")[:3]
     assert last.test_accuracy.tolist() == generated.test_accuracy.tolist()
@@ -99,8 +99,8 @@ evaluate: {noise: [0.05]}
 """
 
 
-def test_networks_that_only_their_owner_knows(workspace):
-    """Neither data set nor architecture: networks are drawn, and compared in weight space alone."""
+def test_networks_without_a_data_set_and_an_architecture(workspace):
+    """Neither data set nor architecture: networks are sampled, and compared in weight space alone."""
     Path("own").mkdir()
     for k in range(6):
         torch.manual_seed(k)
@@ -111,8 +111,8 @@ def test_networks_that_only_their_owner_knows(workspace):
     assert not any(name.startswith(("val_", "test_", "similarity/")) for name in metrics)
     assert metrics["nearest_distance/average_mean"] > 0
     assert set(table().columns) == {"group", "index", "nearest_distance"}
-    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
-    assert drawn["layer.weight"].shape == (3, 3, 4)
+    sampled = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    assert sampled["layer.weight"].shape == (3, 3, 4)
 
 
 MEASURES = """
@@ -135,8 +135,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("how", ["function: measures.py:predict", "command: 'python measures.py {checkpoint}'"])
-def test_networks_that_their_owner_measures(workspace, how, monkeypatch):
-    """By a function, which also gives similarity, or by a command that is given files like the owner's."""
+def test_networks_that_a_function_or_a_command_of_the_user_measures(workspace, how, monkeypatch):
+    """By a function, which also gives similarity, or by a command that gets files like the user's."""
     Path("own").mkdir()
     for k in range(3):
         torch.manual_seed(k)
@@ -151,9 +151,9 @@ def test_networks_that_their_owner_measures(workspace, how, monkeypatch):
     assert len(calls) == 3 + 3 + 1, "originals, generated networks, the average"
     monkeypatch.syspath_prepend(str(workspace))
     predict = importlib.import_module("measures").predict
-    drawn = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
+    sampled = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
     for k, accuracy in enumerate(table().query("group == 'generated'").test_accuracy):
-        predicted, labels = predict({name: tensor[k] for name, tensor in drawn.items()})
+        predicted, labels = predict({name: tensor[k] for name, tensor in sampled.items()})
         assert accuracy == pytest.approx((predicted == labels).mean(), abs=1e-6)
     assert ("similarity/generated_generated" in runs("main")[0].data.metrics) == how.startswith("function")
     assert "val_accuracy" not in table()

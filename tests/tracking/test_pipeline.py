@@ -134,6 +134,7 @@ def test_export_writes_what_a_network_loads(workspace):
     assert pdiff(["export", "--run", "nonsense", "--out", "exported"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "train"])
 def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
@@ -175,7 +176,9 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in resumed.items())
 
 
+@pytest.mark.slow
 def test_two_at_once_on_a_fresh_database(workspace):
+    (workspace / "mlflow.db").unlink()
     both = [start("main", "--tag", "tiny.yaml") for _ in range(2)]
     for process in both:
         printed = process.communicate()[0]
@@ -184,8 +187,8 @@ def test_two_at_once_on_a_fresh_database(workspace):
     assert sorted(statuses()) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_terminated_runs_are_closed(workspace):
-    mlflow.search_experiments()  # creates the store, before two processes look at it
     process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.patience", "0")
     wait_for(lambda: any(stage == "train" for stage, _ in statuses()), process)
     process.terminate()
@@ -194,6 +197,7 @@ def test_terminated_runs_are_closed(workspace):
     assert dict(statuses()) == {"main": "KILLED", "pretrain": "FINISHED", "prepare": "FINISHED", "train": "KILLED"}
 
 
+@pytest.mark.slow
 def test_a_tracking_server(workspace):
     """Through a server, artifacts are up- and downloaded instead of read in place."""
     command = [sys.executable, "-m", "mlflow", "server", "--port", "0", "--workers", "1", "--backend-store-uri"]

@@ -113,7 +113,7 @@ class TrackedRun:
             self.client.log_artifact(self.run_id, str(path))
             if path.name == "dataset.json":
                 described = read_json(path)
-                source = CodeDatasetSource({"mlflow.source.name": f"pdiff.datasets:{described['name']}"})
+                source = CodeDatasetSource({"mlflow.source.name": f"pdiff.networks.datasets:{described['name']}"})
                 dataset = MetaDataset(source, name=described["name"], digest=described["digest"])
                 mlflow.log_input(dataset, context="training")
             elif path.name == "generator" and (self.experiment.log_models or self.experiment.register):
@@ -146,9 +146,9 @@ def tracked(
         parent: a run of another process.
         tags: more tags.
     """
-    own = {"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}
+    about = {"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}
     process = {"pdiff.process": this_process(), "pdiff.commit": commit(), "pdiff.interpreter": sys.executable}
-    tags = _inherited.get() | dict(tags or {}) | {"pdiff.stage": stage} | own | process
+    tags = _inherited.get() | dict(tags or {}) | {"pdiff.stage": stage} | about | process
     nested = mlflow.active_run() is not None
     name = f"{experiment.tag} {label or stage}" if experiment else stage
     run, status = None, RunStatus.FINISHED

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Point(NamedTuple):
@@ -33,10 +33,8 @@ def measured(log: Log, what: str) -> Iterator[None]:
     where only the first of the two is on record, the process was killed inside the block.
     `memory_mb/<what>` is the peak memory of the process so far, or that of the GPU in the block.
     """
-    import torch
-
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+    if gpu := _gpu():
+        gpu.reset_peak_memory_stats()
     log(Point(f"seconds/{what}", 0.0, 0))
     start = time.perf_counter()
     try:
@@ -44,9 +42,12 @@ def measured(log: Log, what: str) -> Iterator[None]:
     finally:
         log(Point(f"seconds/{what}", time.perf_counter() - start, 1))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_initialized()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    )
+    gpu = _gpu()  # the block may have been the first to use it
+    peak = gpu.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     log(Point(f"memory_mb/{what}", peak / 2**20))
+
+
+def _gpu() -> Any:
+    """The module torch.cuda where it is in use; a process that has not imported torch uses no GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_initialized() else None

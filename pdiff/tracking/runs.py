@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +52,24 @@ def listening(log: Log) -> Iterator[None]:
         _listener.reset(token)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the block ends: an interrupted transaction would leave the database locked."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main one
+        yield
+        return
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for number in held:
+            signal.raise_signal(number)
+
+
 class TrackedRun:
     """An MLflow run in progress, see `pdiff.tracking.engine.Run`; points and tags are sent in batches."""
 
@@ -76,8 +96,16 @@ class TrackedRun:
     def flush(self) -> None:
         """Send what is pending."""
         if self.points or self.tags:
-            self.client.log_batch(self.run_id, metrics=self.points, tags=self.tags)
+            with uninterrupted():
+                self.client.log_batch(self.run_id, metrics=self.points, tags=self.tags)
         self.points, self.tags, self.sent = [], [], time.monotonic()
+
+    def end(self, status: str) -> None:
+        """Send what is pending, and close the run."""
+        try:
+            self.flush()
+        finally:
+            mlflow.end_run(status)
 
     def upload(self, paths: Iterable[Path]) -> None:
         """Keep files, and folders with what is in them, as artifacts; what MLflow has other places for, there, too."""
@@ -85,7 +113,7 @@ class TrackedRun:
             self.client.log_artifact(self.run_id, str(path))
             if path.name == "dataset.json":
                 described = read_json(path)
-                source = CodeDatasetSource({"mlflow.source.name": f"pdiff.datasets:{described['name']}"})
+                source = CodeDatasetSource({"mlflow.source.name": f"pdiff.networks.datasets:{described['name']}"})
                 dataset = MetaDataset(source, name=described["name"], digest=described["digest"])
                 mlflow.log_input(dataset, context="training")
             elif path.name == "generator" and (self.experiment.log_models or self.experiment.register):
@@ -118,14 +146,16 @@ def tracked(
         parent: a run of another process.
         tags: more tags.
     """
-    own = {"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}
+    about = {"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}
     process = {"pdiff.process": this_process(), "pdiff.commit": commit(), "pdiff.interpreter": sys.executable}
-    tags = _inherited.get() | dict(tags or {}) | {"pdiff.stage": stage} | own | process
+    tags = _inherited.get() | dict(tags or {}) | {"pdiff.stage": stage} | about | process
     nested = mlflow.active_run() is not None
     name = f"{experiment.tag} {label or stage}" if experiment else stage
-    run = TrackedRun(mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags), experiment)
-    status = RunStatus.FINISHED
+    run, status = None, RunStatus.FINISHED
     try:
+        with uninterrupted():
+            started = mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
+            run = TrackedRun(started, experiment)
         if not nested and re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.record.info.run_name or ""):
             run.tag({"mlflow.runName": name})  # `mlflow run` began it, and its user chose no name
         if experiment:
@@ -134,22 +164,23 @@ def tracked(
     except BaseException as error:
         status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
         reason = "pdiff.pruned" if isinstance(error, Pruned) else "pdiff.error"
-        run.tag({reason: str(error)[:PARAMETER_LIMIT] or type(error).__name__})
+        if run:
+            run.tag({reason: str(error)[:PARAMETER_LIMIT] or type(error).__name__})
         raise
     finally:
-        try:
-            run.flush()
-        finally:
-            mlflow.end_run(RunStatus.to_string(status))
+        if run:
+            with uninterrupted():
+                run.end(RunStatus.to_string(status))
 
 
 def _log_config(run_id: str, experiment: Experiment) -> None:
     """The complete configuration, as parameters `config.*` and as an artifact."""
     client = mlflow.MlflowClient()
     parameters = [Param(f"{CONFIG}{k}", str(v)[:PARAMETER_LIMIT]) for k, v in config.flat(experiment).items()]
-    for start in range(0, len(parameters), BATCH):
-        client.log_batch(run_id, params=parameters[start : start + BATCH])
-    client.log_text(run_id, config.to_yaml(experiment), CONFIG_FILE)
+    with uninterrupted():
+        for start in range(0, len(parameters), BATCH):
+            client.log_batch(run_id, params=parameters[start : start + BATCH])
+        client.log_text(run_id, config.to_yaml(experiment), CONFIG_FILE)
 
 
 @cache
@@ -216,8 +247,9 @@ def record(
     client, now = mlflow.MlflowClient(), int(time.time() * 1000)
     values = [Metric(name, float(value), now, 0) for name, value in (metrics or {}).items()]
     given = [Param(name, str(value)[:PARAMETER_LIMIT]) for name, value in (parameters or {}).items()]
-    for start in range(0, max(len(values), len(given)), BATCH):
-        part = slice(start, start + BATCH)
-        client.log_batch(run_id, metrics=values[part], params=given[part])
+    with uninterrupted():
+        for start in range(0, max(len(values), len(given)), BATCH):
+            part = slice(start, start + BATCH)
+            client.log_batch(run_id, metrics=values[part], params=given[part])
     for path, folder in (files or {}).items():
         client.log_artifact(run_id, str(path), folder or None)

@@ -279,6 +279,6 @@ def test_two_that_want_the_same_do_it_once(store, capsys):
     assert "waiting for another process" in capsys.readouterr().out
 
 
-def test_the_engine_does_not_know_mlflow():
-    code = "import sys, pdiff.tracking.engine; sys.exit('mlflow' in sys.modules)"
+def test_the_engine_knows_neither_mlflow_nor_torch():
+    code = "import sys, pdiff.tracking.engine; sys.exit(bool({'mlflow', 'torch'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from tracked import artifacts, runs
@@ -17,6 +18,8 @@ from tracked import artifacts, runs
 from pdiff.cli.main import main as pdiff
 from pdiff.method.generators.base import Generator
 from pdiff.tracking import models
+
+pytestmark = pytest.mark.slow
 
 ELSEWHERE = """
 import sys

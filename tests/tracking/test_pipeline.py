@@ -134,6 +134,7 @@ def test_export_writes_what_a_network_loads(workspace):
     assert pdiff(["export", "--run", "nonsense", "--out", "exported"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "train"])
 def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
@@ -168,28 +169,34 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     assert runs(stage)[1].data.metrics[block] > spent > 0, "the seconds before the kill count"
 
     whole = start(*words, PDIFF_WORK=str(workspace / "other"), MLFLOW_TRACKING_URI=f"sqlite:///{workspace}/other.db")
-    assert whole.wait() == 0, whole.communicate()[0]
+    printed = whole.communicate()[0]
+    assert whole.returncode == 0, printed
     resumed, uninterrupted = (load_file(path) for path in workspace.glob(f"mlruns/*/*/artifacts/{result}"))
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in resumed.items())
 
 
+@pytest.mark.slow
 def test_two_at_once_on_a_fresh_database(empty_workspace):
     both = [start("main", "--tag", "tiny.yaml") for _ in range(2)]
     for process in both:
-        assert process.wait() == 0, process.communicate()[0]
+        printed = process.communicate()[0]
+        assert process.returncode == 0, printed
     expected = [("main", "FINISHED")] * 2 + [(stage, "FINISHED") for stage in STAGES]
     assert sorted(statuses()) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_terminated_runs_are_closed(workspace):
     process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.patience", "0")
     wait_for(lambda: any(stage == "train" for stage, _ in statuses()), process)
     process.terminate()
-    assert process.wait() == 130
+    printed = process.communicate()[0]
+    assert process.returncode == 130, printed
     assert dict(statuses()) == {"main": "KILLED", "pretrain": "FINISHED", "prepare": "FINISHED", "train": "KILLED"}
 
 
+@pytest.mark.slow
 def test_a_tracking_server(workspace):
     """Through a server, artifacts are up- and downloaded instead of read in place."""
     command = [sys.executable, "-m", "mlflow", "server", "--port", "0", "--workers", "1", "--backend-store-uri"]

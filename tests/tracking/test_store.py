@@ -1,7 +1,9 @@
 """Whether a server is reached, as MLflow's settings say; and which runs the engine finds in MLflow."""
 
 import http.server
+import os
 import shutil
+import signal
 import ssl
 import subprocess
 import threading
@@ -14,6 +16,7 @@ from pdiff.errors import UserError
 from pdiff.experiment import schema
 from pdiff.method.log import Point
 from pdiff.tracking import store
+from pdiff.tracking.runs import uninterrupted
 
 
 class Healthy(http.server.BaseHTTPRequestHandler):
@@ -115,3 +118,19 @@ def test_a_run_knows_its_metrics_as_they_are_found_later(kept):
             run.log(Point("fit/loss", 1.0 + step, step))
         run.log(Point("fit/loss", 7.0, 3))  # an earlier step
     assert run.done().metrics == connected.find(TAGS).metrics == {"fit/loss": 250.0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_the_store_has_answered(number):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    steps = []
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            os.kill(os.getpid(), number)
+            steps.append(sum(range(100_000)))  # Python looks for signals meanwhile
+        assert len(steps) == 1 and signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, before)

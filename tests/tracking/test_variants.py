@@ -20,6 +20,8 @@ from pdiff.method.generators.base import Generator
 from pdiff.networks.evaluators import images
 from pdiff.seeds import stream
 
+pytestmark = pytest.mark.slow
+
 
 def evaluated(*words: str) -> dict[str, float]:
     """Metrics of a run of main on the tiny experiment."""

@@ -232,14 +232,14 @@ def test_best_keeps_and_restores() -> None:
     before = copy.deepcopy(module.state_dict())
     best.restore(module)
     assert equal(dict(module.state_dict()), dict(before))  # there was none
-    told = []
+    better = []
     for k, score in enumerate([0.1, 0.5, 0.5, math.nan, 0.2]):
         nn.init.constant_(module.weight, k)
-        told.append(best.update(score, module))
-    assert told == [True, True, False, False, False] and best.score == 0.5 and best.misses == 3
+        better.append(best.update(score, module))
+    assert better == [True, True, False, False, False] and best.score == 0.5 and best.since_best == 3
     best.restore(module)
     assert module.weight.item() == 1
-    assert best.update(0.6, module) and best.misses == 0
+    assert best.update(0.6, module) and best.since_best == 0
 
 
 def test_devices() -> None:

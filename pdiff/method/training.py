@@ -232,7 +232,8 @@ class Best:
 def resumable(trainer: Trainer, path: Path | None, *beside: Stateful) -> Iterator[Step]:
     """The trainer's steps after the last one that is saved in `path`, where its state and that of `beside` are kept.
 
-    A state is saved every few seconds, after the caller has dealt with the step, so that what it keeps in `beside` belongs to that step.
+    A state is saved every few seconds, after the caller has dealt with the step, so that what it keeps in `beside`
+    belongs to that step.
 
     Raises:
         ValueError: `path` is damaged, or is the state of another training.

@@ -13,7 +13,7 @@ VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")
 
 
 def ema(decay: float) -> dict[str, Callable]:
-    """How `AveragedModel` takes the exponential moving average: all tensors at once since 2.1."""
+    """Options of `AveragedModel` for an exponential moving average: all tensors in one call since 2.1."""
     from torch.optim import swa_utils
 
     if hasattr(swa_utils, "get_ema_multi_avg_fn"):
@@ -22,8 +22,12 @@ def ema(decay: float) -> dict[str, Callable]:
 
 
 def fused(device: str) -> dict[str, bool]:
-    """Options of an optimiser that updates all tensors in one kernel: on CUDA since 2.0, on CPUs since 2.4."""
-    return {"fused": True} if device == "cuda" or (device == "cpu" and VERSION >= (2, 4)) else {}
+    """Options of Adam, AdamW and SGD that update all tensors in one kernel.
+
+    On CUDA since 2.3 (SGD has no such option before, and Adam of 2.0 cannot resume with it), on CPUs since 2.4.
+    """
+    since = {"cuda": (2, 3), "cpu": (2, 4)}.get(device)
+    return {"fused": True} if since and since <= VERSION else {}
 
 
 def plain_state(schedule: dict[str, Any]) -> dict[str, Any]:

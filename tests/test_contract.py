@@ -18,13 +18,14 @@ from pdiff.experiment import metrics, stages
 from pdiff.experiment.metrics import Metric
 from pdiff.experiment.stages import Stage
 from pdiff.method import autoencoders, baselines, denoisers, generators, objectives, samplers
+from pdiff.method.autoencoders import AutoencoderOptions
 from pdiff.method.collection import Collection
 from pdiff.method.denoisers import DenoiserOptions
 from pdiff.method.generators import GeneratorOptions
 from pdiff.method.generators.base import Generator
 from pdiff.method.log import Point, ignore
 from pdiff.method.objectives import Flow
-from pdiff.method.options import Positive, Section
+from pdiff.method.options import Positive
 from pdiff.method.samplers import Sampler
 from pdiff.method.standardize import Standardizer
 from pdiff.networks import architectures, datasets, evaluators
@@ -52,7 +53,7 @@ class Halves(nn.Module):
         return self.decode(self.encode(x))
 
 
-class HalvesOptions(Section):
+class HalvesOptions(AutoencoderOptions):
     module: ClassVar[Any] = Halves
     fraction: float = 0.5
 
@@ -110,21 +111,21 @@ class Copies(Generator):
         self.standardizer, self.first = standardizer, first
 
     @classmethod
-    def fitted(cls, collection, options, *, seed=0, device="cpu", log=ignore, state=None, check=ignore) -> Copies:
+    def fit(cls, collection, options, *, seed=0, device="cpu", log=ignore, state=None, check=ignore) -> Copies:
         standardizer = Standardizer.fit(collection)
         return cls(standardizer, options.factor * standardizer.encode(collection)[0])
 
-    def vectors(self, seeds: list[int], *, device: Any, **options: Any) -> Tensor:
+    def sample_vectors(self, seeds: list[int], *, device: Any, label: str = "") -> Tensor:
         return self.first.expand(len(seeds), -1)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"first": self.first}
 
-    def description(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         return {}
 
     @classmethod
-    def restored(cls, standardizer, tensors, description) -> Copies:
+    def from_saved(cls, standardizer, tensors, config) -> Copies:
         return cls(standardizer, tensors["first"])
 
 

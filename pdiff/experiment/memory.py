@@ -142,7 +142,7 @@ def _autoencoder(experiment: Experiment, options: LatentDiffusionOptions, sizes:
         make, fits = partial(PCA, sizes.size, sizes.latent_size), [pca_fit(sizes)]
     else:
         short = options.autoencoder.model_copy(update={"steps": STEPS})
-        make = partial(convolutional.initialised, sizes.size, short)
+        make = partial(short.build, sizes.size)
         train = partial(convolutional.trainer, options=short, seed=0)
         fits = _fits("autoencoder", make, train, (sizes.fitted, sizes.size), short.batch_size)
     encoded = min(ENCODED, sizes.checkpoints)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,5 +33,5 @@ def _mean(stacked: Tensor) -> Tensor:
     return stacked.double().mean(dim=0, keepdim=True).to(stacked.dtype)
 
 
-BASELINES: dict[str, Callable[..., Any]] = {"average": average}
-"""Name of the group -> makes its networks, a Collection, of the originals."""
+BASELINES: dict[str, Callable[[Collection], Collection]] = {"average": average}
+"""Name of the group -> its networks, computed from the originals."""

@@ -1,4 +1,4 @@
-"""Collections of checkpoints, and which of their tensors are generated."""
+"""`Collection`: N checkpoints of one layout, stacked; and which of their tensors are generated."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ class Collection:
 
     @classmethod
     def stack(cls, states: Sequence[StateDict], names: Sequence[str] | None = None) -> Collection:
-        """Stack N state dicts of one layout."""
-        return cls({name: torch.stack([state[name] for state in states]) for name in states[0]}, names)
+        """Stack N state dicts of one layout.
+
+        Raises:
+            ValueError: there are none, or they hold different tensors.
+        """
+        return cls(_joined(torch.stack, states), names)
 
     def __len__(self) -> int:
         return self.count
@@ -55,13 +59,17 @@ class Collection:
         return Collection({n: t[index] for n, t in self.tensors.items()}, [self.names[row] for row in rows])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Collection:
-        """The collection of the tensors that a function makes of each stacked tensor (N, *shape)."""
+        """Apply a function to each stacked tensor, (N, *shape) -> (M, *shape); the M checkpoints are numbered."""
         return Collection({name: function(tensor) for name, tensor in self.tensors.items()})
 
     @classmethod
     def concatenate(cls, parts: Sequence[Collection], names: Sequence[str] | None = None) -> Collection:
-        """Several collections of one layout, one after the other."""
-        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}, names)
+        """Several collections of one layout, one after the other; the checkpoints are numbered when `names` is absent.
+
+        Raises:
+            ValueError: there are none, or they hold different tensors.
+        """
+        return cls(_joined(torch.cat, [part.tensors for part in parts]), names)
 
     def save(self, path: Path) -> None:
         """Write `path` (safetensors, each tensor (N, *shape)) and its index beside it (JSON)."""
@@ -78,11 +86,25 @@ class Collection:
         """
         index, tensors = read_json(path.with_suffix(".json")), read_tensors(path)
         found = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
-        if not isinstance(index, dict) or found != index.get("layout") or "checkpoints" not in index:
+        if (
+            not isinstance(index, dict)
+            or found != index.get("layout")
+            or not isinstance(index.get("checkpoints"), list)
+        ):
             raise ValueError(f"{path}: its tensors are not those of its index {path.with_suffix('.json').name}")
         if name := not_finite(tensors):
             raise ValueError(f"{path}: tensor {name!r} holds NaN or infinity, expected finite numbers")
         return cls({name: tensors[name] for name in index["layout"]}, index["checkpoints"])
+
+
+def _joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several parts, joined by name; the order of names is that of the first part."""
+    if not parts:
+        raise ValueError("nothing to join, expected at least one part")
+    for k, part in enumerate(parts):
+        if different := sorted(part.keys() ^ parts[0].keys()):
+            raise ValueError(f"part {k} holds other tensors than part 0: they differ in {', '.join(different[:4])}")
+    return {name: join([part[name] for part in parts]) for name in parts[0]}
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pdiff.method.log import Log, Point
 from pdiff.method.objectives import Objective
-from pdiff.method.samplers import SAMPLERS
+from pdiff.method.samplers import SAMPLERS, samplers_of
 from pdiff.method.training import Batches, Best, Trainer, follow, shuffled_rows
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def heldout_loss(objective: Objective, denoiser: nn.Module, z: Tensor, *, repeat
 def trainer(
     denoiser: nn.Module, batches: Batches, objective: Objective, options: DiffusionOptions, *, seed: int
 ) -> Trainer:
-    """Trains a denoiser on batches of latents (B, L)."""
+    """The training of a denoiser on batches of latents (B, L)."""
 
     def loss(z: Tensor) -> Tensor:
         return denoising_loss(objective, denoiser, z)
@@ -62,11 +62,21 @@ def fit(
     log: Log,
     path: Path | None = None,
 ) -> nn.Module:
-    """Train a denoiser on latents z (N, L), on its device, watching its loss on held-out ones (M, L); M may be 0.
+    """Train a denoiser on latents z (N, L), and evaluate its loss on held-out ones (M, L); M may be 0.
+
+    Args:
+        denoiser: untrained, on the device of the latents.
+        objective: what it predicts.
+        z: latents that it is trained on.
+        heldout: latents that it is evaluated on.
+        options: of the training.
+        seed: of batches and noise.
+        log: receives `diffusion/loss` and `diffusion/heldout_loss`.
+        path: file of the training state, from which an interrupted training resumes.
 
     Returns:
-        The averaged denoiser in evaluation mode; with `patience` the best one on the held-out latents, when so many
-        evaluations in a row were no better.
+        The moving average of the denoiser in evaluation mode: the last one, or, with `options.patience`, the one with
+        the lowest held-out loss.
     """
     steps = trainer(denoiser.train(), shuffled_rows(z, options.batch_size, seed), objective, options, seed=seed)
     best = Best()
@@ -76,12 +86,11 @@ def fit(
             denoiser.train()
             best.update(-loss, steps.averaged)
             log(Point("diffusion/heldout_loss", loss, step.number))
-            if options.patience and best.misses >= options.patience:
+            if options.patience and best.since_best >= options.patience:
                 break
-    fitted = steps.averaged
     if options.patience:
-        best.restore(fitted)
-    return fitted.eval()
+        best.restore(steps.averaged)
+    return steps.averaged.eval()
 
 
 def gaussian_noise(size: int, seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
@@ -105,8 +114,11 @@ class Sampling:
         size: L.
         seeds: one for each latent.
         sampler: a name in `SAMPLERS` whose paths include the objective's.
-        steps: denoiser calls, at most.
+        steps: denoiser calls, at most; between 1 and the objective's timesteps.
         device: where to compute.
+
+    Raises:
+        ValueError: the sampler is unknown or cannot follow the objective; too few or too many steps.
     """
 
     def __init__(
@@ -120,6 +132,12 @@ class Sampling:
         steps: int,
         device: torch.device | str = "cpu",
     ) -> None:
+        if sampler not in (known := samplers_of(objective)):
+            raise ValueError(
+                f"sampler {sampler!r} cannot follow the path {objective.path}, expected one of {', '.join(known)}"
+            )
+        if not 1 <= steps <= objective.timesteps:
+            raise ValueError(f"1 <= steps <= timesteps must hold, but got ({steps}, {objective.timesteps})")
         self.denoiser = denoiser
         self.scheduler = SAMPLERS[sampler].prepared(objective, steps, device)
         noise, self.generators = gaussian_noise(size, seeds)
@@ -128,7 +146,7 @@ class Sampling:
     def __len__(self) -> int:
         return len(self.scheduler.timesteps) + 1
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[float, Tensor]]:
         z = self.noise
         for t in self.scheduler.timesteps:
@@ -137,6 +155,9 @@ class Sampling:
             z = self.scheduler.step(prediction, t, z, generator=self.generators).prev_sample
         yield 0.0, z
 
-    def samples(self) -> Tensor:
-        """The samples, float32 (len(seeds), L)."""
-        return deque(self, maxlen=1).pop()[1]
+    def samples(self, label: str = "sample") -> Tensor:
+        """The samples, float32 (len(seeds), L), with a progress bar."""
+        z = self.noise
+        for _, z in tqdm(self, desc=label, unit="step", disable=None):  # noqa: B007
+            pass
+        return z

@@ -1,6 +1,6 @@
 """Objectives: a path from data to noise, and the quantity that a denoiser predicts along it. OBJECTIVES lists them.
 
-An entry is a class of options with `path`, which says which samplers can follow it, and `add_noise`. Imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 class Objective(Section):
-    """A path over `timesteps` timesteps T; `prediction_type` is what diffusers calls the predicted quantity."""
+    """A path from data, at timestep 0, to noise, at timestep T = `timesteps`.
+
+    Attributes:
+        path: its name, by which samplers say that they can follow it.
+        prediction_type: what diffusers calls the predicted quantity.
+    """
 
     path: ClassVar[str]
     prediction_type: ClassVar[str]
@@ -52,7 +57,10 @@ class Flow(Objective):
 
 
 class Epsilon(Objective):
-    """The DDPM path (Ho et al. 2020, eq. 4), z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps, with linear betas; target eps."""
+    """The DDPM path (Ho et al. 2020, eq. 4), z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps; target eps.
+
+    a_t is the product of 1 - beta up to t, where beta rises linearly from `beta_start` to `beta_end`.
+    """
 
     path: ClassVar[str] = "ddpm"
     prediction_type: ClassVar[str] = "epsilon"
@@ -68,7 +76,7 @@ class Epsilon(Objective):
 
     @property
     def alpha_bar(self) -> Tensor:
-        """a_t = prod (1 - beta_s) over s <= t, (T,)."""
+        """a_t = prod (1 - beta_s) over s <= t, float32 (T,)."""
         import torch
 
         return (1 - torch.linspace(self.beta_start, self.beta_end, self.timesteps)).cumprod(0)

@@ -1,4 +1,8 @@
-"""What options are made of: frozen sections with checked fields, and the options of an optimiser. Imports no torch."""
+"""What options are made of: frozen sections with checked fields, entries of registries, the options of an optimiser.
+
+The docstrings of sections are the documentation of the configuration's keys: each explains every key that it adds.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +16,36 @@ NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Several = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))  # a single value is one
+Several = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))  # a tuple, or one value
 
 
 def without_effect(default: Any, **options: Any) -> Any:
-    """A field that cannot change a result (a place, a device, a batch size of inference): it is in no digest."""
+    """A field that cannot change a result (a path, a device, a batch size of inference): it is in no digest."""
     return Field(default, json_schema_extra={"affects_result": False}, **options)
 
 
 def resolve(entry: Any) -> Any:
-    """What an entry of a registry stands for: the object that a text "module:name" names, or the entry itself."""
+    """The object behind an entry of a registry: the one that a string "module:name" names, or the entry itself."""
     return pkgutil.resolve_name(entry) if isinstance(entry, str) else entry
 
 
 class Section(BaseModel):
-    """A frozen part of a configuration; unknown keys are errors."""
+    """A frozen part of a configuration; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     def part(self, kind: type[Section]) -> Any:
-        """Those of the options that belong to another section, as that section."""
+        """The options that another section has, too, as that section."""
         return kind(**{name: getattr(self, name) for name in kind.model_fields})
 
 
 class Optimization(Section):
-    """How something is trained.
+    """How something is trained, in PyTorch's terms, on batches of `batch_size`.
 
-    `one_cycle` also cycles the momentum (Adam's first beta), as PyTorch's schedule does; `final_learning_rate` is where
-    `cosine` ends; `momentum` is that of `sgd`.
+    `optimizer` has `learning_rate`, `weight_decay` (decoupled from the gradient in `adamw` alone) and, for `sgd`,
+    `momentum`. `schedule` is that of the learning rate: `constant`; `cosine` from `learning_rate` to
+    `final_learning_rate`; `one_cycle` up to `learning_rate` and down again, with the momentum (Adam's first beta) the
+    other way round, as in PyTorch's OneCycleLR.
     """
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -52,6 +58,6 @@ class Optimization(Section):
 
 
 class TrainingOptions(Optimization):
-    """How a part of a generator is trained: by so many optimiser steps."""
+    """How a part of a generator is trained: for `steps` optimiser steps."""
 
     steps: Annotated[int, Field(ge=0)] = 1000

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+BLOCK_BYTES = 64 << 20  # of vectors in float64 at a time
+
 
 def wrong_iou(a: Tensor, b: Tensor) -> Tensor:
     """Similarity of networks: IoU of the sets of images that they get wrong (method, section 5).
@@ -44,7 +46,11 @@ def nearest_distance(a: Tensor, b: Tensor, *, same: bool = False) -> Tensor:
     Returns:
         Root mean square difference to the nearest vector of b, in standard deviations of the weights, (A,).
     """
-    distance = torch.cdist(a.double(), b.double())
+    columns = max(1, BLOCK_BYTES // (8 * (len(a) + len(b))))
+    squares = a.new_zeros(len(a), len(b), dtype=torch.float64)
+    for x, y in zip(a.split(columns, dim=1), b.split(columns, dim=1), strict=True):
+        squares += torch.cdist(x.double(), y.double()).square()
+    distance = squares.sqrt()
     if same:
         distance.fill_diagonal_(float("inf"))
     return (distance.amin(dim=1) / a.shape[1] ** 0.5).float()

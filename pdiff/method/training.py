@@ -1,4 +1,7 @@
-"""The one training loop: it yields every step; callers log, stop, collect. Interrupted, it goes on where it was."""
+"""The training loop of networks, autoencoders and denoisers: a `Trainer` yields every step; callers log, stop, collect.
+
+`resumable` and `follow` wrap it: an interrupted training resumes from its file and ends with the same weights.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,14 +25,14 @@ from pdiff.method.options import Optimization
 from pdiff.parallel import ranks, training
 from pdiff.seeds import stream
 
-SAVE_SECONDS = float(os.environ.get("PDIFF_SAVE_SECONDS", "5"))
+SAVE_SECONDS = float(os.environ.get("PDIFF_SAVE_SECONDS", "5"))  # between two saved states; tests shorten it
 SAVE_SHARE = 0.05  # at most this share of the time goes into saving
 LOGGED_POINTS = 200  # points of a loss curve
 Batches = Callable[[int], Iterator[Any]]  # step -> endless batches from that step on; of each, this process's rows
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the first GPU where there is one, else the CPU.
+    """The device of a name; "auto" is the current GPU where there is one, else the CPU.
 
     Raises:
         ValueError: a device that this machine lacks.
@@ -36,8 +40,8 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    gpus = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (device.index or 0) >= gpus[device.type]:
+    devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= devices.get(device.type, 0):
         raise ValueError(f"device: {name!r} is not on this machine, expected auto or cpu")
     return device
 
@@ -75,6 +79,12 @@ def shuffled(count: int, batch_size: int, *, seed: int, start: int = 0) -> Itera
         epoch, skip = epoch + 1, 0
 
 
+def shuffled_rows(x: Tensor, batch_size: int, seed: int) -> Batches:
+    """Endless shuffled batches of the rows of a tensor; of each, those of this process."""
+    rows = ranks.rows()
+    return lambda start: (x[i[rows].to(x.device)] for i in shuffled(len(x), batch_size, seed=seed, start=start))
+
+
 def seed_generators(kind: str, seed: int) -> None:
     """Seed the generators of the CPU and of a kind of device.
 
@@ -85,12 +95,6 @@ def seed_generators(kind: str, seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     elif kind == "mps":
         torch.mps.manual_seed(seed)
-
-
-def shuffled_rows(x: Tensor, batch_size: int, seed: int) -> Batches:
-    """Endless shuffled batches of the rows of a tensor; of each, those of this process."""
-    rows = ranks.rows()
-    return lambda start: (x[i[rows].to(x.device)] for i in shuffled(len(x), batch_size, seed=seed, start=start))
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optimization) -> torch.optim.Optimizer:
@@ -127,7 +131,7 @@ class Trainer:
         steps: steps in all.
         seed: of the whole training.
         ema: decay of the exponential moving average of the weights, 0 for none.
-        autocast: compute the loss in bfloat16 on CUDA.
+        autocast: compute the loss in bfloat16 on GPUs of CUDA that can.
     """
 
     def __init__(
@@ -157,13 +161,13 @@ class Trainer:
 
     def __iter__(self) -> Iterator[Step]:
         kind = next(self.module.parameters()).device.type
-        autocast = self.autocast and kind == "cuda"
+        autocast = self.autocast and kind == "cuda" and torch.cuda.is_bf16_supported()
         batches = self.batches(self.step)
         objective = training.shared(self.module, lambda batch: self.loss(batch), self.batch_size)
         while self.step < self.steps:
             seed_generators(kind, stream(self.seed, self.step))
             self.optimizer.zero_grad()  # before the activations need memory
-            with torch.autocast(kind, torch.bfloat16, enabled=autocast):
+            with torch.autocast(kind, torch.bfloat16) if autocast else nullcontext():
                 loss = objective(next(batches))
             loss.backward()
             self.optimizer.step()
@@ -194,19 +198,20 @@ class Best:
 
     Attributes:
         score: the best score, the mean over all processes.
-        misses: scores since then that were no better.
+        since_best: updates since then, none of which was better.
+        state: the state dict of the module at the best score.
     """
 
     def __init__(self) -> None:
-        self.score, self.misses, self.state = -math.inf, 0, {}
+        self.score, self.since_best, self.state = -math.inf, 0, {}
 
     def update(self, score: float, module: nn.Module) -> bool:
         """Whether the module as it is now is the best so far, by its score; the same on all processes."""
         score = ranks.mean(score)
         if not score > self.score:
-            self.misses += 1
+            self.since_best += 1
             return False
-        self.score, self.misses = score, 0
+        self.score, self.since_best = score, 0
         self.state = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
         return True
 
@@ -225,15 +230,23 @@ class Best:
 
 
 def resumable(trainer: Trainer, path: Path | None, *beside: Stateful) -> Iterator[Step]:
-    """The trainer's steps, from the last one saved in `path`; saved with what stands `beside` it, every few seconds.
+    """The trainer's steps after the last one that is saved in `path`, where its state and that of `beside` are kept.
 
-    A state is saved after the caller has dealt with the step, so that what it keeps in `beside` belongs to that step.
+    A state is saved every few seconds, after the caller has dealt with the step, so that what it keeps in `beside`
+    belongs to that step.
+
+    Raises:
+        ValueError: `path` is damaged, or is the state of another training.
     """
     parts = (trainer, *beside)
     if path and path.exists():
-        states = torch.load(path, map_location="cpu", weights_only=True)
-        for part, state in zip(parts, states, strict=True):
-            part.load_state_dict(state)
+        try:
+            states = torch.load(path, map_location="cpu", weights_only=True)
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+        except Exception as error:  # a damaged file may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"{path}: not a state that this training can resume from; delete it ({reason})") from error
     saved, pause = time.monotonic(), SAVE_SECONDS
     for step in trainer:
         yield step

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from pdiff.errors import UserError
+from pdiff.method.options import resolve
 from pdiff.networks import timm_models, user_code
 
 if TYPE_CHECKING:
@@ -91,11 +91,8 @@ def _ours(name: str, *, state: StateDict | None = None, **sizes: int) -> nn.Modu
     """A network of `ARCHITECTURES` or of the user's file, with the weights `state` if there are some."""
     from torch import nn
 
-    make = ARCHITECTURES.get(name)
-    if make is None:
-        network = user_code.call(name, KEY, **sizes)
-    else:
-        network = (resolve_name(make) if isinstance(make, str) else make)(**sizes)
+    known = name in ARCHITECTURES
+    network = resolve(ARCHITECTURES[name])(**sizes) if known else user_code.call(name, KEY, **sizes)
     if not isinstance(network, nn.Module):
         raise UserError(f"{KEY} {name}: gives a {type(network).__name__}, expected a torch.nn.Module")
     if state is not None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from pdiff.errors import UserError
+from pdiff.method.options import resolve
 from pdiff.networks.options import Dataset as Settings
 
 if TYPE_CHECKING:
@@ -114,9 +114,8 @@ def read(settings: Settings) -> Images:
     from pdiff.networks.images import Files, Images, Part
 
     source, root = DATASETS[settings.name], data_root(settings)
-    read_parts = resolve_name(source.load) if isinstance(source.load, str) else source.load
     try:
-        train, test = read_parts(root, settings.download)
+        train, test = resolve(source.load)(root, settings.download)
         if settings.channels == 1 and isinstance(train, Files):  # decoded as grey
             train, test = replace(train, channels=1), replace(test, channels=1)
         classes = source.classes or int(train.labels.max()) + 1

@@ -16,11 +16,12 @@ from pdiff.method.options import NonNegative, Optimization, Positive, Rate, Sect
 class Dataset(Section):
     """Labelled images, split into a training, a validation and a test part.
 
-    `name` is one of DATASETS, `root` the folder that holds it (default: PDIFF_DATA), `download` whether it may be
-    downloaded. `image_size` is the side of the preprocessed images, 0 for that of the raw ones; `resize` the shorter
-    side before the centre crop, 0 for `image_size`; `channels` repeats grey (3) or decodes files as grey (1), 0 leaves
-    them; `augment` trains on random resized crops and flips; `mean` and `std` normalise, one number or one a channel.
-    `validation_fraction` of the training images, split off with `split_seed`, are never trained on.
+    `name` is one of DATASETS, `root` the folder that holds it (default: the environment variable PDIFF_DATA, else
+    ~/.cache/pdiff/datasets), `download` whether it may be downloaded. `image_size` is the side of the preprocessed
+    images, 0 for that of the raw ones; `resize` the shorter side before the centre crop, 0 for `image_size`; `channels`
+    repeats grey (3) or decodes files as grey (1), 0 leaves them; `augment` trains on random resized crops and flips;
+    `mean` and `std` normalise, one number or one a channel. `validation_fraction` of the training images, split off
+    with `split_seed`, are never trained on.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Network(Section):
 
 
 class Pretrain(Optimization):
-    """Training before checkpoints are collected; the weights of the epoch with the best validation accuracy count."""
+    """Training for `epochs` before checkpoints are collected, 0 for none; the weights of the epoch with the best
+    validation accuracy are kept."""
 
     epochs: Annotated[int, Field(ge=0)] = 10
     learning_rate: Rate = 1e-3

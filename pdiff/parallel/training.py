@@ -20,8 +20,8 @@ def shared(module: nn.Module, loss: Callable[[Any], Tensor], count: int) -> Call
     """A loss of this rank's rows whose gradients are those of the global batch's loss, on every rank.
 
     Its values are such that their mean over the ranks is the loss of the global batch. Batch normalisation measures the
-    global batch; `torch.randn_like` and `torch.rand_like` give the rows of what one process would draw for the global
-    batch. Dropout inside the module differs from that of one process.
+    global batch; `torch.randn_like` and `torch.rand_like` of a tensor with one row for each of this rank's rows return
+    those rows of what one process would sample for the global batch. Dropout differs from that of one process.
 
     Args:
         module: what is trained.
@@ -61,16 +61,31 @@ class _GlobalBatch(TorchFunctionMode):
         self.count = count
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if function in (torch.randn_like, torch.rand_like):
-            draw = torch.randn if function is torch.randn_like else torch.rand
-            return global_random(draw, *args, count=self.count)
+            sample = torch.randn if function is torch.randn_like else torch.rand
+            return global_random(sample, *args, count=self.count, **kwargs)
         replaced = global_batch_norm if function is F.batch_norm else function
-        return replaced(*args, **(kwargs or {}))
+        return replaced(*args, **kwargs)
 
 
-def global_random(draw: Callable[..., Tensor], like: Tensor, *, count: int) -> Tensor:
-    """This rank's rows of random numbers for a global batch of `count` rows; `draw` is torch.randn or torch.rand."""
-    return draw((count, *like.shape[1:]), dtype=like.dtype, device=like.device)[rows()]
+def global_random(sample: Callable[..., Tensor], like: Tensor, *, count: int, **options: Any) -> Tensor:
+    """This rank's rows of random numbers for a global batch.
+
+    Args:
+        sample: torch.randn or torch.rand.
+        like: this rank's rows of a tensor of the global batch.
+        count: rows of the global batch.
+        options: of `torch.randn_like`, such as `dtype`.
+
+    Raises:
+        ValueError: `like` has another number of rows than this rank's part of the batch.
+    """
+    mine = len(range(count)[rows()])
+    if len(like) != mine:
+        raise ValueError(f"random numbers like {tuple(like.shape)}: expected {mine} rows, those of this process")
+    options = {"dtype": like.dtype, "device": like.device} | options
+    return sample((count, *like.shape[1:]), **options)[rows()]
 
 
 def global_batch_norm(

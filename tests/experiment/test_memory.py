@@ -13,28 +13,27 @@ from pdiff.cli.main import main
 from pdiff.errors import UserError
 from pdiff.experiment import config, memory
 from pdiff.method import diffusion
-from pdiff.method.autoencoders import ConvOptions, convolutional
+from pdiff.method.autoencoders import ConvAutoencoderOptions, convolutional
 from pdiff.method.autoencoders.convolutional import ConvAutoencoder
 from pdiff.method.autoencoders.pca import PCA
-from pdiff.method.denoisers import ConvOptions as ConvDenoiserOptions
-from pdiff.method.denoisers import MLPOptions
+from pdiff.method.denoisers import ConvDenoiserOptions, MLPDenoiserOptions
 from pdiff.method.denoisers.convolutional import ConvDenoiser
 from pdiff.method.denoisers.mlp import MLPDenoiser
 from pdiff.method.generators import DiffusionOptions
-from pdiff.method.generators.latent_diffusion import encoded
+from pdiff.method.generators.latent_diffusion import encode
 from pdiff.method.objectives import Epsilon, Flow
 
 MB = 2**20
-CONV = ConvOptions(latent_size=16, batch_size=10, steps=memory.STEPS)
+CONV = ConvAutoencoderOptions(latent_size=16, batch_size=10, steps=memory.STEPS)
 DENOISERS = {
-    "mlp": (MLPOptions(width=256), Flow(), DiffusionOptions(batch_size=64, steps=memory.STEPS, ema=0.9)),
+    "mlp": (MLPDenoiserOptions(width=256), Flow(), DiffusionOptions(batch_size=64, steps=memory.STEPS, ema=0.9)),
     "conv": (ConvDenoiserOptions(), Epsilon(), DiffusionOptions(batch_size=20, steps=memory.STEPS, ema=0)),
 }
 PARTS = {
     "autoencoder": (
         CONV,
         (30, 1000),
-        partial(convolutional.initialised, 1000, CONV),
+        partial(CONV.build, 1000),
         partial(convolutional.trainer, options=CONV, seed=0),
     )
 } | {
@@ -241,7 +240,7 @@ def test_the_stage_encodes_as_many_at_a_time_as_are_counted():
         def encode(self, rows):
             return rows.new_full((len(rows), 1), len(rows))
 
-    assert encoded(Recorder(), torch.zeros(600, 2), torch.device("cpu")).max() == memory.ENCODED
+    assert encode(Recorder(), torch.zeros(600, 2), torch.device("cpu")).max() == memory.ENCODED
 
 
 def test_the_command(capsys):

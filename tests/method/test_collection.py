@@ -46,6 +46,35 @@ def test_select_takes_tensors_and_names_alike(mixed: Collection, index: object) 
         assert all(torch.equal(state[name], mixed[row][name]) for name in mixed.tensors)
 
 
+def test_concatenation_against_a_loop(mixed: Collection) -> None:
+    parts = [mixed.select([5, 0]), mixed.select([3]), mixed.select(slice(1, 3))]
+    whole = Collection.concatenate(parts, [f"network {k}" for k in range(5)])
+    assert whole.names == [f"network {k}" for k in range(5)] and list(whole.tensors) == list(mixed.tensors)
+    for row, state in zip([5, 0, 3, 1, 2], whole, strict=True):
+        assert all(torch.equal(state[name], mixed[row][name]) for name in mixed.tensors)
+    assert Collection.concatenate(parts).names == ["00000", "00001", "00002", "00003", "00004"]
+
+
+def test_map_sees_every_stacked_tensor(mixed: Collection) -> None:
+    last = mixed.map(lambda stacked: stacked[-2:])
+    assert len(last) == 2 and last.names == ["00000", "00001"]
+    for row, state in zip([5, 6], last, strict=True):
+        assert list(state) == list(mixed.tensors)
+        assert all(torch.equal(state[name], mixed[row][name]) for name in mixed.tensors)
+
+
+@pytest.mark.parametrize("more", [{}, {"a": torch.zeros(2), "b": torch.zeros(2)}])
+def test_other_tensors_cannot_be_joined(more: dict) -> None:
+    with pytest.raises(ValueError, match=r"part 1 holds other tensors than part 0: they differ in [ab]$"):
+        Collection.stack([{"a": torch.zeros(2)}, more])
+    with pytest.raises(ValueError, match="at least one part"):
+        Collection.stack([])
+    if more:
+        parts = [Collection.stack([{"a": torch.zeros(2)}]), Collection.stack([more])]
+        with pytest.raises(ValueError, match=r"they differ in b$"):
+            Collection.concatenate(parts)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [{}, {"a": torch.zeros(0, 2)}, {"a": torch.zeros(2, 1), "b": torch.zeros(3, 1)}, {"a": torch.tensor(1.0)}],
@@ -97,6 +126,8 @@ def damage(folder: Path, how: str) -> None:
             description["checkpoints"].pop()
         elif how == "no names":
             del description["checkpoints"]
+        elif how == "a number of names":
+            description["checkpoints"] = 7
         else:
             description = [description]
         index.write_text(json.dumps(description))
@@ -105,7 +136,7 @@ def damage(folder: Path, how: str) -> None:
 HOW = ["truncated", "missing index", "missing tensors", "other tensors", "shape", "dtype", "tensor too many", "names"]
 
 
-@pytest.mark.parametrize("how", [*HOW, "no names", "a list"])
+@pytest.mark.parametrize("how", [*HOW, "no names", "a number of names", "a list"])
 def test_damaged_files_are_refused(mixed: Collection, tmp_path: Path, how: str) -> None:
     mixed.save(tmp_path / "c.safetensors")
     damage(tmp_path, how)
@@ -182,6 +213,14 @@ def test_any_size(size: int) -> None:
     assert standardizer.encode(collection).shape == (3, size)  # padding is the autoencoder's concern
     decoded = standardizer.decode(standardizer.encode(collection))
     assert torch.allclose(decoded.tensors["a"], collection.tensors["a"], atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["weight", "norm.running_var", "half"])
+def test_what_is_not_finite_cannot_be_standardised(mixed: Collection, name: str, value: float) -> None:
+    mixed.tensors[name][3, 2] = value
+    with pytest.raises(ValueError, match=f"^tensor '{name}' has mean .*expected finite numbers"):
+        Standardizer.fit(mixed)
 
 
 def test_nothing_to_generate_is_refused() -> None:

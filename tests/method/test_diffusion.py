@@ -188,6 +188,21 @@ def test_no_more_calls_than_steps_and_only_known_timesteps(prediction: str, samp
         assert ideal.times == sorted(ideal.times, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "heun", "steps": 5}, "'heun' cannot follow the path ddpm, expected one of ddpm, ddim, dpmsolver"),
+        ({"sampler": "leap", "steps": 5}, "'leap' cannot follow"),
+        ({"sampler": "ddim", "steps": 0}, r"1 <= steps <= timesteps must hold, but got \(0, 1000\)"),
+        ({"sampler": "ddim", "steps": 1001}, r"1 <= steps <= timesteps must hold, but got \(1001, 1000\)"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused(options: dict, message: str) -> None:
+    objective = made("epsilon")
+    with pytest.raises(ValueError, match=message):
+        Sampling(objective, Ideal(objective, gaussian(0.0, 1.0)), 2, [0], **options)
+
+
 def test_sampling_yields_every_timestep() -> None:
     objective = made("epsilon")
     denoiser = Ideal(objective, gaussian(0.0, 1.0))
@@ -195,9 +210,3 @@ def test_sampling_yields_every_timestep() -> None:
     seen = [t for t, _ in steps]
     assert len(steps) == len(seen) == 6 and seen[-1] == 0
     assert [int(t) for t in seen[:-1]] == denoiser.times == [999, 799, 599, 399, 199]
-
-
-def test_seeds_of_samples_are_distinct() -> None:
-    seeds = {stream(seed, k) for seed in (0, 1, 2**31) for k in range(1000)}
-    assert len(seeds) == 3000 and all(0 <= seed < 2**63 for seed in seeds)
-    assert stream(3, 4) == stream(3, 4) != stream(4, 3)

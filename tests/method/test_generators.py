@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from pdiff.files import read_tensors, write_tensors
 from pdiff.method import diffusion, training
-from pdiff.method.autoencoders import AUTOENCODERS, ConvOptions, PCAOptions
+from pdiff.method.autoencoders import AUTOENCODERS, ConvAutoencoderOptions, PCAOptions
 from pdiff.method.collection import Collection
-from pdiff.method.denoisers import ConvOptions as ConvDenoiserOptions
-from pdiff.method.denoisers import DenoiserOptions, MLPOptions
+from pdiff.method.denoisers import ConvDenoiserOptions, DenoiserOptions, MLPDenoiserOptions
 from pdiff.method.generators import DiffusionOptions, GaussianOptions, LatentDiffusionOptions
 from pdiff.method.generators.base import Generator
 from pdiff.method.generators.gaussian import Gaussian
@@ -23,7 +22,7 @@ from pdiff.method.objectives import OBJECTIVES, Flow, Sample, Velocity
 from pdiff.method.options import Section, resolve
 from pdiff.method.standardize import Standardizer
 
-SMALL = MLPOptions(width=64, blocks=1)
+SMALL = MLPDenoiserOptions(width=64, blocks=1)
 QUICK = {"steps": 400, "learning_rate": 5e-3, "batch_size": 128, "evaluate_every": 100}
 
 
@@ -98,7 +97,7 @@ def test_a_loaded_generator_samples_the_same(fitted: Generator, tmp_path: Path) 
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
-@pytest.mark.parametrize("denoiser", [ConvDenoiserOptions(), MLPOptions(width=8, blocks=1)])
+@pytest.mark.parametrize("denoiser", [ConvDenoiserOptions(), MLPDenoiserOptions(width=8, blocks=1)])
 @pytest.mark.parametrize("kind", [{"kind": "conv"}, {"kind": "conv", "variational": True}, {"kind": "pca"}])
 def test_every_kind_is_built_again_from_its_files(kind, denoiser, mixed: Collection, tmp_path: Path) -> None:
     standardizer, options = Standardizer.fit(mixed), dict(kind)
@@ -119,9 +118,10 @@ def test_every_kind_is_built_again_from_its_files(kind, denoiser, mixed: Collect
 
 
 def damage(folder: Path, how: str) -> None:
-    """Damage a saved generator."""
+    """Damage a saved generator of either kind."""
     path, index = folder / "generator.safetensors", folder / "generator.json"
     tensors, description = read_tensors(path), json.loads(index.read_text())
+    slot = description["slots"][0]
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-9])
         return
@@ -131,9 +131,13 @@ def damage(folder: Path, how: str) -> None:
     if how.startswith("without "):
         tensors.pop(how.removeprefix("without "))
     elif how == "nan":
-        tensors["denoiser.input.weight"][0, 0] = math.nan
-    elif how == "another shape":
-        tensors["autoencoder.center"] = tensors["autoencoder.center"][:-1].clone()
+        next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[0] = math.nan
+    elif how.startswith("another shape of "):
+        name = how.removeprefix("another shape of ")
+        tensors[name] = tensors[name][:-1].clone()
+    elif how.startswith("another number of dimensions of "):
+        name = how.removeprefix("another number of dimensions of ")
+        tensors[name] = tensors[name][..., None]
     elif how == "another format":
         description["format"] = 0
     elif how == "foreign":
@@ -151,38 +155,56 @@ def damage(folder: Path, how: str) -> None:
     elif how == "fewer slots":
         description["slots"].pop()
     elif how == "a larger slot":
-        description["slots"][0]["shape"] = [4, 3]
+        slot["shape"] = [4, 3]
+    elif how == "a slot of no type":
+        slot["dtype"] = "Tensor"
+    elif how == "a slot without a deviation":
+        slot["std"] = 0.0
+    elif how == "a slot with a text":
+        slot["mean"] = "0"
+    elif how == "no order":
+        description["order"] = None
+    elif how == "unknown generator":
+        description["kind"] = "oracle"
+    elif how == "no scale":
+        description["scale"] = None
+    else:
+        raise ValueError(how)
     write_tensors(path, tensors)
     index.write_text(json.dumps(description))
 
 
-HOW = ["truncated", "no file", "nan", "another shape", "another format", "foreign", "a list", "unknown kind"]
-PARTS = ["latent_mean", "denoiser.input.weight", "autoencoder.components", "constant.n"]
+HOW = ["truncated", "no file", "nan", "another format", "foreign", "a list", "no slots", "fewer slots", "a larger slot"]
+HOW += ["a slot of no type", "a slot without a deviation", "a slot with a text", "no order", "unknown generator"]
+HOW += ["without constant.n"]
+OF_DIFFUSION = ["unknown kind", "unknown option", "a part that is a text", "another shape of autoencoder.center"]
+OF_DIFFUSION += ["without latent_mean", "without denoiser.input.weight", "without autoencoder.components"]
+OF_GAUSSIAN = ["no scale", "without mean", "without std", "without components", "another shape of components"]
+OF_GAUSSIAN += ["another shape of std", "another number of dimensions of mean"]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        *HOW,
-        "unknown option",
-        "a part that is a text",
-        "no slots",
-        "fewer slots",
-        "a larger slot",
-        *(f"without {part}" for part in PARTS),
-    ],
-)
-def test_damaged_and_foreign_files_are_refused(fitted: Generator, tmp_path: Path, how: str) -> None:
-    fitted.save(tmp_path)
-    damage(tmp_path, how)
-    with pytest.raises(ValueError, match="generator"):
-        Generator.load(tmp_path)
+def refused(generator: Generator, folder: Path, how: str) -> None:
+    generator.save(folder)
+    damage(folder, how)
+    with pytest.raises(ValueError, match="generator") as caught:
+        Generator.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", [*HOW, *OF_DIFFUSION])
+def test_damaged_files_of_latent_diffusion_are_refused(fitted: Generator, tmp_path: Path, how: str) -> None:
+    refused(fitted, tmp_path, how)
+
+
+@pytest.mark.parametrize("how", [*HOW, *OF_GAUSSIAN])
+def test_damaged_files_of_a_gaussian_are_refused(tmp_path: Path, how: str) -> None:
+    refused(Generator.fit(gaussian_collection(20), GaussianOptions()), tmp_path, how)
 
 
 def test_the_convolutional_autoencoder_learns(tmp_path: Path) -> None:
     collection = gaussian_collection(32)
     vectors = Standardizer.fit(collection).encode(collection)
-    options = ConvOptions(latent_size=8, steps=25, learning_rate=2e-3, batch_size=32, latent_noise=0.0)
+    options = ConvAutoencoderOptions(latent_size=8, steps=25, learning_rate=2e-3, batch_size=32, latent_noise=0.0)
     log: list[Point] = []
     autoencoder = fit_autoencoder(vectors, options, log=log.append)
     assert autoencoder.options == {"size": 12, "latent_size": 8, "variational": False}
@@ -269,7 +291,7 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
 
         if part == "autoencoder":
             return fit_autoencoder(
-                x, ConvOptions(latent_size=2, steps=6, batch_size=5), log=log, path=path
+                x, ConvAutoencoderOptions(latent_size=2, steps=6, batch_size=5), log=log, path=path
             ).state_dict()
         options = DiffusionOptions(steps=6, batch_size=5, evaluate_every=2)
         parts = {"log": log, "path": path, "denoiser": ConvDenoiserOptions()}
@@ -288,7 +310,7 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
 def test_one_checkpoint_is_enough(kind: str) -> None:
     """All that can be learnt of one checkpoint is that checkpoint."""
     collection = gaussian_collection(1)
-    conv = ConvOptions(latent_size=4, steps=60, learning_rate=2e-3, batch_size=8)
+    conv = ConvAutoencoderOptions(latent_size=4, steps=60, learning_rate=2e-3, batch_size=8)
     kept, held = heldout_split(1, 0.1, seed=0)
     assert (kept.tolist(), held.tolist()) == ([0], [])
     options = LatentDiffusionOptions(
@@ -360,6 +382,47 @@ def test_a_gaussian_has_the_moments_of_the_collection(tmp_path: Path) -> None:
         again = Generator.load(tmp_path).sample(3, seed=5)
         for name, tensor in generator.sample(3, seed=5).tensors.items():
             assert torch.equal(tensor, again.tensors[name])
+
+
+@pytest.mark.parametrize("options", [GaussianOptions(), GaussianOptions(diagonal=True)])
+def test_a_gaussian_of_one_checkpoint_or_of_equal_ones_gives_it_again(options: GaussianOptions) -> None:
+    first = gaussian_collection(2).select([0])
+    for originals in (first, Collection.concatenate([first] * 5)):
+        (new,) = Generator.fit(originals, options).sample(1)
+        for name, tensor in new.items():
+            torch.testing.assert_close(tensor, first[0][name])
+
+
+def test_samples_are_ordinary_tensors(fitted: Generator) -> None:
+    for generator in (fitted, Generator.fit(gaussian_collection(20), GaussianOptions())):
+        weights = generator.sample(2).tensors["a"]
+        weights[0] = 0.0
+        (weights.requires_grad_() * weights).sum().backward()
+        assert torch.equal(weights.grad, 2 * weights)
+
+
+def test_options_of_another_kind_are_no_options_of_sampling() -> None:
+    with pytest.raises(TypeError, match="sampler"):
+        Generator.fit(gaussian_collection(20), GaussianOptions()).sample(1, sampler="heun")
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler"])
+def test_a_trajectory_ends_with_the_samples(fitted: LatentDiffusion, sampler: str) -> None:
+    options = {"seed": 3, "sampler": sampler, "sampling_steps": 9}
+    timesteps, networks = zip(*fitted.trajectory(2, every=4, **options), strict=True)
+    assert list(timesteps) == sorted(timesteps, reverse=True)
+    assert timesteps[0] == 1000 and timesteps[-1] == 0  # from noise to data
+    assert len(timesteps) == 4  # after 0, 4, 8 calls of the denoiser, and the samples
+    for name, tensor in fitted.sample(2, **options).tensors.items():
+        torch.testing.assert_close(networks[-1].tensors[name], tensor)
+        assert not tensor.is_floating_point() or not torch.allclose(networks[0].tensors[name], tensor)
+
+
+def test_without_a_denoiser_there_is_no_trajectory() -> None:
+    generator = fit(gaussian_collection(20), steps=0)
+    assert len(generator.sample(2)) == 2 and generator.denoiser is None
+    with pytest.raises(ValueError, match="has no denoiser"):
+        next(generator.trajectory(2, every=1))
 
 
 @pytest.mark.parametrize("options", [GaussianOptions(), LatentDiffusionOptions(denoiser=SMALL)])

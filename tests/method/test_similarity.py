@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from pdiff.method import similarity
 from pdiff.method.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
 
 
@@ -61,6 +62,15 @@ def test_distances_against_a_loop(count: int) -> None:
     others = [min(math.dist(b[i], b[j]) for j in range(count) if j != i) / math.sqrt(7) for i in range(count)]
     assert nearest_distance(b, b, same=True).tolist() == pytest.approx(others, rel=1e-5)
     assert nearest_distance(b, b).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("columns", [1, 3, 100])
+def test_distances_are_summed_over_blocks(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "BLOCK_BYTES", 8 * 10 * columns)
+    a = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
+    expected = [min(math.dist(x, y) / math.sqrt(7) for y in b.tolist()) for x in a.tolist()]
+    assert nearest_distance(a, b).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_distance_is_in_units_of_one_parameter() -> None:

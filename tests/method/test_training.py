@@ -98,6 +98,22 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert equal(again.state_dict(), whole.state_dict())
 
 
+@pytest.mark.parametrize("how", ["truncated", "of another module", "beside another object"])
+def test_a_state_that_cannot_be_resumed_is_one_line(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    assert len(list(resumable(trainer(), path))) == STEPS
+    taken, beside = trainer(), ()
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "of another module":
+        taken = Trainer(nn.Linear(6, 2), lambda x: x, batches, Optimization(), steps=1, seed=0)
+    else:
+        beside = (Best(),)
+    with pytest.raises(ValueError, match=r"state\.pt: not a state .* delete it") as caught:
+        list(resumable(taken, path, *beside))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_steps_are_those_of_a_plain_loop(optimizer: str) -> None:
     """The optimisers of torch, with the cosine schedule in closed form."""
@@ -232,14 +248,14 @@ def test_best_keeps_and_restores() -> None:
     before = copy.deepcopy(module.state_dict())
     best.restore(module)
     assert equal(dict(module.state_dict()), dict(before))  # there was none
-    kept = []
+    better = []
     for k, score in enumerate([0.1, 0.5, 0.5, math.nan, 0.2]):
         nn.init.constant_(module.weight, k)
-        kept.append(best.update(score, module))
-    assert kept == [True, True, False, False, False] and best.score == 0.5 and best.misses == 3
+        better.append(best.update(score, module))
+    assert better == [True, True, False, False, False] and best.score == 0.5 and best.since_best == 3
     best.restore(module)
     assert module.weight.item() == 1
-    assert best.update(0.6, module) and best.misses == 0
+    assert best.update(0.6, module) and best.since_best == 0
 
 
 def test_devices() -> None:
@@ -247,3 +263,5 @@ def test_devices() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match="'cuda:99' is not on this machine"):
         resolve_device("cuda:99")
+    with pytest.raises(ValueError, match="'xpu' is not on this machine"):
+        resolve_device("xpu")

@@ -1,7 +1,6 @@
 """Autoencoders: vectors (N, D) <-> latents (N, L). AUTOENCODERS lists them by name, each with its options.
 
-An entry is a class of options with `module`, a torch module that has `encode`, `decode`, `size` (D), `latent_size` (L)
-and `options` (its constructor's arguments), and with `fit`, which makes one of vectors. Imports no torch.
+Imports no torch; the modules are in the files beside this one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,33 @@ if TYPE_CHECKING:
     from pdiff.method.log import Log
 
 
-class PCAOptions(Section):
+class AutoencoderOptions(Section):
+    """Options of one kind of autoencoder.
+
+    Attributes:
+        module: the torch module (or its name as "module:class"), which has `encode`, `decode`, `size` (D),
+            `latent_size` (L), and its constructor's arguments as the dict `options`.
+    """
+
+    module: ClassVar[Any]
+
+    def fit(self, x: Tensor, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
+        """Fit an autoencoder.
+
+        Args:
+            x: vectors (N, D).
+            seed: of everything random.
+            device: where to compute.
+            log: receives `autoencoder/loss`.
+            path: file of the training state, from which an interrupted fit resumes.
+
+        Returns:
+            The module, on the device, in evaluation mode.
+        """
+        raise NotImplementedError
+
+
+class PCAOptions(AutoencoderOptions):
     """Principal components: `latent_size` of them; `auto`: as few as explain the share `variance` of the total."""
 
     module: ClassVar[Any] = "pdiff.method.autoencoders.pca:PCA"
@@ -28,17 +53,21 @@ class PCAOptions(Section):
     variance: Annotated[float, Field(gt=0, le=1)] = 0.999
 
     def fit(self, x: Tensor, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
-        """The principal components of vectors (N, D), in evaluation mode; logs the residual as `autoencoder/loss`."""
         from pdiff.method.log import Point
 
         latent_size = None if self.latent_size == "auto" else self.latent_size
         pca = resolve(self.module).fit(x, latent_size=latent_size, variance=self.variance).to(device).eval()
-        log(Point("autoencoder/loss", pca.residual(x.to(device))))
+        log(Point("autoencoder/loss", pca.residual(x)))
         return pca
 
 
-class ConvOptions(TrainingOptions):
-    """The paper's convolutional autoencoder (method, section 3), variational where `kl_weight` > 0."""
+class ConvAutoencoderOptions(AutoencoderOptions, TrainingOptions):
+    """The paper's convolutional autoencoder (method, section 3), with `latent_size` latents.
+
+    In training, vectors get noise of standard deviation `parameter_noise`, and latents of `latent_noise`. With
+    `kl_weight` > 0 it is variational: the variance of the latents is learned instead, and `kl_weight` times the mean
+    divergence from N(0, 1) is added to the loss.
+    """
 
     module: ClassVar[Any] = "pdiff.method.autoencoders.convolutional:ConvAutoencoder"
 
@@ -51,23 +80,27 @@ class ConvOptions(TrainingOptions):
     batch_size: Positive = 50
 
     @model_validator(mode="after")
-    def _check_latent_size(self) -> ConvOptions:
+    def _check_latent_size(self) -> ConvAutoencoderOptions:
         if self.latent_size == "auto":
             raise ValueError("latent_size 'auto' needs kind pca; kind conv needs a number, such as 128")
         return self
 
+    def build(self, size: int) -> nn.Module:
+        """An untrained autoencoder of vectors (B, size)."""
+        return resolve(self.module)(size, self.latent_size, variational=self.kl_weight > 0)
+
     def fit(self, x: Tensor, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
-        """An autoencoder trained on vectors (N, D), in evaluation mode; resumes from `path`."""
-        from pdiff.method.autoencoders import convolutional
+        import torch
+
+        from pdiff.method.autoencoders.convolutional import trainer
         from pdiff.method.training import follow, shuffled_rows
 
-        autoencoder = convolutional.initialised(x.shape[1], self, seed=seed).to(device)
-        batches = shuffled_rows(x.to(device), self.batch_size, seed)
-        for _ in follow(
-            convolutional.trainer(autoencoder, batches, self, seed=seed), "autoencoder/loss", log, path=path
-        ):
+        torch.manual_seed(seed)
+        autoencoder = self.build(x.shape[1]).to(device)
+        steps = trainer(autoencoder, shuffled_rows(x.to(device), self.batch_size, seed), self, seed=seed)
+        for _ in follow(steps, "autoencoder/loss", log, path=path):
             pass
         return autoencoder.eval()
 
 
-AUTOENCODERS: dict[str, type[Section]] = {"pca": PCAOptions, "conv": ConvOptions}
+AUTOENCODERS: dict[str, type[Section]] = {"pca": PCAOptions, "conv": ConvAutoencoderOptions}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pdiff.method.autoencoders import ConvOptions
+from pdiff.method.autoencoders import ConvAutoencoderOptions
 from pdiff.method.training import Batches, Trainer
 
 ENCODER_CHANNELS = (1, 64, 128, 256, 256, 32)  # method, section 3
@@ -48,7 +48,7 @@ class ConvAutoencoder(nn.Module):
         )
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What the heads for mean and variance read, (B, L)."""
+        """The input of the heads for mean and variance, (B, L), of vectors (B, D)."""
         return self.to_latent(self.encoder(F.pad(x, (0, self.padding)).unsqueeze(1)))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -80,14 +80,8 @@ class ConvAutoencoder(nn.Module):
         return F.mse_loss(self.decode(z), x) + kl_weight * divergence
 
 
-def initialised(size: int, options: ConvOptions, *, seed: int = 0) -> ConvAutoencoder:
-    """The autoencoder that the options describe, of vectors (B, size), untrained, in training mode."""
-    torch.manual_seed(seed)
-    return ConvAutoencoder(size, int(options.latent_size), variational=options.kl_weight > 0).train()
-
-
-def trainer(autoencoder: ConvAutoencoder, batches: Batches, options: ConvOptions, *, seed: int) -> Trainer:
-    """Trains an autoencoder on batches of vectors (B, D)."""
+def trainer(autoencoder: ConvAutoencoder, batches: Batches, options: ConvAutoencoderOptions, *, seed: int) -> Trainer:
+    """The training of an autoencoder on batches of vectors (B, D)."""
     noise = options.model_dump(include={"parameter_noise", "latent_noise", "kl_weight"})
     loss = partial(autoencoder.loss, **noise)
     return Trainer(autoencoder, loss, batches, options, steps=options.steps, seed=seed, autocast=True)

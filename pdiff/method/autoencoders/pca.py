@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 BLOCK_BYTES = 64 << 20  # of vectors in float64 at a time
+ROWS = 64  # vectors that are encoded at a time, so that there is no copy of all of them
 
 
 class PCA(nn.Module):
@@ -31,17 +32,18 @@ class PCA(nn.Module):
         """Principal components of vectors, from the smaller of the Gram matrix (N, N) and the scatter matrix (D, D).
 
         Both have the same nonzero eigenvalues; an eigenvector v of the Gram matrix belongs to the component
-        v^T X / sqrt(value). Sums are taken in float64, in blocks, so that no copy of x is made.
+        v^T X / sqrt(value) ("method of snapshots", Sirovich 1987). Sums are taken in float64, in blocks, so that
+        there is no copy of x.
 
         Args:
-            x: vectors (N, D).
+            x: vectors (N, D), of any device.
             latent_size: components to keep, at most the rank of x; absent: as few as explain `variance`.
             variance: the share of the total variance to explain, in (0, 1].
         """
         center = x.mean(dim=0)
         wide = x.shape[1] >= x.shape[0]
         blocks = partial(_centered, x, center, axis=1 if wide else 0)
-        matrix = torch.zeros(min(x.shape), min(x.shape), dtype=torch.float64)
+        matrix = x.new_zeros(min(x.shape), min(x.shape), dtype=torch.float64)
         for _, block in blocks():
             matrix += block @ block.T if wide else block.T @ block
             del block  # before the next one needs memory
@@ -53,7 +55,7 @@ class PCA(nn.Module):
             shares = values.cumsum(0) / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
             latent_size = int((shares < variance).sum()) + 1
         latent_size = min(latent_size, rank)
-        pca = cls(x.shape[1], latent_size)
+        pca = cls(x.shape[1], latent_size).to(x.device)
         pca.center.copy_(center)
         if wide:
             weights = (vectors[:, :latent_size] / values[:latent_size].clamp(min=1e-30).sqrt()).T
@@ -65,8 +67,9 @@ class PCA(nn.Module):
         return pca
 
     def residual(self, x: Tensor) -> float:
-        """The mean squared error of the reconstruction of vectors (N, D)."""
-        return (self(x) - x).square().mean().item()
+        """The mean squared error of the reconstruction of vectors (N, D), of any device."""
+        batches = (rows.to(self.center) for rows in x.split(ROWS))
+        return sum((self(rows) - rows).square().sum(dtype=torch.float64).item() for rows in batches) / x.numel()
 
     def encode(self, x: Tensor) -> Tensor:
         """Coordinates of vectors (B, D) on the components, (B, L)."""

@@ -1,7 +1,6 @@
 """Denoisers: (noisy latents z_t (B, L), timesteps t (B,)) -> prediction (B, L). DENOISERS lists them.
 
-An entry is a class of options with `module`, a torch module whose constructor takes L and the options; the module keeps
-its constructor's arguments in `options`. Imports no torch.
+Imports no torch; the modules are in the files beside this one.
 """
 
 from __future__ import annotations
@@ -15,7 +14,12 @@ if TYPE_CHECKING:
 
 
 class DenoiserOptions(Section):
-    """What all denoisers' options have."""
+    """Options of one kind of denoiser.
+
+    Attributes:
+        module: the torch module (or its name as "module:class"); its constructor takes L and the options, and it keeps
+            its constructor's arguments as the dict `options`.
+    """
 
     module: ClassVar[Any]
 
@@ -24,7 +28,7 @@ class DenoiserOptions(Section):
         return resolve(self.module)(latent_size, **self.model_dump())
 
 
-class MLPOptions(DenoiserOptions):
+class MLPDenoiserOptions(DenoiserOptions):
     """A residual MLP with `blocks` blocks of `width` hidden units."""
 
     module: ClassVar[Any] = "pdiff.method.denoisers.mlp:MLPDenoiser"
@@ -33,10 +37,10 @@ class MLPOptions(DenoiserOptions):
     blocks: Positive = 3
 
 
-class ConvOptions(DenoiserOptions):
-    """The paper's 1-D CNN (method, section 4)."""
+class ConvDenoiserOptions(DenoiserOptions):
+    """The paper's 1-D CNN (method, section 4), which has no options."""
 
     module: ClassVar[Any] = "pdiff.method.denoisers.convolutional:ConvDenoiser"
 
 
-DENOISERS: dict[str, type[DenoiserOptions]] = {"mlp": MLPOptions, "conv": ConvOptions}
+DENOISERS: dict[str, type[DenoiserOptions]] = {"mlp": MLPDenoiserOptions, "conv": ConvDenoiserOptions}

@@ -1,7 +1,6 @@
-"""Generators: everything fitted on a collection, and what new networks are sampled from. GENERATORS lists them.
+"""Generators: fitted on a collection, and sampled to get new networks. GENERATORS lists them, each with its options.
 
-An entry is a class of options with `implementation`, a subclass of `Generator` (pdiff.method.generators.base), and with
-`sampling`, the options of one sampling. Imports no torch.
+Imports no torch; `base` has the protocol, and the files beside it have one kind each.
 """
 
 from __future__ import annotations
@@ -11,34 +10,43 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from pdiff.method.autoencoders import AUTOENCODERS, PCAOptions
-from pdiff.method.denoisers import DENOISERS, DenoiserOptions, MLPOptions
+from pdiff.method.denoisers import DENOISERS, DenoiserOptions, MLPDenoiserOptions
 from pdiff.method.objectives import OBJECTIVES, Flow, Objective
 from pdiff.method.options import NonNegative, Positive, Rate, Section, TrainingOptions
 
 
 class SamplingOptions(Section):
-    """Options of one sampling: none."""
+    """Options of `Generator.sample`: none."""
 
 
 class GeneratorOptions(Section):
-    """What all generators' options have."""
+    """Options of one kind of generator.
+
+    Attributes:
+        implementation: a subclass of `Generator` (pdiff.method.generators.base), or its name as "module:class".
+        sampling: the options of its `sample`.
+        extras: further options of the stage that samples.
+        sections: of a configuration, beside `generator`, that hold its options.
+    """
 
     implementation: ClassVar[Any]
     sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
-    extras: ClassVar[tuple[type[Section], ...]] = ()  # further options of the stage that samples
-    sections: ClassVar[tuple[str, ...]] = ()  # of a configuration, beside `generator`, that hold its options
+    extras: ClassVar[tuple[type[Section], ...]] = ()
+    sections: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def of(cls, generator: Section) -> GeneratorOptions:
-        """The options in the sections of a configuration."""
+        """The options in the section `generator` of a configuration and in its `sections`, which are given by name."""
         return generator.part(cls)
 
 
 class DiffusionOptions(TrainingOptions):
     """Training of a denoiser; with `steps` 0 there is none, and latents are sampled from N(0, 1).
 
-    `heldout_fraction` of the checkpoints is kept from the fit; with `patience` > 0 training stops after as many
-    evaluations of their loss (every `evaluate_every` steps) without a better one, and keeps the best.
+    `standardize_latents` gives every entry of the latents mean 0 and deviation 1 over the collection, before diffusion.
+    `ema` is the decay of the moving average of the weights, with which latents are sampled; 0 for none.
+    `heldout_fraction` of the checkpoints is not trained on; the loss on them is measured every `evaluate_every` steps.
+    With `patience` > 0 training stops after so many evaluations without a better loss, and keeps the best weights.
     """
 
     standardize_latents: bool = True
@@ -59,23 +67,24 @@ class DiffusionOptions(TrainingOptions):
 
 
 class DiffusionSampling(SamplingOptions):
-    """`sampler: auto` takes the first that can follow the objective; `sampling_steps` are denoiser calls, 0 for all
-    timesteps."""
+    """How latents are sampled: `sampler` is one of SAMPLERS, `auto` the first that can follow the objective;
+    `sampling_steps` are denoiser calls, 0 for as many as there are timesteps."""
 
     sampler: str = "auto"
     sampling_steps: Annotated[int, Field(ge=0)] = 20
 
 
 class TrajectoryOptions(Section):
-    """With `trajectory_every` > 0 the first `trajectory_count` samples are also kept as they are on their way from
-    noise, after every so many denoiser calls."""
+    """With `trajectory_every` > 0 the first `trajectory_count` samples are also kept at intermediate timesteps: after
+    every `trajectory_every` denoiser calls."""
 
     trajectory_every: Annotated[int, Field(ge=0)] = 0
     trajectory_count: Positive = 16
 
 
 class LatentDiffusionOptions(GeneratorOptions):
-    """Standardise, compress, diffuse (arXiv 2402.13144, section 3): one choice of each part."""
+    """Standardise, compress, diffuse (arXiv 2402.13144, section 3): `autoencoder` compresses, `denoiser` predicts what
+    `objective` says, and `diffusion` is how it is trained."""
 
     implementation: ClassVar[Any] = "pdiff.method.generators.latent_diffusion:LatentDiffusion"
     sampling: ClassVar[type[SamplingOptions]] = DiffusionSampling
@@ -83,7 +92,7 @@ class LatentDiffusionOptions(GeneratorOptions):
     sections: ClassVar[tuple[str, ...]] = ("autoencoder", "diffusion")
 
     autoencoder: SerializeAsAny[Section] = PCAOptions()
-    denoiser: SerializeAsAny[DenoiserOptions] = MLPOptions()
+    denoiser: SerializeAsAny[DenoiserOptions] = MLPDenoiserOptions()
     objective: SerializeAsAny[Objective] = Flow()
     diffusion: DiffusionOptions = DiffusionOptions()
 
@@ -100,8 +109,8 @@ class LatentDiffusionOptions(GeneratorOptions):
 class GaussianOptions(GeneratorOptions):
     """A Gaussian with the mean and the covariance of the standardised checkpoints; `scale` multiplies its deviations.
 
-    The covariance lives in PCA space, in as many components as explain the share `variance`; `diagonal`: per parameter,
-    without covariances.
+    The covariance is that of as many principal components as explain the share `variance` of the total variance; with
+    `diagonal` every parameter is independent of the others, and `variance` has no effect.
     """
 
     implementation: ClassVar[Any] = "pdiff.method.generators.gaussian:Gaussian"

@@ -1,10 +1,9 @@
-"""What every generator can do: fit, sample, save, load."""
+"""`Generator`: what every kind of generator can do: fit, sample, save, load."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,19 @@ from pdiff.method.collection import Collection, not_finite
 from pdiff.method.generators import GENERATORS, GeneratorOptions, LatentDiffusionOptions
 from pdiff.method.log import Log, ignore
 from pdiff.method.options import resolve
-from pdiff.method.standardize import Slot, Standardizer
+from pdiff.method.standardize import Standardizer
 from pdiff.seeds import stream
 
-FORMAT = 2
+FORMAT = 2  # of the files of `save`
 Tensors = dict[str, Tensor]
 Check = Callable[[Callable[[Collection], Collection]], object]
-Trajectory = Iterator[tuple[float, Collection]]
 
 
 class Generator(ABC):
-    """A distribution over networks, fitted on a collection.
+    """A distribution over networks, fitted on a collection. Users call `fit`, `sample`, `save` and `load`.
+
+    A new kind is a subclass, entered into GENERATORS with its options. It implements `fit`, `sample_vectors` and, for
+    its files, `tensors`, `config` and `from_saved`.
 
     Attributes:
         standardizer: checkpoints <-> vectors (N, D).
@@ -34,18 +35,12 @@ class Generator(ABC):
 
     standardizer: Standardizer
 
-    @staticmethod
-    def fit(collection: Collection, options: GeneratorOptions | None = None, **more: Any) -> Generator:
-        """Fit a generator; `options` (one of the classes in GENERATORS) say which one. The rest is that of `fitted`."""
-        options = options or LatentDiffusionOptions()
-        return resolve(options.implementation).fitted(collection, options, **more)
-
     @classmethod
     @abstractmethod
-    def fitted(
+    def fit(
         cls,
         collection: Collection,
-        options: Any,
+        options: GeneratorOptions | None = None,
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -53,27 +48,26 @@ class Generator(ABC):
         state: Path | None = None,
         check: Check = ignore,
     ) -> Generator:
-        """Fit this kind of generator.
+        """Fit the kind of generator that the options name; every kind overrides this with the same arguments.
 
         Args:
-            collection: N checkpoints of one layout.
-            options: of this kind.
+            collection: N checkpoints of one layout, on the CPU.
+            options: those of one kind, see GENERATORS; latent diffusion when absent.
             seed: of everything random.
-            device: where to compute.
-            log: gets the losses as points.
-            state: a folder in which an interrupted fit finds what it had done.
+            device: where to train.
+            log: receives the losses as points.
+            state: a folder of this fit alone, from whose files it resumes after an interruption.
             check: called with the function that reconstructs a collection through the fitted compression, as soon as
-                there is one; what it raises ends the fit.
+                there is one; an exception that it raises ends the fit.
 
         Raises:
-            ValueError: nothing in the collection can be generated, or the training diverged.
+            ValueError: nothing in the collection can be generated, it holds NaN or infinity, or the training diverged.
         """
+        options = options or LatentDiffusionOptions()
+        kind = resolve(options.implementation)
+        return kind.fit(collection, options, seed=seed, device=device, log=log, state=state, check=check)
 
-    @abstractmethod
-    def vectors(self, seeds: list[int], *, device: torch.device | str, **options: Any) -> Tensor:
-        """Standardised vectors of new networks, one for each seed, (len(seeds), D), on the CPU."""
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self, count: int, *, seed: int = 0, first: int = 0, device: torch.device | str = "cpu", **options: Any
     ) -> Collection:
@@ -84,7 +78,10 @@ class Generator(ABC):
             seed: of the sampling.
             first: number of the first one.
             device: where to compute.
-            options: of this kind of generator, such as `sampler` and `sampling_steps`.
+            options: of the kind's `sample_vectors`, such as `sampler` and `sampling_steps`.
+
+        Returns:
+            The networks, on the CPU.
 
         Raises:
             ValueError: the generator diverged: a network holds NaN or infinity; or `count` < 1.
@@ -92,13 +89,68 @@ class Generator(ABC):
         if count < 1:
             raise ValueError(f"count >= 1 must hold, but got {count}")
         seeds = [stream(seed, k) for k in range(first, first + count)]
-        networks = self.standardizer.decode(self.vectors(seeds, device=device, **options))
+        networks = self.standardizer.decode(self.sample_vectors(seeds, device=device, **options))
         if name := not_finite(networks.tensors):
             raise ValueError(f"{name} of a generated network holds NaN or infinity; the generator diverged")
         return networks
 
+    def save(self, folder: Path) -> None:
+        """Write `generator.safetensors` and `generator.json`: all that sampling needs."""
+        constants = {f"constant.{name}": tensor for name, tensor in self.standardizer.constants.items()}
+        write_tensors(folder / "generator.safetensors", self.tensors() | constants)
+        kind = next(kind for kind, options in GENERATORS.items() if resolve(options.implementation) is type(self))
+        config = {"format": FORMAT, "kind": kind, **self.standardizer.config(), **self.config()}
+        write_json(folder / "generator.json", config)
+
+    @staticmethod
+    def load(folder: Path) -> Generator:
+        """Read what `save` wrote, whichever kind it is.
+
+        Raises:
+            ValueError: a damaged file, another format, or tensors that do not fit the JSON file.
+        """
+        path = folder / "generator.json"
+        config, tensors = read_json(path), read_tensors(folder / "generator.safetensors")
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a generator of format {FORMAT}")
+        if name := not_finite(tensors):
+            raise ValueError(f"{folder / 'generator.safetensors'}: {name} holds NaN or infinity")
+        try:
+            standardizer = Standardizer.from_config(config, with_prefix("constant.", tensors))
+            return resolve(GENERATORS[config["kind"]].implementation).from_saved(standardizer, tensors, config)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise ValueError(f"{path}: does not fit generator.safetensors: {reason[:300]}") from None
+
+    @abstractmethod
+    def sample_vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample") -> Tensor:
+        """Standardised vectors of new networks, one for each seed, (len(seeds), D), on the CPU.
+
+        Args:
+            seeds: one for each network.
+            device: where to compute.
+            label: of a progress bar. A kind may have further options, its `sampling` in GENERATORS.
+        """
+
+    @abstractmethod
+    def tensors(self) -> Tensors:
+        """Everything fitted but the standardizer, by name."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What else `from_saved` needs, as plain data."""
+
+    @classmethod
+    @abstractmethod
+    def from_saved(cls, standardizer: Standardizer, tensors: Tensors, config: dict[str, Any]) -> Generator:
+        """The generator whose `tensors` and `config` these are, which may be damaged.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError, RuntimeError: they do not fit.
+        """
+
     def warm_up(self, **options: Any) -> None:  # noqa: B027 (most kinds need nothing)
-        """Import what sampling needs, so that measures of it do not include that."""
+        """Import what sampling with some options needs, so that its measured seconds do not include that."""
 
     def sizes(self) -> dict[str, float]:
         """Sizes worth logging, such as the number of latents."""
@@ -108,62 +160,7 @@ class Generator(ABC):
         """Modules that are useful by themselves: name -> module of rows (B, width), and the width."""
         return {}
 
-    @abstractmethod
-    def tensors(self) -> Tensors:
-        """Everything fitted but the standardizer, by name."""
 
-    @abstractmethod
-    def description(self) -> dict[str, Any]:
-        """What else `restored` needs, as plain data."""
-
-    @classmethod
-    @abstractmethod
-    def restored(cls, standardizer: Standardizer, tensors: Tensors, description: dict[str, Any]) -> Generator:
-        """The inverse of `tensors` and `description`.
-
-        Raises:
-            KeyError, TypeError, ValueError, RuntimeError: they do not fit.
-        """
-
-    def save(self, folder: Path) -> None:
-        """Write `generator.safetensors` and `generator.json`: all that sampling needs."""
-        standardizer = self.standardizer
-        constants = {f"constant.{name}": tensor for name, tensor in standardizer.constants.items()}
-        write_tensors(folder / "generator.safetensors", self.tensors() | constants)
-        (kind,) = (kind for kind, options in GENERATORS.items() if resolve(options.implementation) is type(self))
-        description = {
-            "format": FORMAT,
-            "kind": kind,
-            "order": standardizer.order,
-            "slots": [asdict(slot) for slot in standardizer.slots],
-            **self.description(),
-        }
-        write_json(folder / "generator.json", description)
-
-    @staticmethod
-    def load(folder: Path) -> Generator:
-        """Read what `save` wrote, of whichever kind.
-
-        Raises:
-            ValueError: a damaged file, another format, or tensors that do not fit the description.
-        """
-        path = folder / "generator.json"
-        description, tensors = read_json(path), read_tensors(folder / "generator.safetensors")
-        if not isinstance(description, dict) or description.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a generator of format {FORMAT}")
-        if name := not_finite(tensors):
-            raise ValueError(f"{folder / 'generator.safetensors'}: {name} holds NaN or infinity")
-        try:
-            slots = [Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in description["slots"]]
-            standardizer = Standardizer(slots, under("constant.", tensors), description["order"])
-            if sorted(standardizer.order) != sorted([*standardizer.constants, *(slot.name for slot in slots)]):
-                raise ValueError("its order names other tensors than its slots and the constants")
-            kind = resolve(GENERATORS[description["kind"]].implementation)
-            return kind.restored(standardizer, tensors, description)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: does not fit generator.safetensors: {str(error).splitlines()[0]}") from None
-
-
-def under(prefix: str, tensors: Tensors) -> Tensors:
-    """The tensors whose names begin with a prefix, without it."""
+def with_prefix(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors whose names begin with a prefix, by their names without it."""
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

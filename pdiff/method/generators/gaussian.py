@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdiff.method.autoencoders.pca import PCA
+from pdiff.method.autoencoders.pca import PCA, ROWS
 from pdiff.method.collection import Collection
 from pdiff.method.diffusion import gaussian_noise
 from pdiff.method.generators import GaussianOptions
@@ -19,6 +19,8 @@ from pdiff.method.standardize import Standardizer
 
 class Gaussian(Generator):
     """x = mean + scale (std eps) W, with W the principal components (L, D); per parameter: x = mean + scale std eps.
+
+    Fitted and sampled on the CPU, whatever the device.
 
     Attributes:
         mean: (D,).
@@ -34,7 +36,7 @@ class Gaussian(Generator):
         self.components, self.scale = components, scale
 
     @classmethod
-    def fitted(
+    def fit(
         cls,
         collection: Collection,
         options: GaussianOptions,
@@ -47,15 +49,16 @@ class Gaussian(Generator):
     ) -> Gaussian:
         with measured(log, "gaussian"):
             standardizer = Standardizer.fit(collection)
-            x = standardizer.encode(collection)
+            x = standardizer.encode(collection)  # (N, D)
             correction = int(len(x) > 1)
             if options.diagonal:
                 return cls(standardizer, x.mean(0), x.std(0, correction=correction), None, options.scale)
             pca = PCA.fit(x, variance=options.variance)
-            std = pca.encode(x).std(0, correction=correction)
+            z = torch.cat([pca.encode(rows) for rows in x.split(ROWS)])  # (N, L)
+            std = z.std(0, correction=correction)
             return cls(standardizer, pca.center, std, pca.components, options.scale)
 
-    def vectors(self, seeds: list[int], *, device: torch.device | str, **options: Any) -> Tensor:
+    def sample_vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample") -> Tensor:
         noise, _ = gaussian_noise(len(self.std), seeds)
         deviation = self.scale * self.std * noise
         return self.mean + (deviation if self.components is None else deviation @ self.components)
@@ -67,14 +70,15 @@ class Gaussian(Generator):
         optional = {} if self.components is None else {"components": self.components}
         return {"mean": self.mean, "std": self.std} | optional
 
-    def description(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         return {"scale": self.scale}
 
     @classmethod
-    def restored(cls, standardizer: Standardizer, tensors: Tensors, description: dict[str, Any]) -> Gaussian:
+    def from_saved(cls, standardizer: Standardizer, tensors: Tensors, config: dict[str, Any]) -> Gaussian:
         mean, std, components = tensors["mean"], tensors["std"], tensors.get("components")
-        shape = (len(std), len(mean)) if components is not None else (len(mean), len(mean))
-        found = tuple(components.shape) if components is not None else (len(std), len(mean))
-        if found != shape or len(mean) != standardizer.size:
-            raise ValueError(f"mean, std and components do not describe {standardizer.size} numbers")
-        return cls(standardizer, mean, std, components, float(description["scale"]))
+        size = standardizer.size
+        expected = (size,) if components is None else (len(components),)
+        fits = mean.shape == (size,) and std.shape == expected
+        if not fits or (components is not None and components.shape != (*expected, size)):
+            raise ValueError(f"mean, std and components do not describe {size} numbers")
+        return cls(standardizer, mean, std, components, float(config["scale"]))

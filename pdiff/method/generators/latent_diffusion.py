@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pdiff.method.autoencoders import AUTOENCODERS
 from pdiff.method.collection import Collection
 from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import LatentDiffusionOptions
-from pdiff.method.generators.base import Check, Generator, Tensors, Trajectory, under
+from pdiff.method.generators.base import Check, Generator, Tensors, with_prefix
 from pdiff.method.log import Log, ignore, measured
 from pdiff.method.objectives import OBJECTIVES, Objective
 from pdiff.method.options import Section, resolve
@@ -24,7 +24,7 @@ from pdiff.method.samplers import samplers_of
 from pdiff.method.standardize import Standardizer
 from pdiff.seeds import stream
 
-HELDOUT_BLOCKS = 4
+HELDOUT_BLOCKS = 4  # runs of consecutive checkpoints that are held out, see `heldout_split`
 ENCODED = 256  # vectors that the autoencoder encodes at a time
 
 
@@ -36,9 +36,9 @@ class LatentDiffusion(Generator):
         standardizer: checkpoints <-> vectors (N, D).
         autoencoder: vectors (N, D) <-> latents (N, L).
         latent_mean: subtracted from latents before diffusion, (L,).
-        latent_std: latents are divided by it, (L,).
-        denoiser: predicts in latent space; without one, latents are sampled from N(0, 1).
-        objective: what it predicts.
+        latent_std: latents are then divided by it, (L,).
+        denoiser: predicts in latent space; None: latents are sampled from N(0, 1).
+        objective: what the denoiser predicts.
     """
 
     standardizer: Standardizer
@@ -49,7 +49,7 @@ class LatentDiffusion(Generator):
     objective: Objective
 
     @classmethod
-    def fitted(
+    def fit(
         cls,
         collection: Collection,
         options: LatentDiffusionOptions,
@@ -60,38 +60,47 @@ class LatentDiffusion(Generator):
         state: Path | None = None,
         check: Check = ignore,
     ) -> LatentDiffusion:
-        fraction = options.diffusion.heldout_fraction
-        fitted, heldout = heldout_split(len(collection), fraction, seed=stream(seed, "heldout"))
-        standardizer = Standardizer.fit(collection.select(fitted))
+        fraction, steps = options.diffusion.heldout_fraction, options.diffusion.steps
+        kept, heldout = heldout_split(len(collection), fraction, seed=stream(seed, "heldout"))
+        standardizer = Standardizer.fit(collection.select(kept))
         x = standardizer.encode(collection)  # (N, D)
         with measured(log, "autoencoder"):
-            resume = {"device": device, "log": log, "path": state and state / "autoencoder.pt"}
-            autoencoder = options.autoencoder.fit(x[fitted], seed=stream(seed, "autoencoder"), **resume)
-        check(lambda some: standardizer.decode(through(autoencoder, standardizer.encode(some), device)))
-        z = encoded(autoencoder, x, device)  # (N, L)
-        mean, std = latent_scale(z[fitted], standardize=options.diffusion.standardize_latents)
+            resume = {"log": log, "path": state and state / "autoencoder.pt"}
+            autoencoder = options.autoencoder.fit(x[kept], seed=stream(seed, "autoencoder"), device=device, **resume)
+        check(lambda networks: standardizer.decode(reconstruct(autoencoder, standardizer.encode(networks), device)))
+        z = encode(autoencoder, x, device)  # (N, L)
+        mean, std = latent_scale(z[kept], standardize=options.diffusion.standardize_latents)
         z = ((z - mean) / std).to(device)
         denoiser = None
-        if options.diffusion.steps:
+        if steps:
             with measured(log, "diffusion"):
-                resume = {"seed": stream(seed, "denoiser"), "log": log, "path": state and state / "diffusion.pt"}
+                resume = {"log": log, "path": state and state / "diffusion.pt"}
                 torch.manual_seed(stream(seed, "denoiser"))
-                untrained = options.denoiser.build(z.shape[1]).to(device)
-                parts = (options.objective, z[fitted], z[heldout], options.diffusion)
-                denoiser = diffusion.fit(untrained, *parts, **resume)
+                denoiser = options.denoiser.build(z.shape[1]).to(device)
+                data = (options.objective, z[kept], z[heldout], options.diffusion)
+                denoiser = diffusion.fit(denoiser, *data, seed=stream(seed, "denoiser"), **resume)
         return cls(standardizer, autoencoder, mean, std, denoiser, options.objective)
 
-    def vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample", **options: Any) -> Tensor:
+    def sample_vectors(
+        self, seeds: list[int], *, device: torch.device | str, label: str = "sample", **options: Any
+    ) -> Tensor:
         if self.denoiser is None:
-            noise, _ = diffusion.gaussian_noise(len(self.latent_mean), seeds)
-            return self.decode(noise.to(device))
-        steps = self.sampling(seeds, device=device, **options)
-        return self.decode(deque(tqdm(steps, desc=label, unit="step", disable=None), maxlen=1).pop()[1])
+            z, _ = diffusion.gaussian_noise(len(self.latent_mean), seeds)
+            return self.decode(z.to(device))
+        return self.decode(self.sampling(seeds, device=device, **options).samples(label))
 
     def sampling(
         self, seeds: list[int], *, device: torch.device | str, sampler: str = "auto", sampling_steps: int = 20
     ) -> diffusion.Sampling:
-        """The way of some latents from noise to data; the options are those of `DiffusionSampling`."""
+        """The latents of some seeds on their way from noise to data; the options are those of `DiffusionSampling`.
+
+        Raises:
+            ValueError: there is no denoiser, the sampler cannot follow the objective, or there are too many steps.
+        """
+        if self.denoiser is None:
+            raise ValueError(
+                "the generator has no denoiser (it was fitted with 0 steps): latents have no way from noise"
+            )
         name = samplers_of(self.objective)[0] if sampler == "auto" else sampler
         steps = sampling_steps or self.objective.timesteps
         parts = (self.objective, self.denoiser.to(device).eval(), len(self.latent_mean), seeds)
@@ -110,28 +119,40 @@ class LatentDiffusion(Generator):
             found["diffusion"] = (OneInput(self.denoiser), len(self.latent_mean) + 1)
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def trajectory(
-        self, count: int, *, every: int, seed: int = 0, device: torch.device | str = "cpu", **options: Any
-    ) -> Trajectory:
+        self,
+        count: int,
+        *,
+        every: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        label: str = "trajectory",
+        **options: Any,
+    ) -> Iterator[tuple[float, Collection]]:
         """Yield the first samples of a seed on their way: timestep, and the networks that noisy latents decode to.
 
         Args:
             count: how many networks.
-            every: denoiser calls between two looks; the samples themselves, at timestep 0, come last.
+            every: yield the networks after every so many denoiser calls; the samples, at timestep 0, come last.
             seed: of the sampling.
             device: where to compute.
+            label: of the progress bar.
             options: of `sampling`.
+
+        Raises:
+            ValueError: as `sampling`.
         """
         steps = self.sampling([stream(seed, k) for k in range(count)], device=device, **options)
-        looks: dict[float, Tensor] = {}
-        for call, (t, z) in enumerate(tqdm(steps, desc="trajectory", unit="step", disable=None)):
+        latents: dict[float, Tensor] = {}
+        for call, (t, z) in enumerate(tqdm(steps, desc=label, unit="step", disable=None)):
             if call % every == 0 or call == len(steps) - 1:
-                looks[t] = z.clone()  # Heun's method meets most timesteps twice
-        yield from ((t, self.standardizer.decode(self.decode(z))) for t, z in looks.items())
+                latents[t] = z  # Heun's method visits most timesteps twice: the second z counts
+        for t, z in latents.items():
+            yield t, self.standardizer.decode(self.decode(z))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Vectors (N, D) of latents as the denoiser has them, (N, L), on the CPU."""
+        """Vectors (B, D), on the CPU, of latents in the scale of the denoiser, (B, L), on any device."""
         autoencoder = self.autoencoder.to(z.device).eval()
         return autoencoder.decode(z * self.latent_std.to(z.device) + self.latent_mean.to(z.device)).cpu()
 
@@ -140,19 +161,21 @@ class LatentDiffusion(Generator):
         states = {f"{part}.{n}": t for part, module in parts.items() if module for n, t in module.state_dict().items()}
         return {"latent_mean": self.latent_mean, "latent_std": self.latent_std} | states
 
-    def description(self) -> dict[str, Any]:
-        (prediction,) = (name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
+    def config(self) -> dict[str, Any]:
+        prediction = next(name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
         return {
-            "autoencoder": described(AUTOENCODERS, self.autoencoder),
-            "denoiser": self.denoiser and described(DENOISERS, self.denoiser),
+            "autoencoder": to_config(AUTOENCODERS, self.autoencoder),
+            "denoiser": self.denoiser and to_config(DENOISERS, self.denoiser),
             "objective": {"prediction": prediction, **self.objective.model_dump()},
         }
 
     @classmethod
-    def restored(cls, standardizer: Standardizer, tensors: Tensors, description: dict[str, Any]) -> LatentDiffusion:
-        autoencoder = built(AUTOENCODERS, description["autoencoder"], under("autoencoder.", tensors))
-        denoiser = description["denoiser"] and built(DENOISERS, description["denoiser"], under("denoiser.", tensors))
-        objective = dict(description["objective"])
+    def from_saved(cls, standardizer: Standardizer, tensors: Tensors, config: dict[str, Any]) -> LatentDiffusion:
+        autoencoder = from_config(AUTOENCODERS, config["autoencoder"], with_prefix("autoencoder.", tensors))
+        denoiser = config["denoiser"]
+        if denoiser is not None:
+            denoiser = from_config(DENOISERS, denoiser, with_prefix("denoiser.", tensors))
+        objective = dict(config["objective"])
         mean, std = tensors["latent_mean"], tensors["latent_std"]
         if {mean.shape, std.shape} != {(autoencoder.latent_size,)}:
             raise ValueError(f"latent_mean and latent_std do not hold {autoencoder.latent_size} numbers")
@@ -162,7 +185,7 @@ class LatentDiffusion(Generator):
 
 
 class OneInput(nn.Module):
-    """A denoiser of one input: latents and, as the last column, timesteps, (B, L + 1) -> prediction (B, L)."""
+    """A denoiser with one input: latents and, as the last column, timesteps, (B, L + 1) -> prediction (B, L)."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -172,29 +195,29 @@ class OneInput(nn.Module):
         return self.denoiser(rows[:, :-1], rows[:, -1])
 
 
-def described(kinds: dict[str, type[Section]], module: nn.Module) -> dict[str, Any]:
-    """Kind and constructor's arguments of a module of a registry."""
-    (kind,) = (kind for kind, options in kinds.items() if type(module) is resolve(options.module))
+def to_config(registry: dict[str, type[Section]], module: nn.Module) -> dict[str, Any]:
+    """A module of a registry as plain data: its kind, and its constructor's arguments."""
+    kind = next(kind for kind, options in registry.items() if type(module) is resolve(options.module))
     return {"kind": kind, **module.options}
 
 
-def built(kinds: dict[str, type[Section]], description: dict[str, Any], state: Tensors) -> nn.Module:
-    """The module that was `described`, with its tensors, in evaluation mode."""
-    arguments = dict(description)
-    module = resolve(kinds[arguments.pop("kind")].module)(**arguments)
+def from_config(registry: dict[str, type[Section]], config: dict[str, Any], state: Tensors) -> nn.Module:
+    """The module of a `to_config`, with the tensors of its state dict, in evaluation mode."""
+    arguments = dict(config)
+    module = resolve(registry[arguments.pop("kind")].module)(**arguments)
     module.load_state_dict(state)
     return module.eval()
 
 
-@torch.inference_mode()
-def encoded(autoencoder: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
-    """Latents of vectors (N, D), (N, L), on the CPU."""
+@torch.no_grad()
+def encode(autoencoder: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
+    """Latents (N, L), on the CPU, of vectors (N, D), batch by batch."""
     return torch.cat([autoencoder.encode(rows.to(device)).cpu() for rows in x.split(ENCODED)])
 
 
-@torch.inference_mode()
-def through(autoencoder: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
-    """Reconstructions of vectors (N, D), on the CPU."""
+@torch.no_grad()
+def reconstruct(autoencoder: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
+    """Reconstructions (N, D), on the CPU, of vectors (N, D), batch by batch."""
     return torch.cat([autoencoder(rows.to(device)).cpu() for rows in x.split(ENCODED)])
 
 
@@ -202,7 +225,7 @@ def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Te
     """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, if there are.
 
     Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
-    so that single held-out checkpoints would not tell a generator that memorises from one that generalises.
+    so the loss on single held-out checkpoints would be low even for a generator that memorises.
     """
     held = min(round(count * fraction), max(count - 2, 0))
     blocks = min(HELDOUT_BLOCKS, max(held, 1))

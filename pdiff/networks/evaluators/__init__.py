@@ -98,7 +98,8 @@ class EvaluatorOptions(Section):
 
 
 class OnImages(EvaluatorOptions):
-    """Predictions on the validation and test images of the data set; `test: false` leaves the test images out."""
+    """Predictions on the validation and test images of the data set, `batch_size` at a time; `test: false` leaves the
+    test images out."""
 
     distributed: ClassVar[bool] = True
     test: bool = True
@@ -114,7 +115,7 @@ class OnImages(EvaluatorOptions):
 
 
 class ByFunction(EvaluatorOptions):
-    """`function`, `path/to/file.py:function`, predicts with a state dict; `workers` processes, 0 for one a core."""
+    """`function`, `path/to/file.py:function`, predicts with a state dict; in `workers` processes, 0 for one a core."""
 
     function: Annotated[str, Field(min_length=1)]
     workers: Annotated[int, Field(ge=0)] = without_effect(0)
@@ -131,8 +132,8 @@ class ByFunction(EvaluatorOptions):
 
 
 class ByCommand(EvaluatorOptions):
-    """`command`, run in `folder`, prints an accuracy, which `pattern` finds, for the file `{checkpoint}`; `workers`
-    commands run at a time, 0 for one a core."""
+    """`command`, run in `folder`, prints an accuracy for the checkpoint file that replaces `{checkpoint}` in it; the
+    regular expression `pattern` finds the number. `workers` commands run at a time, 0 for one a core."""
 
     command: Annotated[str, Field(min_length=1)]
     pattern: str = r"(?i)acc(?!\w*[2-9])\w*(?:@1)?(?!@)\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"

@@ -23,6 +23,8 @@ from pdiff.experiment.digests import fingerprint
 from pdiff.experiment.history import STATE, Metrics
 from pdiff.experiment.schema import Experiment
 from pdiff.method.log import Point
+from pdiff.method.options import resolve
+from pdiff.parallel.interrupts import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ class Pipeline:
     def _run(self, stage: str, *, fresh: bool) -> Done:
         """Run a stage in its work folder, then keep what it wrote there."""
         digest = self.digests[stage]
+        with uninterrupted():  # it imports torch
+            resolve(stages.STAGES[stage].run)
         with self.store.open(stage, self.experiment, digest) as run:
             upstream = {
                 name: self.execute(name, fresh=fresh and stages.STAGES[name].part_of == stage)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from pdiff.experiment import config, stages
 from pdiff.experiment.schema import Experiment
 from pdiff.files import read_json
 from pdiff.method.log import Log, Point
+from pdiff.parallel.interrupts import uninterrupted
 from pdiff.parallel.liveness import this_process
 from pdiff.tracking.engine import Done, work_folder
 
@@ -50,24 +49,6 @@ def listening(log: Log) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block ends: an interrupted transaction would leave the database locked."""
-    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main one
-        yield
-        return
-    held: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        for number in held:
-            signal.raise_signal(number)
 
 
 class TrackedRun:

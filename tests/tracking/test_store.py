@@ -15,8 +15,8 @@ from tracked import artifacts, runs
 from pdiff.errors import UserError
 from pdiff.experiment import schema
 from pdiff.method.log import Point
+from pdiff.parallel.interrupts import uninterrupted
 from pdiff.tracking import store
-from pdiff.tracking.runs import uninterrupted
 
 
 class Healthy(http.server.BaseHTTPRequestHandler):

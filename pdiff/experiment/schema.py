@@ -136,6 +136,8 @@ class Experiment(Section):
                 f"generate.sampling_steps <= diffusion.timesteps must hold, "
                 f"but got ({generate.sampling_steps}, {self.diffusion.timesteps})"
             )
+        if generate.trajectory_every and not self.diffusion.steps:
+            raise ValueError("generate.trajectory_every needs diffusion.steps > 0: without a denoiser there is no way")
 
     def __reduce__(self) -> tuple:
         return experiment, (self.model_dump(),)  # the composed class cannot be imported by name

@@ -12,7 +12,8 @@ import optuna
 
 from pdiff.errors import UserError
 from pdiff.experiment import config
-from pdiff.experiment.schema import Experiment, all_keys
+from pdiff.experiment.keys import all_keys
+from pdiff.experiment.schema import Experiment
 from pdiff.sweeps import schema
 from pdiff.sweeps.schema import Parameter, Sweep
 from pdiff.sweeps.search import Grid, make_pruner, make_sampler

@@ -53,24 +53,35 @@ def load(tag: str, overrides: Mapping[str, str] | None = None, *, origin: str = 
     Raises:
         UserError: all problems in one message, each with file, key, value and rule.
     """
+    experiment, problems = _checked(tag, overrides or {}, origin)
+    if problems:
+        raise UserError("; ".join(problems))
+    return experiment
+
+
+def problems(tag: str, overrides: Mapping[str, str], *, origin: str) -> list[str]:
+    """What is wrong with an experiment, see `load`; nothing if it can be loaded."""
+    return _checked(tag, overrides, origin)[1]
+
+
+def _checked(tag: str, overrides: Mapping[str, str], origin: str) -> tuple[Experiment | None, list[str]]:
+    """The experiment of a tag, or all that is wrong with it."""
     known, layer = tags(), {}
     tree, origins = _read(tag, known)
-    for key, text in (overrides or {}).items():
+    for key, text in overrides.items():
         put(layer, {}, key, text, origin)
     tree = keys.without_stale(tree, _merged(tree, layer))
-    for key, text in (overrides or {}).items():
+    for key, text in overrides.items():
         put(tree, origins, key, text, origin)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
-    problems = _unknown_names(tree, origins)
+    experiment, found = None, _unknown_names(tree, origins)
     try:
         experiment = schema.experiment(tree)
     except ValidationError as error:
         path = str(known.get(tag, tag))
         chosen = {choice.name: choice.value(tree) for choice in schema.CHOICES}
-        problems = [*(_problem(item, origins, path, chosen) for item in error.errors()), *problems]
-    if problems:
-        raise UserError("; ".join(problems))
-    return experiment
+        found = [*(_problem(item, origins, path, chosen) for item in error.errors()), *found]
+    return experiment, found
 
 
 def to_yaml(experiment: Experiment) -> str:

@@ -8,7 +8,7 @@ import yaml
 
 from pdiff.cli.main import main
 from pdiff.experiment import config
-from pdiff.experiment.schema import all_keys
+from pdiff.experiment.keys import all_keys
 from pdiff.sweeps import schema
 
 ROOT = Path(__file__).parents[1]

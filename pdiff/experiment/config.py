@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from pdiff.errors import UserError
-from pdiff.experiment import schema
+from pdiff.experiment import keys, schema
 from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
 from pdiff.networks.architectures import is_known, known_architectures
@@ -53,25 +53,35 @@ def load(tag: str, overrides: Mapping[str, str] | None = None, *, origin: str = 
     Raises:
         UserError: all problems in one message, each with file, key, value and rule.
     """
-    known = tags()
+    experiment, problems = _checked(tag, overrides or {}, origin)
+    if problems:
+        raise UserError("; ".join(problems))
+    return experiment
+
+
+def problems(tag: str, overrides: Mapping[str, str], *, origin: str) -> list[str]:
+    """What is wrong with an experiment, see `load`; nothing if it can be loaded."""
+    return _checked(tag, overrides, origin)[1]
+
+
+def _checked(tag: str, overrides: Mapping[str, str], origin: str) -> tuple[Experiment | None, list[str]]:
+    """The experiment of a tag, or all that is wrong with it."""
+    known, layer = tags(), {}
     tree, origins = _read(tag, known)
-    layer: Tree = {}
-    for key, text in (overrides or {}).items():
+    for key, text in overrides.items():
         put(layer, {}, key, text, origin)
-    tree = schema.without_stale(tree, layer)
-    for key, text in (overrides or {}).items():
+    tree = keys.without_stale(tree, _merged(tree, layer))
+    for key, text in overrides.items():
         put(tree, origins, key, text, origin)
     tree["tag"] = Path(tag).stem if _is_path(tag) else tag
-    problems = _unknown_names(tree, origins)
+    experiment, found = None, _unknown_names(tree, origins)
     try:
         experiment = schema.experiment(tree)
     except ValidationError as error:
         path = str(known.get(tag, tag))
         chosen = {choice.name: choice.value(tree) for choice in schema.CHOICES}
-        problems = [*(_problem(item, origins, path, chosen) for item in error.errors()), *problems]
-    if problems:
-        raise UserError("; ".join(problems))
-    return experiment
+        found = [*(_problem(item, origins, path, chosen) for item in error.errors()), *found]
+    return experiment, found
 
 
 def to_yaml(experiment: Experiment) -> str:
@@ -107,9 +117,9 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C is
     """YAML whose mappings have every key once; of two PyYAML itself takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
+        names = [key.value for key, _ in node.value]
         for key, _ in node.value:
-            if keys.count(key.value) > 1:
+            if names.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -179,7 +189,7 @@ def _read(tag: str, known: Mapping[str, Path], below: tuple[str, ...] = ()) -> t
 
 def _overlaid(base: Tree, top: Tree) -> Tree:
     """A layer on top of others, which does not inherit the options of a kind that it replaces."""
-    return _merged(schema.without_stale(base, top), top)
+    return _merged(keys.without_stale(base, _merged(base, top)), top)
 
 
 def _merged(base: Tree, top: Tree) -> Tree:
@@ -218,7 +228,7 @@ def _problem(item: Any, origins: dict[str, str], path: str, chosen: Mapping[str,
         path: the file of the tag, for what is in no file.
         chosen: the choices of the configuration by dotted key.
     """
-    known, key = schema.all_keys(), ""
+    known, key = keys.all_keys(), ""
     extra = item["type"] == "extra_forbidden"
     for position, part in enumerate(item["loc"], start=1):
         longer = f"{key}.{part}".removeprefix(".")
@@ -233,11 +243,9 @@ def _problem(item: Any, origins: dict[str, str], path: str, chosen: Mapping[str,
 
 def _foreign(key: str, chosen: Mapping[str, str]) -> str:
     """Why a key that exists cannot be used: it belongs to another entry than the one that is chosen."""
-    owners = schema.belongs_to(key)
-    choice = owners[-1][0]
-    kinds = " or ".join(kind for other, kind in owners if other == choice)
+    choice, kinds = keys.belongs_to(key)
     name = choice.key if key.startswith(f"{choice.section}.") else choice.name
-    return f"belongs to {name} {kinds}, but {name} is {chosen[choice.name]}"
+    return f"belongs to {name} {' or '.join(kinds)}, but {name} is {chosen[choice.name]}"
 
 
 def rule(item: Any) -> str:

@@ -23,7 +23,7 @@ from pdiff.errors import UserError
 from pdiff.experiment.allocations import bytes_of, counted
 from pdiff.experiment.schema import Experiment
 from pdiff.method import diffusion
-from pdiff.method.autoencoders import AUTOENCODERS, convolutional
+from pdiff.method.autoencoders import ConvOptions, PCAOptions, convolutional
 from pdiff.method.autoencoders.pca import PCA, block_length
 from pdiff.method.collection import generated_numbers
 from pdiff.method.generators import LatentDiffusionOptions
@@ -93,11 +93,17 @@ def sizes(experiment: Experiment) -> Sizes:
     """The sizes of an experiment, with the largest latent size that an automatic PCA can choose.
 
     Raises:
-        UserError: a data set whose classes or image size are known only once it is read; an unreadable source.
+        UserError: a generator or an autoencoder of another kind; a data set whose classes or image size are known only
+            once it is read; an unreadable source.
     """
+    options = experiment.generator_options
+    if not isinstance(options, LatentDiffusionOptions):
+        raise UserError(f"generator.kind {experiment.generator.kind}: memory is predicted for latent_diffusion only")
+    if not isinstance(options.autoencoder, PCAOptions | ConvOptions):
+        raise UserError(f"autoencoder.kind {experiment.autoencoder.kind}: memory is predicted for pca and conv only")
     settings = experiment.prepare
     files = checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
-    size = _adopted(experiment, files[0]) if files else _generated(experiment)
+    size = _imported(experiment, files[0]) if files else _generated(experiment)
     checkpoints = experiment.generator.checkpoints or len(files) or settings.collect.checkpoints
     fitted, held = heldout_split(checkpoints, experiment.diffusion.heldout_fraction, seed=0)
     return latent_sizes(experiment, size, len(fitted), len(held))
@@ -111,7 +117,7 @@ def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -
     return Sizes(size, latent_size, fitted + heldout, fitted, heldout)
 
 
-def _adopted(experiment: Experiment, file: Path) -> int:
+def _imported(experiment: Experiment, file: Path) -> int:
     """D of the network in a file."""
     state = Template.read(file).state
     return generated_numbers({name: state[name] for name in matching(state, experiment.prepare.parameters)})
@@ -137,7 +143,7 @@ def needs(experiment: Experiment, sizes: Sizes) -> list[Need]:
 
 def _autoencoder(experiment: Experiment, options: LatentDiffusionOptions, sizes: Sizes) -> list[Need]:
     """Fit, encode and decode."""
-    kind = resolve(AUTOENCODERS[experiment.autoencoder.kind].module)
+    kind = resolve(options.autoencoder.module)
     if kind is PCA:
         make, fits = partial(PCA, sizes.size, sizes.latent_size), [pca_fit(sizes)]
     else:

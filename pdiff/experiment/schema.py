@@ -7,11 +7,11 @@ those of no other. Nothing here reads a file or imports torch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, create_model, field_validator, model_validator
 
 from pdiff.method.autoencoders import AUTOENCODERS
 from pdiff.method.baselines import BASELINES
@@ -82,13 +82,19 @@ class Evaluate(Section):
     noise_count: Positive = 300
     baselines: Annotated[tuple[str, ...], Several] = ("average",)
 
-    @model_validator(mode="after")
-    def _check(self) -> Evaluate:
-        if len({f"{scale:g}" for scale in self.noise}) < len(self.noise):
-            raise ValueError(f"noise holds a scale twice: {list(self.noise)}")
-        if unknown := [name for name in self.baselines if name not in BASELINES]:
-            raise ValueError(f"baselines: unknown {unknown[0]!r}, expected some of {', '.join(BASELINES)}")
-        return self
+    @field_validator("noise")
+    @classmethod
+    def _check_noise(cls, noise: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{scale:g}" for scale in noise}) < len(noise):
+            raise ValueError(f"a scale stands twice: {list(noise)}")
+        return noise
+
+    @field_validator("baselines")
+    @classmethod
+    def _check_baselines(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in baselines if name not in BASELINES]:
+            raise ValueError(f"unknown {unknown[0]!r}, expected some of {', '.join(BASELINES)}")
+        return baselines
 
 
 class Experiment(Section):
@@ -113,6 +119,11 @@ class Experiment(Section):
         missing = [name for name in ("dataset", "network") if getattr(self, name) is None]
         if missing and not (self.prepare.source and len(missing) == 2):
             raise ValueError(f"{' and '.join(missing)}: is missing; only prepare.source can do without both")
+        used, collected = self.generator.checkpoints, self.prepare.collect.checkpoints
+        if used > collected and not self.prepare.source:
+            raise ValueError(
+                f"generator.checkpoints <= prepare.collect.checkpoints must hold, but got ({used}, {collected})"
+            )
         trained = {"prepare.pretrain": self.prepare.pretrain, "prepare.collect": self.prepare.collect}
         trained |= {name: getattr(self, name) for name in GENERATORS[self.generator.kind].sections}
         for name, section in trained.items():
@@ -136,6 +147,8 @@ class Experiment(Section):
                 f"generate.sampling_steps <= diffusion.timesteps must hold, "
                 f"but got ({generate.sampling_steps}, {self.diffusion.timesteps})"
             )
+        if generate.trajectory_every and not self.diffusion.steps:
+            raise ValueError("generate.trajectory_every needs diffusion.steps > 0: without a denoiser there is no way")
 
     def __reduce__(self) -> tuple:
         return experiment, (self.model_dump(),)  # the composed class cannot be imported by name
@@ -157,13 +170,22 @@ class Experiment(Section):
         return self.generate.part(GENERATORS[self.generator.kind].sampling).model_dump()
 
 
+SECTIONS: dict[str, type[Section]] = {
+    "generator": GeneratorSection,
+    "autoencoder": AutoencoderSection,
+    "diffusion": DiffusionSection,
+    "generate": Generate,
+    "evaluate": Evaluate,
+}
+"""The sections that depend on choices, as they are without the options of what is chosen."""
+
+
 class Choice(NamedTuple):
     """A key whose value chooses an entry of a registry, whose options its section then has."""
 
     section: str
     key: str
     registry: Mapping[str, type[Section]]
-    base: type[Section]
     automatic: Callable[[Tree], str] | None = None  # what `auto` chooses
 
     @property
@@ -173,10 +195,10 @@ class Choice(NamedTuple):
 
     def value(self, tree: Tree) -> str:
         """The entry that a configuration chooses; the default one where it chooses none that exists."""
-        chosen = _section(tree, self.section).get(self.key)
-        if isinstance(chosen, str) and chosen in self.registry:
-            return chosen
-        return self.automatic(tree) if self.automatic else self.base.model_fields[self.key].default
+        value = _section(tree, self.section).get(self.key)
+        if isinstance(value, str) and value in self.registry:
+            return value
+        return self.automatic(tree) if self.automatic else SECTIONS[self.section].model_fields[self.key].default
 
     def field(self, kind: str) -> tuple[Any, Any]:
         """The type of the key, and its default, where an entry is chosen."""
@@ -191,19 +213,12 @@ def _automatic_evaluator(tree: Tree) -> str:
 
 
 CHOICES = (
-    Choice("generator", "kind", GENERATORS, GeneratorSection),
-    Choice("autoencoder", "kind", AUTOENCODERS, AutoencoderSection),
-    Choice("diffusion", "denoiser", DENOISERS, DiffusionSection),
-    Choice("diffusion", "prediction", OBJECTIVES, DiffusionSection),
-    Choice("evaluate", "kind", EVALUATORS, Evaluate, _automatic_evaluator),
+    Choice("generator", "kind", GENERATORS),
+    Choice("autoencoder", "kind", AUTOENCODERS),
+    Choice("diffusion", "denoiser", DENOISERS),
+    Choice("diffusion", "prediction", OBJECTIVES),
+    Choice("evaluate", "kind", EVALUATORS, _automatic_evaluator),
 )
-BASES: dict[str, type[Section]] = {
-    "generator": GeneratorSection,
-    "autoencoder": AutoencoderSection,
-    "diffusion": DiffusionSection,
-    "generate": Generate,
-    "evaluate": Evaluate,
-}
 
 
 def experiment(tree: Tree) -> Experiment:
@@ -227,71 +242,25 @@ def composed(kinds: tuple[str, ...]) -> type[Experiment]:
 
 @lru_cache
 def _composed(kinds: tuple[str, ...], options: tuple[type[Section], ...]) -> type[Experiment]:
-    generator = options[0]
-    parts = {"generator": () if generator.sections else (generator,)}
-    parts |= dict.fromkeys(generator.sections, ())
-    parts |= {"generate": (generator.sampling, *generator.extras), "evaluate": ()}
+    """The schema where some entries, with these options, are chosen: another entry of a name has another schema."""
+    generator = options[0]  # it decides which sections there are
+    parts: dict[str, list[type[Section]]] = {name: [] for name in ("generator", *generator.sections)}
+    parts |= {"generate": [generator.sampling, *generator.extras], "evaluate": []}
     keys: dict[str, dict[str, Any]] = {name: {} for name in parts}
     for choice, kind, option in zip(CHOICES, kinds, options, strict=True):
         if choice.section in parts:
             keys[choice.section][choice.key] = choice.field(kind)
-            parts[choice.section] += (option,) if option is not generator else ()
+            if not (option is generator and generator.sections):  # else its options are in those sections
+                parts[choice.section].append(option)
     sections: dict[str, Any] = {}
     for name, mixed in parts.items():
-        base = BASES[name]
-        section = create_model(base.__name__, __base__=(base, *mixed), __module__=__name__, **keys[name])
+        bases = (*reversed(mixed), SECTIONS[name])  # keys come in the reversed order of bases
+        section = create_model(SECTIONS[name].__name__, __base__=bases, __module__=__name__, **keys[name])
         sections[name] = (section, Field(default_factory=section))
     sections["register"] = (bool, Experiment.model_fields["register"])  # or pydantic would find ABCMeta.register
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message='Field name "register"')
         return create_model("Experiment", __base__=Experiment, __module__=__name__, **sections)
-
-
-def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The keys of a schema, with those of its sections: dataset, dataset.name, ..."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or one that may be absent
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from known_keys(kind, f"{prefix}{name}.")
-
-
-def belongs_to(key: str) -> list[tuple[Choice, str]]:
-    """The choices that bring a dotted key, and which of their entries do."""
-    default, found = chosen({}), []
-    for k, choice in enumerate(CHOICES):
-        for kind in choice.registry:
-            kinds = (*default[:k], kind, *default[k + 1 :])
-            without = [(*default[:k], other, *default[k + 1 :]) for other in choice.registry if other != kind]
-            if key in known_keys(composed(kinds)) and any(key not in known_keys(composed(w)) for w in without):
-                found.append((choice, kind))
-    return found
-
-
-def all_keys() -> list[str]:
-    """Every key that some experiment can have."""
-    default = chosen({})
-    models = [composed(default)]
-    for k, choice in enumerate(CHOICES):
-        models += [composed((*default[:k], kind, *default[k + 1 :])) for kind in choice.registry]
-    return list(dict.fromkeys(key for model in models for key in known_keys(model)))
-
-
-def without_stale(base: Tree, top: Tree) -> Tree:
-    """A configuration without the options of the entries that another layer on top of it replaces.
-
-    A layer that says `autoencoder.kind: pca` does not inherit the options of kind conv.
-    """
-    overlaid = base | {n: {**_section(base, n), **v} if isinstance(v, dict) else v for n, v in top.items()}
-    before, after = chosen(base), chosen(overlaid)
-    if before == after:
-        return base
-    stale = set(known_keys(composed(before))) - set(known_keys(composed(after)))
-    kept = {name: value for name, value in base.items() if name not in stale}
-    return {
-        name: {k: v for k, v in value.items() if f"{name}.{k}" not in stale} if isinstance(value, dict) else value
-        for name, value in kept.items()
-    }
 
 
 def _section(tree: Tree, name: str) -> Tree:

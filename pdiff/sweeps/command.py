@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ import optuna
 
 from pdiff.errors import UserError
 from pdiff.experiment import config
-from pdiff.experiment.schema import Experiment, all_keys
+from pdiff.experiment.keys import all_keys
+from pdiff.experiment.schema import Experiment
 from pdiff.sweeps import schema
 from pdiff.sweeps.schema import Parameter, Sweep
 from pdiff.sweeps.search import Grid, make_pruner, make_sampler
@@ -117,8 +117,6 @@ def _refused(name: str, parameter: Parameter, tag: str, given: dict[str, str], p
     """Problems with single values of a parameter; those with combinations are left to the trials."""
     for value in parameter.extremes():
         chosen = parameter.settings(name, value)
-        try:
-            config.load(tag, given | chosen, origin=path)
-        except UserError as error:
-            problems = re.split(r"; (?=\S+\.ya?ml: )", str(error))
-            yield from (text for text in problems if any(text.startswith(f"{path}: {key}: ") for key in chosen))
+        for problem in config.problems(tag, given | chosen, origin=path):
+            if any(problem.startswith(f"{path}: {key}: ") for key in chosen):
+                yield problem

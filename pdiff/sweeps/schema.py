@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff.errors import UserError
 from pdiff.experiment import config, metrics
-from pdiff.experiment.schema import known_keys
+from pdiff.experiment.keys import known_keys
 from pdiff.method.options import Positive, Section, Several
 
 FIRST = "first_batch/"  # prefix of the metrics of the first networks

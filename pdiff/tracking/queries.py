@@ -17,6 +17,8 @@ from pdiff.tracking.engine import Done
 from pdiff.tracking.runs import CONFIG, tracked
 from pdiff.tracking.store import search
 
+FIT = ("seconds/autoencoder", "seconds/diffusion", "seconds/gaussian")  # of a fit; no generator has all of them
+
 
 def finished(*stages: str) -> list[Run]:
     """All finished runs of some stages, except those of trials, the latest first."""
@@ -32,7 +34,8 @@ def compare() -> pd.DataFrame:
         metrics, parameters = run.data.metrics, run.data.params
         row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
         row |= {name: metrics.get(name, math.nan) for name in COMPARED.values()}
-        row["seconds/fit"] = sum(metrics.get(f"seconds/{part}", math.nan) for part in ("autoencoder", "diffusion"))
+        fit = [metrics[name] for name in FIT if name in metrics]
+        row["seconds/fit"] = sum(fit) if fit else math.nan
         row["seconds/generate"] = metrics.get("seconds/generate", math.nan)
         rows.append(row | {"run": run.info.run_id[:8]})
     return pd.DataFrame(rows)

@@ -141,6 +141,7 @@ def test_all_problems_in_one_message(write):
         (BASE + "diffusion: {heldout_fraction: 0}", "t.yaml: diffusion: patience > 0 needs heldout_fraction > 0"),
         (BASE + "generate: {sampler: ddpm}", "generate.sampler 'ddpm' cannot follow diffusion.prediction 'flow'"),
         (BASE + "generate: {sampling_steps: 9}\ndiffusion: {timesteps: 8}", "must hold, but got (9, 8)"),
+        (BASE + "generate: {trajectory_every: 2}\ndiffusion: {steps: 0}", "trajectory_every needs diffusion.steps > 0"),
         (BASE + "device: tpu", "t.yaml: device: string should match pattern"),
         (BASE + "dataset: {name: mnist}", "t.yaml: not YAML: 'dataset' stands twice"),
         (BASE + "generate: {count: 1, count: 2}", "t.yaml: not YAML: 'count' stands twice"),

@@ -235,6 +235,13 @@ def test_what_is_not_known_before_images_are_read():
         memory.sizes(config.load("digits_mlp", {"dataset.name": "image_folder"}))
 
 
+def test_other_generators_are_refused(capsys):
+    assert main(["memory", "digits_mlp", "--generator.kind", "gaussian"]) == 2
+    assert capsys.readouterr().err == (
+        "pdiff: generator.kind gaussian: memory is predicted for latent_diffusion only\n"
+    )
+
+
 def test_the_stage_encodes_as_many_at_a_time_as_are_counted():
     class Recorder(torch.nn.Module):
         def encode(self, rows):

@@ -23,7 +23,7 @@ from pdiff.errors import UserError
 from pdiff.experiment.allocations import bytes_of, counted
 from pdiff.experiment.schema import Experiment
 from pdiff.method import diffusion
-from pdiff.method.autoencoders import ConvOptions, PCAOptions, convolutional
+from pdiff.method.autoencoders import ConvAutoencoderOptions, PCAOptions, convolutional
 from pdiff.method.autoencoders.pca import PCA, block_length
 from pdiff.method.collection import generated_numbers
 from pdiff.method.generators import LatentDiffusionOptions
@@ -99,7 +99,7 @@ def sizes(experiment: Experiment) -> Sizes:
     options = experiment.generator_options
     if not isinstance(options, LatentDiffusionOptions):
         raise UserError(f"generator.kind {experiment.generator.kind}: memory is predicted for latent_diffusion only")
-    if not isinstance(options.autoencoder, PCAOptions | ConvOptions):
+    if not isinstance(options.autoencoder, PCAOptions | ConvAutoencoderOptions):
         raise UserError(f"autoencoder.kind {experiment.autoencoder.kind}: memory is predicted for pca and conv only")
     settings = experiment.prepare
     files = checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []

@@ -17,7 +17,7 @@ def test_a_mistake_is_one_line(workspace, capfd) -> None:
     assert pdiff([*words, "--prepare.pretrain.learning_rate", "1e30"]) == 2
     error = capfd.readouterr().err
     assert error.count("pdiff:") == 1 and "pretrain/loss is nan" in error and "Traceback" not in error
-    assert statuses() == [("prepare", "FAILED")]
+    assert dict(statuses()) == {"prepare": "FAILED", "pretrain": "FAILED"}
 
 
 def ended(children: list[psutil.Process]) -> bool:
@@ -54,4 +54,4 @@ def test_a_terminated_run_ends_all(workspace) -> None:
     process.terminate()
     printed = process.communicate()[0]
     assert process.returncode == 130 and "Traceback" not in printed and "leaked" not in printed, printed
-    assert ended(children) and statuses() == [("prepare", "KILLED")]
+    assert ended(children) and dict(statuses()) == {"prepare": "KILLED", "pretrain": "KILLED"}

@@ -75,7 +75,7 @@ def build(name: str, *, pretrained: bool, classes: int, channels: int, image_siz
     else:
         network = timm_models.pretrained(name, **sizes)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what the network keeps of this call is used in training
             logits = network.eval()(torch.zeros(2, channels, image_size, image_size))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -114,11 +114,11 @@ def accuracy(predicted: Tensor, labels: Tensor) -> Tensor:
 
 
 def network_accuracy(network: nn.Module, images: Part, *, batch_size: int, device: torch.device | str) -> float:
-    """Accuracy of one network; its mode (training or evaluation) is restored."""
+    """Accuracy of one network in evaluation mode; afterwards it is in the mode that it was in."""
     mode = network.training
     network.eval()
     right = 0
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: the network may keep what it computes, and is trained later
         for batch, labels in images.batches(batch_size, device, rows=ranks.rows()):
             if len(labels):
                 right += int((network(batch).argmax(dim=-1) == labels).sum())

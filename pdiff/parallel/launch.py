@@ -11,7 +11,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -57,6 +57,7 @@ def launch(
     Raises:
         UserError, OSError: the first one that a rank raised; or there are too few GPUs.
         ProcessError: a rank failed otherwise.
+        BaseException: what the log raised, such as `Pruned`; all processes end when rank 0 logs the next time.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -65,7 +66,7 @@ def launch(
     _check(processes, device)
     pipes = [multiprocessing.get_context("spawn").Pipe(duplex=False) for _ in range(processes)]
     readers, writers = zip(*pipes, strict=True)
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     listener = threading.Thread(target=_listen, args=(list(readers), log, errors))
     listener.start()
     failure = None
@@ -110,8 +111,8 @@ def _check(processes: int, device: torch.device) -> None:
         raise UserError(f"processes {processes}: this machine has {torch.cuda.device_count()} GPUs, expected no more")
 
 
-def _raise(errors: Sequence[Exception], failure: Any, processes: int) -> NoReturn:
-    """Raise the user's mistake, if there is one; else report a rank that was killed; else the first failure."""
+def _raise(errors: Sequence[BaseException], failure: Any, processes: int) -> NoReturn:
+    """Raise the error of the user or of the log, if there is one; else report a killed rank; else the first failure."""
     for error in errors:
         if not isinstance(error, ProcessError):
             raise error
@@ -120,8 +121,11 @@ def _raise(errors: Sequence[Exception], failure: Any, processes: int) -> NoRetur
     raise errors[0] if errors else ProcessError(f"process {failure[0]} of {processes} ended with {failure[1].exitcode}")
 
 
-def _listen(readers: list[Connection], log: Callable[[Any], object], errors: list[Exception]) -> None:
-    """Pass on what ranks send until all have ended; collect exceptions, also those that the log raises."""
+def _listen(readers: list[Connection], log: Callable[[Any], object], errors: list[BaseException]) -> None:
+    """Pass on what ranks send until all have ended; collect exceptions.
+
+    When the log raises one, rank 0 is no longer listened to: its next point meets a closed pipe, which ends all.
+    """
     while readers:
         for reader in wait(readers):
             try:
@@ -134,9 +138,10 @@ def _listen(readers: list[Connection], log: Callable[[Any], object], errors: lis
                 continue
             try:
                 log(message)
-            except Exception as error:
+            except BaseException as error:  # `Pruned`, too
                 errors.append(error)
-                log = _ignore
+                readers.remove(reader)
+                reader.close()
 
 
 def _ignore(message: Any) -> None:
@@ -187,10 +192,12 @@ def _work(writers: Sequence[Connection], kind: str, function: Callable[..., Resu
         dist.destroy_process_group()
         return result
     except (UserError, OSError) as error:
-        writers[number].send(error)
+        reason: Exception = error
     except Exception:
         trace = traceback.format_exc()[-TRACE:]
-        writers[number].send(ProcessError(f"process {number} of {processes} failed:\n{trace}"))
+        reason = ProcessError(f"process {number} of {processes} failed:\n{trace}")
+    with suppress(BrokenPipeError):  # the log raised an exception, and `launch` has stopped listening
+        writers[number].send(reason)
     sys.stdout.flush()
     os._exit(1)  # an orderly exit could wait for the other ranks
 

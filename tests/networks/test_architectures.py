@@ -200,6 +200,12 @@ def everything(**options):
     return Net(options["classes"], options["image_size"])
 def nothing():
     return Net(10, 32)
+class Keeping(Net):
+    kept = None
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = torch.ones(10)
+        return self.layers(x) * self.kept
 def number(classes):
     return classes
 def raising():
@@ -230,10 +236,13 @@ def own(tmp_path: Path) -> Path:
     return folder / "nets.py"
 
 
-@mark.parametrize("function", ["net", "everything", "nothing", "Net"])
+@mark.parametrize("function", ["net", "everything", "nothing", "Net", "Keeping"])
 def test_architectures_in_a_file(own, monkeypatch, function):
     network = make(f"{own}:{function}")
-    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    logits = network(torch.zeros(2, 3, 32, 32))
+    assert logits.shape == (2, 10)
+    logits.square().sum().backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()  # every parameter can be trained
     monkeypatch.chdir(own.parent)
     assert make(f"nets.py:{function}").state_dict().keys() == network.state_dict().keys()
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from pdiff.errors import ProcessError, UserError
+from pdiff.errors import ProcessError, Pruned, UserError
 from pdiff.experiment import prepare, pretrain, schema, train
 from pdiff.files import append_line, read_tensors, write_tensors
 from pdiff.method.collection import Collection
@@ -145,6 +145,12 @@ def check_helpers(folder: Path) -> None:
     expected = torch.randn(7, 2)[rows()]
     torch.manual_seed(3)
     assert torch.equal(global_random(torch.randn, expected, count=7), expected)
+    torch.manual_seed(3)
+    double = torch.randn(7, 2, dtype=torch.float64)[rows()]
+    torch.manual_seed(3)
+    assert torch.equal(global_random(torch.randn, expected, count=7, dtype=torch.float64), double)
+    with pytest.raises(ValueError, match=r"expected . rows, those of this process"):
+        global_random(torch.randn, torch.zeros(7, 2), count=7)
     for kind in (torch.float32, torch.uint8, torch.int16, torch.bool):
         for shape in ((7, 3), (7,), (2, 0)):
             whole = (torch.arange(torch.Size(shape).numel()).reshape(shape) * 37 % 251).to(kind)
@@ -242,6 +248,24 @@ def test_a_failure_of_one_ends_all(how: str, processes: int, error: type, messag
         launch(fail, how, log=print, processes=processes, device=CPU)
     assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def count_for_ever(*, log) -> None:
+    while True:
+        log(Point("count", 1.0))
+
+
+def test_what_the_log_raises_ends_all() -> None:
+    points: list[Point] = []
+
+    def log(point: Point) -> None:
+        points.append(point)
+        if len(points) == 3:
+            raise Pruned("enough")
+
+    with pytest.raises(Pruned, match=r"^enough$"):
+        launch(count_for_ever, log=log, processes=1, device=CPU)
+    assert len(points) == 3
 
 
 def test_devices_that_cannot_be_shared() -> None:

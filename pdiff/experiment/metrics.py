@@ -134,10 +134,13 @@ COMPARED = {
     "generated-generated": "similarity/generated_generated",
     "original-generated (max)": "similarity/original_generated_max",
 }
-"""Label -> metric of a run, of those that `compare` shows: test accuracy, then similarity."""
+"""Label -> metric of a run, of those that `compare` and the end of a sweep show: test accuracy, then similarity."""
 
 OFF_BOARD = ("original max", "original min", "generated min", "average")
 """Labels in COMPARED that the leaderboard, which shows each metric three times, has no room for."""
+
+FIT_SECONDS = ("seconds/autoencoder", "seconds/diffusion", "seconds/gaussian")
+"""How long the parts of a fit took; no generator has all of them."""
 
 # The "bright" and "muted" schemes of Paul Tol, which colour-blind readers can tell apart.
 COLORS = {
@@ -172,6 +175,11 @@ def by_part(quantity: str) -> dict[str, str]:
 def on_test(name: str) -> bool:
     """Whether a metric is measured on test images, so that nothing may be selected by it."""
     return find(name).part == "test"
+
+
+def is_result(name: str) -> bool:
+    """Whether a metric says how good or how alike networks are, or what they cost; not how their training went."""
+    return find(name).measure is not None or find(name).quantity in ("similarity", "seconds")
 
 
 def on_validation(name: str) -> str:

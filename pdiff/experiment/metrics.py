@@ -114,13 +114,8 @@ METRICS: dict[str, Metric] = {
 }
 """Name of a metric, or of a family (what stands before the first slash) -> what is known of it."""
 
-PAIRS = {
-    "original_original": "original-original",
-    "generated_generated": "generated-generated",
-    "original_generated": "original-generated",
-    "original_generated_max": "original-generated (max)",
-}
-"""Similarity between groups -> its label: means over pairs, and the mean of each generated network's maximum."""
+PAIRS = ("original_original", "generated_generated", "original_generated", "original_generated_max")
+"""Similarities between groups: means over pairs, and the mean of each generated network's maximum."""
 
 COMPARED = {
     "original mean": "test_accuracy/original_mean",

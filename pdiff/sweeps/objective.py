@@ -28,7 +28,7 @@ from pdiff.sweeps.storage import MAX_WAIT, QueueEmpty, open_storage, without_pas
 from pdiff.sweeps.trials import best, heartbeats, is_late
 from pdiff.tracking import engine, runs, store
 
-# What a trial leaves out: test images, groups that no objective looks at, and models that are not served.
+# What a trial leaves out: test images, groups that no objective looks at, and logged models.
 CHEAP = {"evaluate.noise": "[]", "evaluate.baselines": "[]", "log_models": "false"}
 UNTESTED = {"evaluate.test": "false"}
 

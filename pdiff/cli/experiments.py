@@ -1,4 +1,4 @@
-"""What there is to run: tags, show, memory, new."""
+"""The commands on experiments: tags, show, memory, new."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def memory(
     tag: TagArgument,
     as_json: Annotated[bool, typer.Option("--json", help="The same in bytes, for programs.")] = False,
 ) -> None:
-    """Print the parameters and the peak memory of a tag's autoencoder and denoiser, without needing either."""
+    """Predict the peak memory of a tag's autoencoder and denoiser, without allocating it."""
     from pdiff.experiment import config
 
     experiment = config.load(tag, overrides(ctx.args))
@@ -112,13 +112,13 @@ def new(
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Write over an experiment of this name.")] = False,
 ) -> None:
-    """Make an experiment of your own checkpoint files: look at them, propose settings, write its YAML."""
-    from pdiff.experiment.new import OWN, new
+    """Make an experiment of your checkpoint files: inspect them, propose settings, write the YAML."""
+    from pdiff.experiment.new import FOLDER, new
 
     new(
         tag,
         checkpoints,
-        out=out or OWN,
+        out=out or FOLDER,
         dataset=dataset,
         architecture=architecture,
         parameters=parameters or [],

@@ -1,4 +1,4 @@
-"""The command `pdiff`: its words become a command, its errors one line and an exit code."""
+"""The command `pdiff`: runs what the command line asks for, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except typer.TyperException as error:  # words that make no command
+    except typer.TyperException as error:  # not a command line of ours
         message = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
         path = f"pdiff {words[0]}" if words[0] in COMMANDS.commands else "pdiff"
         return _fail(f"{message[:1].lower()}{message[1:]} (see `{path} --help`)", 2)

@@ -1,4 +1,4 @@
-"""What runs have found: compare, leaderboard, export."""
+"""The commands on finished runs: compare, leaderboard, export."""
 
 from __future__ import annotations
 
@@ -63,4 +63,5 @@ def export(
             paths = export(collection, name, out, form=form, index=index)
             print(f"{len(paths)} networks in {out}")
             return
-    raise UserError(f"--run {run_id}: a {tags.get('pdiff.stage', 'foreign')} run holds no networks")
+    stage = tags.get("pdiff.stage", "something else")
+    raise UserError(f"--run {run_id}: a run of {stage} holds no networks, expected one of prepare, generate or main")

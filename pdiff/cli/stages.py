@@ -1,4 +1,4 @@
-"""The stages of an experiment, and all of them: main, prepare, train, generate, evaluate."""
+"""The commands that run stages: main runs all of them; prepare, train, generate, evaluate run one and what it reads."""
 
 from __future__ import annotations
 
@@ -14,22 +14,16 @@ if TYPE_CHECKING:
     from pdiff.experiment.schema import Experiment
 
 STAGES = {
-    "main": "All stages under one parent run.",
-    "prepare": "Pretrain a network and collect checkpoints.",
-    "train": "Fit the generator: autoencoder and latent diffusion.",
-    "generate": "Sample networks.",
-    "evaluate": "Compare the generated networks with the originals and the baselines.",
+    "main": ("All stages under one parent run.", "--autoencoder.latent_size 32"),
+    "prepare": ("Pretrain a network and collect checkpoints.", "--prepare.collect.checkpoints 100"),
+    "train": ("Fit the generator.", "--diffusion.steps 500"),
+    "generate": ("Sample networks.", "--generate.count 50 --generate.seed 1"),
+    "evaluate": ("Compare generated networks with the originals and the baselines.", "--evaluate.noise 0.01"),
 }
-EXAMPLES = {
-    "main": "main --tag digits_mlp --autoencoder.latent_size 32",
-    "prepare": "prepare --tag digits_mlp --prepare.collect.checkpoints 100",
-    "train": "train --tag digits_mlp --diffusion.steps 500",
-    "generate": "generate --tag digits_mlp --generate.count 50 --generate.seed 1",
-    "evaluate": "evaluate --tag digits_mlp --evaluate.noise 0.01",
-}
+"""Command -> its help, and the options of an example."""
 
 
-def _stage(name: str) -> None:
+def _stage(name: str, description: str, example: str) -> None:
     """Register the command of a stage."""
 
     def run(
@@ -51,11 +45,11 @@ def _stage(name: str) -> None:
             _print_evaluation(experiment, done.folder)
         print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
 
-    command(RUNS, EXAMPLES[name], name=name, help=STAGES[name], keys=True)(run)
+    command(RUNS, f"{name} --tag digits_mlp {example}", name=name, help=description, keys=True)(run)
 
 
-for stage in STAGES:
-    _stage(stage)
+for stage, (description, example) in STAGES.items():
+    _stage(stage, description, example)
 
 
 def _print_evaluation(experiment: Experiment, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sweeps and their studies: sweep, work, studies, overhead."""
+"""The commands of sweeps and their studies: sweep, work, studies, overhead."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def sweep(
     from pdiff.sweeps.command import Command, check
     from pdiff.sweeps.storage import default_storage, without_password
 
-    if workers < 1 or trials < 0:
-        raise UserError(f"--workers {workers} --trials {trials}: expected positive numbers")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: expected a positive number")
+    if trials < 0:
+        raise UserError(f"--trials {trials}: expected a positive number, or 0 for that of the sweep")
     try:
         options = yaml.safe_load(launcher_options)
     except yaml.YAMLError:

@@ -1,4 +1,4 @@
-"""What there is to run: a row for each tag, with what it generates, and what the paper's experiments reached."""
+"""The catalogue: a row for each tag that can be run, with what it generates, and the published accuracies."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def table(words: Sequence[str] = ()) -> tuple[list[tuple[str, ...]], list[str]]:
     for tag in sorted(paths, key=lambda tag: (paths[tag].parent.name, tag)):
         try:
             experiments[tag] = config.load(tag)
-        except UserError as error:  # in a file of the user's: the others are still there
+        except UserError as error:  # one broken file must not hide the others
             problems.append(f"cannot be loaded: {error}")
     names = {tag: (paths[tag].parent.name, tag, *_names(experiment)) for tag, experiment in experiments.items()}
     shown = [tag for tag, row in names.items() if all(word in " ".join(row) for word in words)]
     numbers = sizes([experiments[tag] for tag in shown])
-    return [(*names[tag], _spaced(size), _accuracies(tag)) for tag, size in zip(shown, numbers, strict=True)], problems
+    spaced = [NONE if size is None else f"{size:,}".replace(",", " ") for size in numbers]  # as 11 689 512
+    return [(*names[tag], size, _accuracies(tag)) for tag, size in zip(shown, spaced, strict=True)], problems
 
 
 def _names(experiment: Experiment) -> tuple[str, str]:
@@ -40,11 +41,6 @@ def _names(experiment: Experiment) -> tuple[str, str]:
     if experiment.dataset is None or experiment.network is None:
         return NONE, NONE
     return experiment.dataset.name, experiment.network.architecture
-
-
-def _spaced(size: int | None) -> str:
-    """A number with its thousands apart, as 11 689 512."""
-    return NONE if size is None else f"{size:,}".replace(",", " ")
 
 
 def _accuracies(tag: str) -> str:

@@ -13,8 +13,7 @@ from torch import Tensor
 from pdiff.experiment import config, published, report
 from pdiff.experiment.history import HISTORY, STATE, History, Metrics
 from pdiff.experiment.metrics import by_part
-from pdiff.experiment.originals import evaluator
-from pdiff.experiment.prepared import evenly_spaced, original_networks
+from pdiff.experiment.prepared import evaluator, evenly_spaced, original_networks
 from pdiff.experiment.schema import Experiment
 from pdiff.experiment.summary import compare_networks, summary
 from pdiff.files import copy_file, write_json, write_tensors, write_text
@@ -105,10 +104,10 @@ def _baselines(experiment: Experiment, originals: Collection, standardizer: Stan
 
 
 def _trajectory_table(trajectory: Collection, results: Evaluations) -> pd.DataFrame:
-    """One row for each network at an intermediate timestep: timestep, draw, accuracies."""
-    timesteps, draws = zip(*(name.split() for name in trajectory.names), strict=True)
+    """One row for each network at an intermediate timestep: timestep, index of the sample, accuracies."""
+    timesteps, indices = zip(*(name.split() for name in trajectory.names), strict=True)
     columns = {by_part("accuracy")[part]: result["trajectory"].accuracy for part, result in results.items()}
-    return pd.DataFrame({"timestep": map(float, timesteps), "draw": map(int, draws), **columns})
+    return pd.DataFrame({"timestep": map(float, timesteps), "index": map(int, indices), **columns})
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""The figures of reports, as plotly figures. Importing this module imports plotly: do so where a figure is drawn."""
+"""The figures of reports, as plotly figures. Importing this module imports plotly: do so where a figure is made."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ def accuracy_over_time(trajectory: pd.DataFrame) -> go.Figure:
     """Accuracy of networks that are being sampled, from noise to the last step: mean, and a band from worst to best.
 
     Args:
-        trajectory: one row for each intermediate state: timestep, draw (the index of the sample), and the accuracies
-            that were measured. Nothing is drawn for a single timestep.
+        trajectory: one row for each intermediate state: timestep, index of the sample, and the accuracies that were
+            measured. Of a single timestep nothing is shown.
     """
     figure = _figure(height=420)
     measured = {part: name for part, name in by_part("accuracy").items() if _has(trajectory, name)}

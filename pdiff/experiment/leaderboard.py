@@ -12,7 +12,7 @@ from pdiff.experiment import report
 from pdiff.experiment.metrics import COMPARED, OFF_BOARD, find
 
 SIDES = ("published", "ours", "difference")
-PAIRS = {
+FIGURES = {
     "Test accuracy: originals and generated networks": ("original mean", "generated mean"),
     "Similarity: among originals and among generated networks": ("original-original", "generated-generated"),
 }
@@ -77,7 +77,7 @@ def page(board: pd.DataFrame) -> str:
     """One HTML page: what the board says, figures, table, and everything that was changed."""
     from pdiff.experiment import figures
 
-    drawn = {heading: figures.dumbbells(board, *pair) for heading, pair in PAIRS.items()}
+    found = {heading: figures.dumbbells(board, *pair) for heading, pair in FIGURES.items()}
     columns = [_cells(board, label, side) for label in shown() for side in SIDES]
     metrics = {label: find(name) for label, name in shown().items()}
     return report.page(
@@ -86,7 +86,7 @@ def page(board: pd.DataFrame) -> str:
         findings=findings(board),
         headings={f"{label}, %" if m.unit == "%" else label: m.hint for label, m in metrics.items()},
         rows=list(zip(board["tag"], board["changed"].map(_shortened), zip(*columns, strict=True), strict=True)),
-        plots=[report.plot(heading, READING, figure) for heading, figure in drawn.items() if figure.data],
+        plots=[report.plot(heading, READING, figure) for heading, figure in found.items() if figure.data],
         changes=board.loc[board["changed"] != "", ["tag", "changed"]].to_numpy().tolist(),
     )
 

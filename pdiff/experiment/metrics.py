@@ -114,13 +114,8 @@ METRICS: dict[str, Metric] = {
 }
 """Name of a metric, or of a family (what stands before the first slash) -> what is known of it."""
 
-PAIRS = {
-    "original_original": "original-original",
-    "generated_generated": "generated-generated",
-    "original_generated": "original-generated",
-    "original_generated_max": "original-generated (max)",
-}
-"""Similarity between groups -> its label: means over pairs, and the mean of each generated network's maximum."""
+PAIRS = ("original_original", "generated_generated", "original_generated", "original_generated_max")
+"""Similarities between groups: means over pairs, and the mean of each generated network's maximum."""
 
 COMPARED = {
     "original mean": "test_accuracy/original_mean",
@@ -134,10 +129,13 @@ COMPARED = {
     "generated-generated": "similarity/generated_generated",
     "original-generated (max)": "similarity/original_generated_max",
 }
-"""Label -> metric of a run, of those that `compare` shows: test accuracy, then similarity."""
+"""Label -> metric of a run, of those that `compare` and the end of a sweep show: test accuracy, then similarity."""
 
 OFF_BOARD = ("original max", "original min", "generated min", "average")
 """Labels in COMPARED that the leaderboard, which shows each metric three times, has no room for."""
+
+FIT_SECONDS = ("seconds/autoencoder", "seconds/diffusion", "seconds/gaussian")
+"""How long the parts of a fit took; no generator has all of them."""
 
 # The "bright" and "muted" schemes of Paul Tol, which colour-blind readers can tell apart.
 COLORS = {
@@ -172,6 +170,11 @@ def by_part(quantity: str) -> dict[str, str]:
 def on_test(name: str) -> bool:
     """Whether a metric is measured on test images, so that nothing may be selected by it."""
     return find(name).part == "test"
+
+
+def is_result(name: str) -> bool:
+    """Whether a metric says how good or how alike networks are, or what they cost; not how their training went."""
+    return find(name).measure is not None or find(name).quantity in ("similarity", "seconds")
 
 
 def on_validation(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`pdiff new`: an experiment of the user's checkpoints. It inspects them, proposes settings, and writes the YAML."""
+"""`pdiff new`: an experiment of existing checkpoint files. It inspects them, proposes settings, writes the YAML."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pdiff.networks.options import Dataset
 if TYPE_CHECKING:
     from pdiff.networks.inspect import Inspection
 
-OWN = Path("experiments") / "own"
+FOLDER = Path("experiments") / "own"
 SUBFOLDERS = ("checkpoint", "checkpoints")  # beside a script that tests them, as the published code lays it out
 SCRIPT = "test.py"
 MISMATCHES = 6  # tensors that do not fit and are named
@@ -34,7 +34,7 @@ def new(
     tag: str,
     checkpoints: Path,
     *,
-    out: Path = OWN,
+    out: Path = FOLDER,
     dataset: str = "",
     architecture: str = "",
     parameters: Sequence[str] = (),
@@ -95,7 +95,7 @@ def new(
     return path
 
 
-# -- the user's words
+# -- the arguments
 
 
 def _free(tag: str, out: Path, force: bool) -> Path:

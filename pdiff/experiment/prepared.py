@@ -1,4 +1,4 @@
-"""What several stages share: the data set, the base network, and the original networks that `prepare` wrote."""
+"""What several stages share: data set, base network, original networks, and how networks are evaluated."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from pdiff.errors import UserError
 from pdiff.experiment.schema import Experiment
 from pdiff.files import read_tensors
 from pdiff.method.collection import Collection
+from pdiff.method.training import resolve_device
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
+from pdiff.networks.evaluators import Context, Evaluator
 from pdiff.networks.images import Images
+from pdiff.networks.imported.plain import first_template
+from pdiff.networks.imported.template import Template
 from pdiff.parallel.ranks import rank_zero_first
 
 
@@ -53,3 +57,21 @@ def original_networks(experiment: Experiment, prepared: Path) -> Collection:
 def evenly_spaced(collection: Collection, count: int) -> Collection:
     """At most `count` checkpoints, evenly spread over a collection."""
     return collection.select(torch.linspace(0, len(collection) - 1, min(count, len(collection))).long())
+
+
+def evaluator(experiment: Experiment, prepared: Path) -> Evaluator:
+    """The evaluator of an experiment, with what it needs of the stage `prepare`."""
+    context = Context(
+        network=lambda: base_network(experiment, load_images(experiment), prepared),
+        images=lambda: load_images(experiment),
+        template=lambda: _template(experiment, prepared),
+        device=resolve_device(experiment.device),
+    )
+    return experiment.evaluator.make(context)
+
+
+def _template(experiment: Experiment, prepared: Path) -> Template:
+    """How files of the networks are laid out: as those of `prepare.source`, or plainly, with all tensors."""
+    if experiment.prepare.source:
+        return first_template(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude)
+    return Template.of(read_tensors(prepared / "network.safetensors"))

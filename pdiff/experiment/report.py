@@ -1,6 +1,6 @@
 """Reports: the text and tables of an evaluation, and HTML pages that work offline.
 
-Importing this module imports no plotly; a page imports it when it draws its figures.
+Importing this module imports no plotly; a page imports it for its figures.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def published_table(summary: Mapping[str, float], published: Mapping[str, float]
 
 
 def findings(summary: Mapping[str, Any]) -> str:
-    """What the metrics of an evaluation say about the generator, in plain words."""
+    """What the metrics of an evaluation say about the generator, in sentences."""
     sentences = [_compare_accuracy(summary, part, name) for part, name in by_part("accuracy").items()]
     return (
         " ".join(filter(None, [*sentences, _compare_diversity(summary)]))
@@ -221,13 +221,13 @@ def _plots(
     """The figures of an evaluation that have something to show."""
     from pdiff.experiment import figures
 
-    drawn = [
+    found = [
         figures.accuracy_against_similarity(evaluation),
         figures.accuracy_distributions(evaluation),
         figures.similarity_heatmap(similarity, groups),
         figures.accuracy_over_time(pd.DataFrame({"timestep": []}) if trajectory is None else trajectory),
         figures.loss_curves(history),
     ]
-    for (heading, reading), figure in zip(READING.items(), drawn, strict=True):
+    for (heading, reading), figure in zip(READING.items(), found, strict=True):
         if figure.data:
             yield plot(heading, reading, figure)

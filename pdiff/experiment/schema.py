@@ -24,7 +24,7 @@ from pdiff.networks import evaluators
 from pdiff.networks.evaluators import EVALUATORS, EvaluatorOptions
 from pdiff.networks.options import Collect, Dataset, Network, Pretrain
 
-warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which nobody calls here
+warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which is never called here
 
 Tree = dict[str, Any]
 

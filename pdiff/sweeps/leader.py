@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.experiment import stages
+from pdiff.experiment.metrics import COMPARED
 from pdiff.files import write_text
 from pdiff.parallel.liveness import alive, this_process
 from pdiff.sweeps import trials
@@ -29,8 +30,6 @@ from pdiff.tracking import engine, runs, store
 
 LEASE = 60.0  # seconds for which a leader of another host is taken to be alive
 SETTLE = 0.5  # seconds after which the last of several commands that claim a study leads it
-FINAL = [f"test_accuracy/{group}_{stat}" for group in ("original", "generated", "average") for stat in ("mean", "max")]
-FINAL += ["similarity/original_original", "similarity/generated_generated", "similarity/original_generated_max"]
 
 
 class Result(NamedTuple):
@@ -52,7 +51,7 @@ class Result(NamedTuple):
 
     def final_text(self) -> str:
         """What the best trials reach on test images: mean and standard deviation over new seeds."""
-        shown = self.final[self.final.metric.isin(FINAL)]
+        shown = self.final[self.final.metric.isin(COMPARED.values())]
         text = shown.apply(lambda row: f"{row['mean']:.4f} ± {row['std']:.4f}", axis=1)
         return shown.assign(text=text).pivot(index="metric", columns="trial", values="text").to_string()
 

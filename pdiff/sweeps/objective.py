@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from pdiff.errors import Pruned, UserError
 from pdiff.experiment import config, stages
+from pdiff.experiment.metrics import is_result, on_test
 from pdiff.experiment.schema import Experiment
 from pdiff.method.log import Point
 from pdiff.sweeps.launchers import abandoned
@@ -27,10 +28,9 @@ from pdiff.sweeps.storage import MAX_WAIT, QueueEmpty, open_storage, without_pas
 from pdiff.sweeps.trials import best, heartbeats, is_late
 from pdiff.tracking import engine, runs, store
 
-# What a trial leaves out: test images, groups that no objective looks at, and models that are not served.
+# What a trial leaves out: test images, groups that no objective looks at, and logged models.
 CHEAP = {"evaluate.noise": "[]", "evaluate.baselines": "[]", "log_models": "false"}
 UNTESTED = {"evaluate.test": "false"}
-KEPT = ("val_accuracy/", "val_similarity/", "test_accuracy/", "similarity/", "seconds/")  # metrics over new seeds
 
 
 class JobSpec(NamedTuple):
@@ -61,7 +61,7 @@ class PruningLog:
     def __init__(self, trial: optuna.Trial, sweep: Sweep) -> None:
         self.trial, self.sweep = trial, sweep
         objective = next(iter(sweep.objectives.values()))
-        self.sign = 1 if objective.direction == sweep.pruner.direction else -1
+        self.sign = 1 if objective.direction == sweep.pruner.goal else -1
 
     def __call__(self, point: Point) -> None:
         """Take one point.
@@ -154,7 +154,7 @@ class ObjectiveFunction:
             try:
                 values.append(sum(metrics[metric] for metric in objective.sum or (name,)))
             except KeyError as error:
-                known = [metric for metric in metrics if not metric.startswith(("test_", "similarity/", "system/"))]
+                known = [metric for metric in metrics if not on_test(metric)]
                 reason = f"objectives.{name}: no stage measures {error}; {config.nearest(str(error.args[0]), known)}"
                 self.study.set_user_attr("stopped", reason)
                 raise UserError(reason) from None
@@ -275,7 +275,7 @@ def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, 
     for k in range(1, seeds + 1):
         new = {"seed": str(experiment.seed + k), "generate.seed": str(experiment.generate.seed + k)}
         metrics = engine.main(config.load(tag, {**overrides, **new}), store.MLflowStore()).metrics
-        columns.append({name: value for name, value in metrics.items() if name.startswith(KEPT)})
+        columns.append({name: value for name, value in metrics.items() if is_result(name)})
     frame = pd.DataFrame(columns)
     return pd.DataFrame({"mean": frame.mean(), "std": frame.std(ddof=1)})
 

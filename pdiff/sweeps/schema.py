@@ -17,14 +17,14 @@ from pdiff.method.options import Positive, Section, Several
 FIRST = "first_batch/"  # prefix of the metrics of the first networks
 Direction = Literal["maximize", "minimize"]
 Scalar = None | bool | int | float | str
-NOT_ON_TEST = "is measured on test images, and nothing is ever selected on those; expected a metric such as {}"
 
 
 def _not_on_test(metric: str) -> str:
     """The metric, unless it would select on test images."""
     name = metric.removeprefix(FIRST)
     if metrics.on_test(name):
-        raise ValueError(f"{metric} {NOT_ON_TEST.format(metrics.on_validation(name))}")
+        rule = "is measured on test images, and nothing is ever selected on those; expected a metric such as"
+        raise ValueError(f"{metric} {rule} {metrics.on_validation(name)}")
     return metric
 
 
@@ -116,11 +116,11 @@ class Sampler(Section):
 
 class Pruner(Section):
     """Which trials end early: values of one `metric` are compared among trials at equal steps; `options` are those of
-    Optuna's pruner."""
+    Optuna's pruner, `direction: auto` is that in which the metric is better."""
 
     kind: Literal["none", "median", "percentile", "hyperband", "successive_halving", "patient", "threshold"] = "none"
     metric: str = ""
-    direction: Direction = "minimize"
+    direction: Direction | Literal["auto"] = "auto"
     options: dict[str, Any] = {}
 
     _metric = field_validator("metric")(_not_on_test)
@@ -130,6 +130,12 @@ class Pruner(Section):
         if self.kind != "none" and not self.metric:
             raise ValueError(f"kind {self.kind} needs a metric, such as diffusion/heldout_loss")
         return self
+
+    @property
+    def goal(self) -> Direction:
+        """The direction; "minimize" where nothing says which values of the metric are better."""
+        better = metrics.find(self.metric.removeprefix(FIRST)).better
+        return self.direction if self.direction != "auto" else "maximize" if better == "higher" else "minimize"
 
 
 class Threshold(Section):

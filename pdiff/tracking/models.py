@@ -24,8 +24,8 @@ from pdiff import compat
 from pdiff.experiment.schema import Experiment
 from pdiff.method.generators.base import Generator
 
-SAMPLING = ("__init__.py", "compat.py", "errors.py", "files.py", "seeds.py", "parallel", "parallel.py", "method")
-"""Modules and packages of pdiff that sampling needs, as far as they exist; they travel with the model."""
+SAMPLING = ("__init__.py", "compat.py", "errors.py", "files.py", "seeds.py", "parallel", "method")
+"""Modules and packages of pdiff that sampling needs; they travel with the model."""
 SIGNATURE = ModelSignature(inputs=Schema([ColSpec("long", "count"), ColSpec("long", "seed")]))
 
 
@@ -59,7 +59,7 @@ def travelling_code(folder: Path) -> Path:
     for path in (source / name for name in SAMPLING):
         if path.is_dir():
             shutil.copytree(path, package / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif path.exists():
+        else:
             shutil.copy(path, package)
     return package
 
@@ -73,8 +73,8 @@ def requirements(*sources: Path) -> list[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.partition(".")[0])
-    foreign = sorted(names - set(sys.stdlib_module_names) - {"pdiff"})
-    return [f"{name}=={version(name).partition('+')[0]}" for name in map(distribution, foreign) if name]  # not +cpu
+    external = sorted(names - set(sys.stdlib_module_names) - {"pdiff"})
+    return [f"{name}=={version(name).partition('+')[0]}" for name in map(distribution, external) if name]  # not +cpu
 
 
 def distribution(module: str) -> str:

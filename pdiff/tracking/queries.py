@@ -12,12 +12,10 @@ from mlflow.entities import Run
 
 from pdiff.experiment import config, leaderboard, published
 from pdiff.experiment.leaderboard import Result
-from pdiff.experiment.metrics import COMPARED
+from pdiff.experiment.metrics import COMPARED, FIT_SECONDS
 from pdiff.tracking.engine import Done
 from pdiff.tracking.runs import CONFIG, tracked
 from pdiff.tracking.store import search
-
-FIT = ("seconds/autoencoder", "seconds/diffusion", "seconds/gaussian")  # of a fit; no generator has all of them
 
 
 def finished(*stages: str) -> list[Run]:
@@ -34,7 +32,7 @@ def compare() -> pd.DataFrame:
         metrics, parameters = run.data.metrics, run.data.params
         row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
         row |= {name: metrics.get(name, math.nan) for name in COMPARED.values()}
-        fit = [metrics[name] for name in FIT if name in metrics]
+        fit = [metrics[name] for name in FIT_SECONDS if name in metrics]
         row["seconds/fit"] = sum(fit) if fit else math.nan
         row["seconds/generate"] = metrics.get("seconds/generate", math.nan)
         rows.append(row | {"run": run.info.run_id[:8]})

@@ -32,9 +32,9 @@ def history(steps: int = 5) -> pd.DataFrame:
 
 
 def trajectory() -> pd.DataFrame:
-    """Two draws at three timesteps."""
-    rows = [(t, draw, 0.9 - t / 10 - draw / 10, 0.8 - t / 10) for t in (2.0, 1.0, 0.0) for draw in (0, 1)]
-    return pd.DataFrame(rows, columns=["timestep", "draw", "val_accuracy", "test_accuracy"])
+    """Two samples at three timesteps."""
+    rows = [(t, index, 0.9 - t / 10 - index / 10, 0.8 - t / 10) for t in (2.0, 1.0, 0.0) for index in (0, 1)]
+    return pd.DataFrame(rows, columns=["timestep", "index", "val_accuracy", "test_accuracy"])
 
 
 class Page(HTMLParser):

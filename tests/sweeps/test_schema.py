@@ -63,6 +63,20 @@ def test_sweeps_of_the_repository_are_valid_for_both_generators(name, tag):
         assert experiment != base or sweep.sampler.kind == "grid"
 
 
+@pytest.mark.parametrize(
+    ("pruner", "goal"),
+    [
+        ({"metric": "diffusion/heldout_loss"}, "minimize"),
+        ({"metric": "autoencoder/reconstruction_val_accuracy"}, "maximize"),
+        ({"metric": "autoencoder/reconstruction_val_accuracy", "direction": "minimize"}, "minimize"),
+        ({"metric": "some/score"}, "minimize"),
+        ({"metric": "some/score", "direction": "maximize"}, "maximize"),
+    ],
+)
+def test_a_pruner_knows_which_values_are_better(pruner, goal):
+    assert made(pruner={"kind": "median", **pruner}).pruner.goal == goal
+
+
 def test_the_ones_that_were_promised_are_there():
     assert {"latent_noise_timesteps", "accuracy_diversity", "accuracy_cost", "number_of_checkpoints"} <= set(SWEEPS)
     assert {"noise_scale", "timesteps", "layers", "optimizer", "collect_learning_rate"} <= set(SWEEPS)

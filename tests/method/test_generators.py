@@ -179,6 +179,7 @@ def test_damaged_and_foreign_files_are_refused(fitted: Generator, tmp_path: Path
         Generator.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_convolutional_autoencoder_learns(tmp_path: Path) -> None:
     collection = gaussian_collection(32)
     vectors = Standardizer.fit(collection).encode(collection)
@@ -284,7 +285,7 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
     assert expected.keys() == found.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["conv", "pca"])
+@pytest.mark.parametrize("kind", [pytest.param("conv", marks=pytest.mark.slow), "pca"])
 def test_one_checkpoint_is_enough(kind: str) -> None:
     """All that can be learnt of one checkpoint is that checkpoint."""
     collection = gaussian_collection(1)

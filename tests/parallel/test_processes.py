@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 
 import psutil
+import pytest
 import torch
 from tracked import artifacts, runs, start, statuses, wait_for
 
 from pdiff.cli.main import main as pdiff
 from pdiff.files import read_tensors
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_mistake_is_one_line(workspace, capfd) -> None:
@@ -17,7 +20,7 @@ def test_a_mistake_is_one_line(workspace, capfd) -> None:
     assert pdiff([*words, "--prepare.pretrain.learning_rate", "1e30"]) == 2
     error = capfd.readouterr().err
     assert error.count("pdiff:") == 1 and "pretrain/loss is nan" in error and "Traceback" not in error
-    assert statuses() == [("prepare", "FAILED")]
+    assert statuses() == [("prepare", "FAILED"), ("pretrain", "FAILED")]
 
 
 def ended(children: list[psutil.Process]) -> bool:
@@ -54,4 +57,4 @@ def test_a_terminated_run_ends_all(workspace) -> None:
     process.terminate()
     printed = process.communicate()[0]
     assert process.returncode == 130 and "Traceback" not in printed and "leaked" not in printed, printed
-    assert ended(children) and statuses() == [("prepare", "KILLED")]
+    assert ended(children) and statuses() == [("prepare", "KILLED"), ("pretrain", "KILLED")]

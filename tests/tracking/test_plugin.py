@@ -75,6 +75,7 @@ def runs(environ: dict[str, str]) -> list[Run]:
     return MlflowClient(environ["MLFLOW_TRACKING_URI"]).search_runs(["0"], order_by=["attributes.start_time"])
 
 
+@pytest.mark.slow
 def test_project_runs_without_conda_in_the_same_interpreter(project: Path, environ: dict[str, str]) -> None:
     process = mlflow_run(project, environ)
     out, err = process.communicate(timeout=120)
@@ -86,6 +87,7 @@ def test_project_runs_without_conda_in_the_same_interpreter(project: Path, envir
     assert inner.data.tags["pdiff.interpreter"] == PYTHON
 
 
+@pytest.mark.slow
 def test_opt_out(project: Path, environ: dict[str, str]) -> None:
     process = mlflow_run(project, environ | {plugin.OPT_OUT: "1"})
     _, err = process.communicate(timeout=120)
@@ -93,6 +95,7 @@ def test_opt_out(project: Path, environ: dict[str, str]) -> None:
     assert "Could not find Conda executable" in err
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_project_and_its_run(project: Path, environ: dict[str, str]) -> None:
     process = mlflow_run(project, environ, "-e", "wait")
     deadline = time.monotonic() + 120

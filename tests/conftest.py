@@ -60,13 +60,17 @@ def empty_workspace(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a command computes the same in this process and in another one
     (tmp_path / "tiny.yaml").write_text(TINY)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     yield tmp_path
     while mlflow.active_run():
         mlflow.end_run()
     mlflow.set_tracking_uri(None)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -61,6 +61,13 @@ def _fail(message: object, code: int) -> int:
     return code
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends a run as Ctrl-C does, so that none stays RUNNING.
+
+    A plain KeyboardInterrupt that passed through `exec` of a string, as in many imports, makes Python end itself by
+    SIGINT at exit, whatever the exit code is.
+    """
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a run as Ctrl-C does, so that none stays RUNNING."""
-    raise KeyboardInterrupt
+    raise Terminated

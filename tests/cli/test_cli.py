@@ -157,6 +157,22 @@ def test_a_closed_pipe(monkeypatch, capsys) -> None:
         assert capsys.readouterr().err == ""
 
 
+TERMINATED = """
+import os, signal
+exec("os.kill(os.getpid(), signal.SIGTERM)\\nwhile True: pass")
+"""
+
+
+@pytest.mark.slow
+def test_a_terminated_command_ends_with_130(workspace) -> None:
+    """Also inside `exec` of a string, which many modules call when they are imported: there Python prefers SIGINT."""
+    (workspace / "net.py").write_text(TERMINATED)
+    words = ["memory", "tiny.yaml", "--network.architecture", "net.py:net"]
+    done = subprocess.run([sys.executable, "-m", "pdiff", *words], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "pdiff: interrupted; the same command goes on from here\n"
+
+
 # -- completion
 
 

@@ -98,6 +98,7 @@ with measured(history, "fit"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", ["point", "state"])
 def test_seconds_before_a_kill_count_up_to_the_last_sign_of_life(tmp_path, sign):
     for attempt in ("1", "2"):

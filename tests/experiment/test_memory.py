@@ -45,6 +45,7 @@ PARTS = {
     )
     for name, (denoiser, objective, options) in DENOISERS.items()
 }
+EVERY_PART = [pytest.param(part, marks=[pytest.mark.slow] * (part != "mlp")) for part in PARTS]
 
 
 def real_trainer(part: str, device: str = "cpu"):
@@ -70,7 +71,7 @@ def allocated(run) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())))
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", EVERY_PART)
 def test_the_peak_of_training_is_what_the_allocator_gave(part):
     def run():
         trainer, data = real_trainer(part)
@@ -81,7 +82,7 @@ def test_the_peak_of_training_is_what_the_allocator_gave(part):
     assert counted(part).peak == pytest.approx(allocated(run), rel=0.1)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", EVERY_PART)
 def test_what_is_held_is_what_real_tensors_hold(part):
     need, (trainer, data) = counted(part), real_trainer(part)
     for _ in trainer:
@@ -96,7 +97,7 @@ def test_what_is_held_is_what_real_tensors_hold(part):
     assert counted(part, best=True).copies == pytest.approx(need.copies + need.weights, rel=0.01)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", EVERY_PART)
 def test_activations_are_those_saved_for_the_backward_pass(part):
     trainer, _ = real_trainer(part)
     weights = {t.untyped_storage().data_ptr() for t in trainer.module.state_dict().values()}
@@ -114,6 +115,7 @@ def test_activations_are_those_saved_for_the_backward_pass(part):
     assert need.activations <= 1.35 * bytes_saved
 
 
+@pytest.mark.slow
 def test_bfloat16_halves_the_activations_of_convolutions():
     full, half = counted("autoencoder"), counted("autoencoder", bfloat16=True)
     copies = 2 * full.parameters  # of the weights, two bytes a number
@@ -123,7 +125,7 @@ def test_bfloat16_halves_the_activations_of_convolutions():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", EVERY_PART)
 def test_the_peak_on_a_gpu(part):
     """Within a quarter, and 64 MB: there the optimiser works on all tensors at once, and cuDNN has workspaces."""
     torch.cuda.reset_peak_memory_stats()
@@ -167,7 +169,7 @@ def test_the_peak_of_inference(make, call, shape):
     assert counted <= measured <= 1.35 * counted  # convolutions of the CPU copy one of their tensors
 
 
-@pytest.mark.parametrize("tag", ["digits_mlp", "digits_mlp_paper"])
+@pytest.mark.parametrize("tag", ["digits_mlp", pytest.param("digits_mlp_paper", marks=pytest.mark.slow)])
 def test_every_part_of_a_tag(tag):
     experiment = config.load(tag)
     sizes = memory.sizes(experiment)
@@ -191,6 +193,7 @@ def test_every_part_of_a_tag(tag):
         assert f"{most.peak / 2**20:,.0f} MB: {most.part}, {most.does};" in line
 
 
+@pytest.mark.slow
 def test_a_network_too_large_for_this_machine():
     """The paper's autoencoder was reported to take 44.9 GB of GPU memory, the allocator's reserve included."""
     experiment = config.load("digits_mlp_paper", {"diffusion.steps": "0"})

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 
 TINY = """
+log_models: false
 dataset: {name: digits, validation_fraction: 0.2}
 network: {architecture: mlp}
 prepare:

@@ -167,12 +167,12 @@ def test_a_sample_depends_on_its_seed_alone(prediction: str, sampler: str) -> No
     objective = made(prediction, **SHORT)
     seeds = [stream(0, k) for k in range(6)]
 
-    def of(chosen: list[int]) -> Tensor:
+    def these(chosen: list[int]) -> Tensor:
         return sampled(objective, denoiser, 5, [seeds[k] for k in chosen], sampler=sampler, steps=10)
 
-    together = of([0, 1, 2, 3, 4, 5])
-    assert torch.allclose(torch.cat([of([k]) for k in range(6)]), together, rtol=1e-3, atol=1e-4)
-    assert torch.allclose(of([4, 2]), together[[4, 2]], rtol=1e-3, atol=1e-4)
+    together = these([0, 1, 2, 3, 4, 5])
+    assert torch.allclose(torch.cat([these([k]) for k in range(6)]), together, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(these([4, 2]), together[[4, 2]], rtol=1e-3, atol=1e-4)
     assert torch.cdist(together, together).fill_diagonal_(1).min() > 0.01
 
 

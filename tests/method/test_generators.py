@@ -201,6 +201,7 @@ def test_damaged_files_of_a_gaussian_are_refused(tmp_path: Path, how: str) -> No
     refused(Generator.fit(gaussian_collection(20), GaussianOptions()), tmp_path, how)
 
 
+@pytest.mark.slow
 def test_the_convolutional_autoencoder_learns(tmp_path: Path) -> None:
     collection = gaussian_collection(32)
     vectors = Standardizer.fit(collection).encode(collection)
@@ -306,7 +307,7 @@ def test_an_interrupted_fit_ends_with_the_same_weights(
     assert expected.keys() == found.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["conv", "pca"])
+@pytest.mark.parametrize("kind", [pytest.param("conv", marks=pytest.mark.slow), "pca"])
 def test_one_checkpoint_is_enough(kind: str) -> None:
     """All that can be learnt of one checkpoint is that checkpoint."""
     collection = gaussian_collection(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import timm
 import torch
-from pytest import MonkeyPatch, fixture, mark, raises
+from pytest import MonkeyPatch, fixture, mark, param, raises
 from safetensors.torch import save_file
 
 from pdiff.errors import UserError
@@ -17,6 +17,8 @@ from pdiff.networks.split import split
 
 FACTS = json.loads((Path(__file__).parents[1] / "helpers" / "tags.json").read_text())["tags"]
 MAIN = {facts["timm_model"]: facts["generated_parameters"] for facts in FACTS.values() if facts["category"] == "main"}
+GENERATED = dict(zip(MAIN, [4096, 3072, 2048, 5120, 3072, 768], strict=True))
+LARGE = [param(name, marks=[mark.slow] * (name != "resnet18")) for name in MAIN]  # the others take a second each
 
 
 def make(name: str, *, classes: int = 10, channels: int = 3, image_size: int = 32, **options):
@@ -149,16 +151,16 @@ def test_timm_at_another_size(name):
     assert make(name, classes=5, image_size=64).eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
 
 
-@mark.parametrize(("name", "count"), zip(MAIN, [4096, 3072, 2048, 5120, 3072, 768], strict=True))
-def test_what_the_main_experiments_generate(name, count):
+@mark.parametrize("name", LARGE)
+def test_what_the_main_experiments_generate(name):
     with torch.device("meta"):
         network = make(name, image_size=32)
     names = generated_names(network, MAIN[name])
     assert names == MAIN[name]
-    assert sum(network.state_dict()[n].numel() for n in names) == count
+    assert sum(network.state_dict()[n].numel() for n in names) == GENERATED[name]
 
 
-@mark.parametrize("name", [*MAIN, *(name for name in ARCHITECTURES if name not in MAIN)])
+@mark.parametrize("name", [*LARGE, *(name for name in ARCHITECTURES if name not in MAIN)])
 @torch.no_grad()
 def test_a_split_network_predicts_the_same(name):
     """With the last layers generated, and with everything; uniform weights, which are quick for the large networks."""

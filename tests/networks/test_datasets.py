@@ -613,6 +613,7 @@ def test_a_data_set_that_could_not_be_read_is_tried_again(monkeypatch, tmp_path)
     assert len(datasets.load(settings).test) == TEST
 
 
+@pytest.mark.slow
 def test_an_experiment_reads_its_images_once(workspace, reads):
     assert main(["main", "--tag", "tiny.yaml"]) == 0
     assert reads == ["digits"]

@@ -122,6 +122,7 @@ def test_functions_get_complete_networks(tmp_path, user):
     assert predictions.dtype == torch.int16
 
 
+@pytest.mark.slow
 def test_processes_give_the_same(user, monkeypatch):
     monkeypatch.setattr(function, "PROCESS_SECONDS", 0.0)
     predictions, labels = run_function(f"{user}:process", states(7), workers=2)
@@ -131,6 +132,7 @@ def test_processes_give_the_same(user, monkeypatch):
     assert (ids[:2] == os.getpid()).all() and not (ids[2:] == os.getpid()).any()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies(user, monkeypatch):
     monkeypatch.setattr(function, "PROCESS_SECONDS", 0.0)
     with pytest.raises(UserError, match="a process of 2 died"):

@@ -220,6 +220,7 @@ def test_only_the_rows_asked_for_are_decoded(tmp_path, decoded):
     assert len(labels) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [False, True])
 def test_workers_make_the_same_batches(make, monkeypatch, augment):
     part = make(augment=augment)
@@ -366,7 +367,7 @@ def test_without_room_images_are_decoded_at_every_use(tmp_path, monkeypatch, dec
 # -- damaged files
 
 
-@pytest.mark.parametrize("cores", [1, 4])
+@pytest.mark.parametrize("cores", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["03.jpg", "04.png"])
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"no image", None])
 def test_a_damaged_image_is_named(tmp_path, monkeypatch, cores, name, content):

@@ -119,6 +119,7 @@ def test_excluded_files_are_not_read(tmp_path):
         checkpoint_files(tmp_path, ["*"])
 
 
+@pytest.mark.slow
 def test_tensors_are_read_into_their_place(tmp_path):
     """What is left out is not read, and nothing is held twice: the peak is the collection, not two of it."""
     size = 1 << 20

@@ -50,10 +50,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "untraceable": (Sign, ["second.*", "unused.*"]),
     "a layer of no use": (Unused, ["all"]),
 }
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("resnet18")) for name in NETWORKS]
 
 
 @pytest.mark.parametrize("chunk", [1, 8 << 20])
-@pytest.mark.parametrize("case", NETWORKS)
+@pytest.mark.parametrize("case", CASES)
 def test_predictions_are_those_of_the_networks(monkeypatch, case, chunk):
     monkeypatch.setattr(predict, "CHUNK_BYTES", chunk)
     torch.manual_seed(0)

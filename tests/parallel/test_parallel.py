@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from failing import fail
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from pdiff.parallel.launch import launch
 from pdiff.parallel.ranks import gathered, rank, rows, summed, world
 from pdiff.parallel.training import global_batch_norm, global_random, shared
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 SGD = {"optimizer": "sgd", "learning_rate": 0.05, "schedule": "constant"}  # Adam would blow rounding errors up
 GENTLY = SGD | {"learning_rate": 1e-3}
@@ -105,9 +106,9 @@ def predict(folder: Path) -> None:
     for classes in (10, 300):
         network = build("mlp", pretrained=False, classes=classes, channels=1, image_size=8)
         g = torch.Generator().manual_seed(0)
-        draw = {n: torch.randn(5, *t.shape, generator=g) for n, t in network.state_dict().items()}
-        network.load_state_dict({name: tensor[0] for name, tensor in draw.items()})
-        collection = Collection(draw)
+        random = {n: torch.randn(5, *t.shape, generator=g) for n, t in network.state_dict().items()}
+        network.load_state_dict({name: tensor[0] for name, tensor in random.items()})
+        collection = Collection(random)
         write_tensors(
             folder / f"predictions_{classes}.safetensors",
             {
@@ -135,7 +136,7 @@ def compute(folder: Path, prepared: Path, *, log) -> dict[str, float]:
 
 
 def check_helpers(folder: Path) -> None:
-    """What is told about a process among others; an assertion that fails ends all."""
+    """What a process knows of the others; an assertion that fails ends all."""
     assert world() == 2 and list(range(7))[rows()] == [[0, 2, 4, 6], [1, 3, 5]][rank()]
     assert summed(rank() + 1.0) == 3 and ranks.mean(rank() + 1.0) == 1.5
     append_line(folder / "lines.txt", str(rank()))
@@ -218,7 +219,7 @@ def test_predictions_are_the_same(computed, classes: int) -> None:
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
 
 
-def test_the_first_process_alone_tells_and_writes(computed) -> None:
+def test_the_first_process_alone_logs_and_writes(computed) -> None:
     one, two, points, metrics = computed
     assert metrics[one] == metrics[two]
     assert [(p.name, p.step) for p in points[one]] == [(p.name, p.step) for p in points[two]]
@@ -228,15 +229,6 @@ def test_the_first_process_alone_tells_and_writes(computed) -> None:
     assert (two / "lines.txt").read_text() == "0\n" and (two / "order.txt").read_text() == "0\n1\n"
     histories = [pd.read_csv(folder / "cnn" / "train" / "history.csv") for folder in (one, two)]
     assert histories[0][["name", "step"]].equals(histories[1][["name", "step"]])
-
-
-def fail(how: str, *, log) -> None:
-    """The last process ends; the others wait for it."""
-    if rank() < world() - 1:
-        summed(1.0)
-    if how == "mistake":
-        raise UserError("one line")
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 
 import psutil
+import pytest
 import torch
 from tracked import artifacts, runs, start, statuses, wait_for
 
 from pdiff.cli.main import main as pdiff
 from pdiff.files import read_tensors
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_mistake_is_one_line(workspace, capfd) -> None:

@@ -269,7 +269,7 @@ def test_two_that_want_the_same_do_it_once(store, capsys):
     threads[0].start()
     assert begun.wait(20)
     threads[1].start()
-    threads[1].join(1)
+    threads[1].join(0.3)
     assert threads[1].is_alive(), "it waits"
     proceed.set()
     for thread in threads:

@@ -64,18 +64,20 @@ np.savez(out, **found, **{f"weights.{name}": array for name, array in weights.it
 """
 
 
+@pytest.mark.slow
 def test_models_predict_where_pdiff_is_not_installed(workspace):
-    assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
+    words = ["--tag", "tiny.yaml", "--log_models", "true"]
+    assert pdiff(["generate", *words]) == 0
     for _ in range(2):  # a finished run is registered, too, and once
-        assert pdiff(["train", "--tag", "tiny.yaml", "--register", "true"]) == 0
+        assert pdiff(["train", *words, "--register", "true"]) == 0
     assert [version.version for version in mlflow.search_model_versions()] == [1]
     (run,) = runs("train")
     logged = {model.name: model for model in mlflow.search_logged_models(output_format="list")}
     programs = [logged[name].model_uri if name in logged else "" for name in ("autoencoder", "diffusion")]
     assert all(programs) == (find_spec("torch.export") is not None)  # since PyTorch 2.1
 
-    words = [sys.executable, "-I", "-c", ELSEWHERE, mlflow.get_tracking_uri(), *programs, "predicted.npz"]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-I", "-c", ELSEWHERE, mlflow.get_tracking_uri(), *programs, "predicted.npz"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     predicted = {name: torch.from_numpy(array) for name, array in np.load("predicted.npz").items()}
 
@@ -96,6 +98,7 @@ def test_models_predict_where_pdiff_is_not_installed(workspace):
     assert all(found == version(name).partition("+")[0] for name, found in required.items())
 
 
+@pytest.mark.slow
 def test_a_model_is_registered_that_need_not_be_logged(workspace):
     words = ["train", "--tag", "tiny.yaml", "--log_models", "false"]
     assert pdiff(words) == 0

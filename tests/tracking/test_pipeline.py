@@ -25,8 +25,9 @@ from pdiff.method.generators.base import Generator
 from pdiff.networks import architectures
 
 
+@pytest.mark.slow
 def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, capsys):
-    assert pdiff(["main", "--tag", "tiny.yaml"]) == 0
+    assert pdiff(["main", "--tag", "tiny.yaml", "--log_models", "true"]) == 0
     printed = capsys.readouterr().out
     assert all(group in printed for group in ("original", "generated", "noise_0.05", "average"))
 
@@ -107,6 +108,7 @@ def test_a_run_whose_artifacts_are_gone_is_not_reused(workspace):
     assert [(artifacts(run) / "checkpoints.safetensors").exists() for run in runs("prepare")] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_generator_of_an_older_collection_is_not_reused(workspace):
     assert pdiff(["train", "--tag", "tiny.yaml"]) == 0
     assert pdiff(["prepare", "--tag", "tiny.yaml", "--fresh"]) == 0
@@ -136,7 +138,7 @@ def test_export_writes_what_a_network_loads(workspace):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "train"])
-def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
+def test_a_killed_run_resumes_to_the_same_result(workspace, stage, capsys, monkeypatch):
     """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
     longer = {
         "pretrain": ["--prepare.pretrain.epochs", "150"],
@@ -157,10 +159,8 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     points = [pd.read_csv(path).set_index("name").time for path in workspace.glob(".pdiff/*/history.csv")]
     spent = max(times.max() - times[block] for times in points if block in times)
 
-    again = start(*words)
-    printed = again.communicate()[0]
-    assert again.returncode == 0, printed
-    assert "resuming" in printed
+    assert pdiff(words) == 0
+    assert "resuming" in capsys.readouterr().out
     assert [run.info.status for run in runs(stage)] == ["KILLED", "FINISHED"]
     loss = {"pretrain": "pretrain/loss", "train": "diffusion/loss"}[stage]
     history = mlflow.MlflowClient().get_metric_history(runs(stage)[1].info.run_id, loss)
@@ -168,9 +168,9 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage):
     assert steps[0] < saved < steps[-1] and len(steps) == len(set(steps)), "the curve is whole, before and after"
     assert runs(stage)[1].data.metrics[block] > spent > 0, "the seconds before the kill count"
 
-    whole = start(*words, PDIFF_WORK=str(workspace / "other"), MLFLOW_TRACKING_URI=f"sqlite:///{workspace}/other.db")
-    printed = whole.communicate()[0]
-    assert whole.returncode == 0, printed
+    monkeypatch.setenv("PDIFF_WORK", str(workspace / "other"))
+    mlflow.set_tracking_uri(f"sqlite:///{workspace}/other.db")
+    assert pdiff(words) == 0
     resumed, uninterrupted = (load_file(path) for path in workspace.glob(f"mlruns/*/*/artifacts/{result}"))
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in resumed.items())
@@ -210,7 +210,7 @@ def test_a_tracking_server(workspace):
 
         wait_for(address, server)
         mlflow.set_tracking_uri(address())
-        assert pdiff(["main", "--tag", "tiny.yaml"]) == 0
+        assert pdiff(["main", "--tag", "tiny.yaml", "--log_models", "true"]) == 0
         assert sorted(statuses()) == sorted((stage, "FINISHED") for stage in ["main", *STAGES])
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -279,6 +279,7 @@ def test_no_permission_is_one_line(workspace, capfd, monkeypatch):
     assert "cannot be written" in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_interrupted_sampling_resumes_with_another_batch_size(workspace, monkeypatch):
     """Interrupted in the second batch of four, resumed in batches of two: the same networks."""
     assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0

@@ -37,6 +37,7 @@ VAE = ["--diffusion.steps", "0", "--diffusion.standardize_latents", "false", "--
 VAE += ["--autoencoder.latent_size", "4", "--autoencoder.kl_weight", "1", "--autoencoder.steps", "3"]
 
 
+@pytest.mark.slow
 def test_without_diffusion_latents_are_gaussian(workspace):
     metrics = evaluated(*VAE)
     assert "diffusion/loss" not in metrics and "autoencoder/loss" in metrics
@@ -51,6 +52,7 @@ def test_without_diffusion_latents_are_gaussian(workspace):
         torch.testing.assert_close(tensor, expected.tensors[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7])
 def test_only_the_first_checkpoints_are_used(workspace, count):
     words = ["--generator.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
@@ -64,6 +66,7 @@ def test_only_the_first_checkpoints_are_used(workspace, count):
     assert len(runs("prepare")) == 1, "all share the collection"
 
 
+@pytest.mark.slow
 def test_validation_images_alone(workspace):
     metrics = evaluated("--evaluate.test", "false")
     assert not any(name.startswith(("test_accuracy/", "similarity/")) for name in metrics)
@@ -76,6 +79,7 @@ def test_validation_images_alone(workspace):
     assert "test_accuracy/generated_mean" in again
 
 
+@pytest.mark.slow
 def test_a_trajectory_ends_at_the_samples(workspace):
     evaluated("--generate.trajectory_every", "2", "--generate.trajectory_count", "3")
     folder = artifacts(runs("generate")[0])
@@ -101,6 +105,7 @@ evaluate: {noise: [0.05]}
 """
 
 
+@pytest.mark.slow
 def test_networks_without_a_data_set_and_an_architecture(workspace):
     """Neither data set nor architecture: networks are sampled, and compared in weight space alone."""
     Path("own").mkdir()
@@ -136,6 +141,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["function: measures.py:predict", "command: 'python measures.py {checkpoint}'"])
 def test_networks_that_a_function_or_a_command_of_the_user_measures(workspace, how, monkeypatch):
     """By a function, which also gives similarity, or by a command that gets files like the user's."""
@@ -185,6 +191,7 @@ def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys
     assert all("pretrain/loss" in run.data.metrics for run in runs("pretrain"))
 
 
+@pytest.mark.slow
 def test_originals_are_evaluated_once(workspace, monkeypatch, capsys):
     """Whatever is generated, and whatever else it is compared with."""
     counts, run = [], images.batch_predictions
@@ -253,6 +260,7 @@ def commanded(workspace):
     return ["--tag", "own.yaml", "--evaluate.command", "python test.py {checkpoint}", "--evaluate.workers", "1"]
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_late_goes_on_where_it_was(workspace, commanded):
     Path("full").touch()
     words = ["main", *commanded]
@@ -267,6 +275,7 @@ def test_a_command_that_fails_late_goes_on_where_it_was(workspace, commanded):
     assert not list(workspace.glob(".pdiff/*/")), "nothing is left"
 
 
+@pytest.mark.slow
 def test_originals_are_evaluated_again_where_their_script_or_their_checkpoints_changed(workspace, commanded, capsys):
     def calls(*words):
         Path("calls").write_text("")
@@ -283,6 +292,7 @@ def test_originals_are_evaluated_again_where_their_script_or_their_checkpoints_c
     assert calls("evaluate", "--generate.seed", "4") == 8
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_originals_that_failed_late_is_completed(workspace, commanded):
     """Its results so far are kept, and no evaluation of what is generated takes them for the whole."""
     Path("test.py").write_text(TEST.replace("generated/00000", "original/00002"))
@@ -296,6 +306,7 @@ def test_an_evaluation_of_originals_that_failed_late_is_completed(workspace, com
     assert table().query("group == 'original'").test_accuracy.tolist() == pytest.approx([1, 1 / 2, 1 / 5, 1 / 10])
 
 
+@pytest.mark.slow
 def test_known_originals_are_no_reason_to_keep_an_evaluation_that_failed_at_once(workspace, commanded, capsys):
     assert pdiff(["evaluate", *commanded]) == 0
     Path("full").touch()

@@ -103,7 +103,7 @@ class Standardizer:
 
     def decode(self, vectors: Tensor) -> Collection:
         """The checkpoints that vectors (N, D) stand for; the inverse of `encode`, constants put back."""
-        tensors = {n: t.expand(len(vectors), *t.shape) for n, t in self.constants.items()}
+        tensors = {n: t.expand(len(vectors), *t.shape).clone() for n, t in self.constants.items()}
         for slot, rows in zip(self.slots, self._columns(vectors.float()), strict=True):
             rows = rows * slot.std + slot.mean
             if slot.variance:

@@ -396,8 +396,10 @@ def test_a_gaussian_of_one_checkpoint_or_of_equal_ones_gives_it_again(options: G
 
 def test_samples_are_ordinary_tensors(fitted: Generator) -> None:
     for generator in (fitted, Generator.fit(gaussian_collection(20), GaussianOptions())):
-        weights = generator.sample(2).tensors["a"]
-        weights[0] = 0.0
+        new = generator.sample(2)
+        weights, constants = new.tensors["a"], new.tensors["n"]
+        weights[0], constants[0] = 0.0, 7
+        assert constants[1] == generator.sample(1).tensors["n"][0] == 0  # neither another network nor the generator
         (weights.requires_grad_() * weights).sum().backward()
         assert torch.equal(weights.grad, 2 * weights)
 

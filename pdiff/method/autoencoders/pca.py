@@ -58,7 +58,8 @@ class PCA(nn.Module):
         pca = cls(x.shape[1], latent_size).to(x.device)
         pca.center.copy_(center)
         if wide:
-            weights = (vectors[:, :latent_size] / values[:latent_size].clamp(min=1e-30).sqrt()).T
+            scale = values[:latent_size].clamp(min=1e-30).sqrt()  # of equal checkpoints the one value is 0
+            weights = (vectors[:, :latent_size] / scale).T
             for columns, block in blocks():
                 pca.components[:, columns] = weights @ block
                 del block

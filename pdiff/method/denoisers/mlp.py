@@ -10,6 +10,8 @@ from pdiff.method.denoisers.embedding import SINUSOIDS, sinusoids
 class MLPDenoiser(nn.Module):
     """A residual MLP, conditioned on t by a shift and a scale in every block.
 
+    That is adaptive layer normalisation (Peebles and Xie 2023, arXiv 2212.09748). It begins as the prediction 0.
+
     Args:
         latent_size: L.
         width: hidden units.

@@ -98,16 +98,14 @@ class LatentDiffusion(Generator):
             ValueError: there is no denoiser, the sampler cannot follow the objective, or there are too many steps.
         """
         if self.denoiser is None:
-            raise ValueError(
-                "the generator has no denoiser (it was fitted with 0 steps): latents have no way from noise"
-            )
+            raise ValueError("the generator has no denoiser (its diffusion has 0 steps), so samples have no trajectory")
         name = samplers_of(self.objective)[0] if sampler == "auto" else sampler
         steps = sampling_steps or self.objective.timesteps
         parts = (self.objective, self.denoiser.to(device).eval(), len(self.latent_mean), seeds)
         return diffusion.Sampling(*parts, sampler=name, steps=steps, device=device)
 
     def warm_up(self, **options: Any) -> None:
-        if self.denoiser:
+        if self.denoiser is not None:
             self.sampling([0], device="cpu", **options)  # imports diffusers
 
     def sizes(self) -> dict[str, float]:
@@ -115,7 +113,7 @@ class LatentDiffusion(Generator):
 
     def modules(self) -> dict[str, tuple[nn.Module, int]]:
         found = {"autoencoder": (self.autoencoder, self.standardizer.size)}
-        if self.denoiser:
+        if self.denoiser is not None:
             found["diffusion"] = (OneInput(self.denoiser), len(self.latent_mean) + 1)
         return found
 
@@ -157,15 +155,17 @@ class LatentDiffusion(Generator):
         return autoencoder.decode(z * self.latent_std.to(z.device) + self.latent_mean.to(z.device)).cpu()
 
     def tensors(self) -> Tensors:
-        parts = {"autoencoder": self.autoencoder, "denoiser": self.denoiser}
-        states = {f"{part}.{n}": t for part, module in parts.items() if module for n, t in module.state_dict().items()}
+        parts = {"autoencoder": self.autoencoder}
+        if self.denoiser is not None:
+            parts["denoiser"] = self.denoiser
+        states = {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
         return {"latent_mean": self.latent_mean, "latent_std": self.latent_std} | states
 
     def config(self) -> dict[str, Any]:
         prediction = next(name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
         return {
             "autoencoder": to_config(AUTOENCODERS, self.autoencoder),
-            "denoiser": self.denoiser and to_config(DENOISERS, self.denoiser),
+            "denoiser": None if self.denoiser is None else to_config(DENOISERS, self.denoiser),
             "objective": {"prediction": prediction, **self.objective.model_dump()},
         }
 
@@ -244,4 +244,4 @@ def latent_scale(z: Tensor, *, standardize: bool) -> tuple[Tensor, Tensor]:
     if not standardize:
         return torch.zeros(z.shape[1]), torch.ones(z.shape[1])
     std = z.std(dim=0, correction=int(len(z) > 1))
-    return z.mean(dim=0).cpu(), torch.where(std > 1e-8, std, 1.0).cpu()
+    return z.mean(dim=0).cpu(), torch.where(std > 1e-8, std, 1.0).cpu()  # constant components are not divided

@@ -1,5 +1,6 @@
 """What several test modules need."""
 
+import os
 import shutil
 import signal
 import socket
@@ -16,6 +17,10 @@ from pdiff.networks import datasets
 from pdiff.networks.images import Images
 from pdiff.networks.options import Dataset
 
+# One thread, in processes that tests start, too: networks are tiny, a thread that waits for a core in use delays all,
+# and results are the same to the last bit in every process.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where pytest runs in the background
 
 
@@ -61,16 +66,12 @@ def empty_workspace(tmp_path, monkeypatch) -> Iterator[Path]:
     for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a command computes the same in this process and in another one
     (tmp_path / "tiny.yaml").write_text(TINY)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     yield tmp_path
     while mlflow.active_run():
         mlflow.end_run()
     mlflow.set_tracking_uri(None)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -193,11 +193,12 @@ def offered(shell: str, line: str, names: list[str]) -> list[str]:
 FASHION = ["fashion_cnn", "fashion_cnn_paper", "fashion_resnet18", "fashion_resnet18_paper"]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=pytest.mark.slow) for shell in ("zsh", "fish"))])
 def test_tags_are_completed(shell) -> None:
     assert offered(shell, "pdiff show fashion_", FASHION) == FASHION
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -1,6 +1,7 @@
 """The leaderboard: what counts as a tag's result, and what the board says of it."""
 
 import csv
+import shutil
 from math import isnan, nan
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def published(tag: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(tmp_path_factory, tracking_store):
     """A tracking store with finished evaluations of every kind, made at seconds 1, 2, ..."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
@@ -41,6 +42,7 @@ def store(tmp_path_factory):
         for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK"):
             patch.delenv(name, raising=False)
         patch.setattr(published_module, "published", published)
+        shutil.copy(tracking_store, folder)
         mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
         evaluated("digits_mlp", 1, "main", gain=0.01)
         evaluated("digits_mlp", 2, "evaluate", gain=0.02, device="cpu")  # the device changes no result

@@ -67,6 +67,7 @@ def fitted() -> LatentDiffusion:
     return fit(gaussian_collection(50), steps=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prediction", "sampler"), [("flow", "heun"), ("v_prediction", "dpmsolver++")])
 def test_generated_networks_are_distributed_like_the_originals(prediction: str, sampler: str) -> None:
     originals, log = gaussian_collection(), []
@@ -275,7 +276,7 @@ def test_without_early_stopping_the_last_weights_count() -> None:
     assert len(losses) == 6 and diffusion.heldout_loss(Flow(), denoiser, heldout) == pytest.approx(losses[-1], rel=1e-5)
 
 
-@pytest.mark.parametrize("part", ["autoencoder", "denoiser"])
+@pytest.mark.parametrize("part", ["autoencoder", pytest.param("denoiser", marks=pytest.mark.slow)])
 def test_an_interrupted_fit_ends_with_the_same_weights(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,8 @@ def test_unusable_folders(tmp_path, states, message):
         inspect_folder(folder_of(states, tmp_path / "mine"))
 
 
-@pytest.mark.parametrize("size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (40, 5000))])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 40, 5000])
 def test_outliers(tmp_path, size):
     """What a training leaves behind are no outliers, be it a cloud, a path, a walk or an approach; a stray is."""
     g = torch.Generator().manual_seed(size)

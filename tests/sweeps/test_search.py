@@ -15,7 +15,7 @@ from pdiff.sweeps.search import PRUNERS, SAMPLERS
 from pdiff.sweeps.storage import QueueEmpty, open_storage
 
 
-@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "gp")) for kind in SAMPLERS])
 @pytest.mark.parametrize("objectives", [("value",), ("value", "x")])
 def test_every_sampler(kind, objectives):
     if kind == "cmaes" and len(objectives) > 1:
@@ -37,6 +37,7 @@ def test_every_sampler(kind, objectives):
         assert best[0].values[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "tpe", "grid", "qmc"])
 def test_no_two_workers_sample_the_same(kind, tmp_path):
     """Two objects of one study take turns; with the same seed in each, they would sample everything twice."""

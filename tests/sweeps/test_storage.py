@@ -20,6 +20,7 @@ def url(request, tmp_path):
     return f"sqlite:///{tmp_path}/s.db" if request.param == "sqlite" else f"journal://{tmp_path}/some/s.journal"
 
 
+@pytest.mark.slow
 def test_a_plan_is_kept_by_any_number_of_workers(url):
     storage = open_storage(url)
     study = made(storage)

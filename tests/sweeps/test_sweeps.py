@@ -153,6 +153,7 @@ def test_nan_is_a_failure(workspace, measured):
     assert states(study) == ["FAIL"] and "NaN" in study.get_trials()[0].user_attrs["error"]
 
 
+@pytest.mark.slow
 def test_a_metric_that_no_stage_measures_stops_the_study(workspace, measured):
     with pytest.raises(UserError, match="did you mean val_accuracy/generated_mean"):
         in_process(5, objectives={"val_accuracy/generatd_mean": "maximize"})

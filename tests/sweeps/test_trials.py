@@ -106,6 +106,7 @@ def test_errors_are_final_and_interruptions_are_not(storage):
     assert reasons[0] == "out of memory" and set(reasons[1:-1]) == {"interrupted"} and reasons[-1] == ""
 
 
+@pytest.mark.slow
 def test_missing_heartbeats_are_a_dead_worker_on_another_host(storage, monkeypatch):
     """Of three trials one is alive, one stops to send signs of life, one never gave the name of its process."""
     monkeypatch.setattr(trials, "GRACE", 0.5)

@@ -109,6 +109,7 @@ def test_a_model_is_registered_that_need_not_be_logged(workspace):
     assert [model.name for model in mlflow.search_logged_models(output_format="list")] == ["generator"]
 
 
+@pytest.mark.slow
 def test_requirements_are_what_the_code_imports(tmp_path):
     path = tmp_path / "some.py"
     path.write_text(

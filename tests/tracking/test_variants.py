@@ -172,6 +172,7 @@ def test_networks_that_a_function_or_a_command_of_the_user_measures(workspace, h
     assert table().query("group == 'original'").test_accuracy.equals(originals.test_accuracy)
 
 
+@pytest.mark.slow
 def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys):
     assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
     words = ["prepare", "--tag", "tiny.yaml", "--prepare.collect.checkpoints", "5"]

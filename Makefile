@@ -8,7 +8,7 @@ demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
 	@echo "compare runs: make ui, then open http://127.0.0.1:5000"
 
-quick: $(INSTALLED)  ## what to run while working: the tests that take under a minute together
+quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, about 75 s together
 	$(BIN)/python -m pytest -m "not slow" -x
 
 test: $(INSTALLED)  ## the whole suite

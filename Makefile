@@ -1,5 +1,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 INSTALLED := .venv/.installed
 
 .PHONY: demo quick test lint ui dashboard clean
@@ -8,11 +9,11 @@ demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
 	@echo "compare runs: make ui, then open http://127.0.0.1:5000"
 
-quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, about 75 s together
-	$(BIN)/python -m pytest -m "not slow" -x
+quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, under 60 s together
+	$(PYTEST) -m "not slow" -x
 
 test: $(INSTALLED)  ## the whole suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(INSTALLED)  ## style, and the direction of imports
 	$(BIN)/ruff check .

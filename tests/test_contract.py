@@ -213,6 +213,7 @@ def table() -> pd.DataFrame:
     return pd.read_csv(artifacts(runs("evaluate")[-1]) / "evaluation.csv").set_index("group")
 
 
+@pytest.mark.slow
 def test_parts_of_latent_diffusion(registered, capsys):
     words = ["--autoencoder.kind", "halves", "--autoencoder.fraction", "0.25", "--diffusion.denoiser", "linear"]
     words += ["--diffusion.rank", "2", "--diffusion.prediction", "backwards", "--generate.sampler", "straight"]
@@ -236,6 +237,7 @@ def test_parts_of_latent_diffusion(registered, capsys):
     assert "first_only" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_generator_and_an_evaluator(registered, capfd):
     words = ["--generator.kind", "copies", "--generator.factor", "0.5", "--evaluate.kind", "fair"]
     assert pdiff(["main", "--tag", "toy.yaml", *words, "--evaluate.accuracy", "0.75"]) == 0

@@ -107,6 +107,7 @@ print(*sorted(names & {"mlflow", "optuna", "pandas", "plotly", "torchvision", "t
 """
 
 
+@pytest.mark.slow
 def test_the_method_stands_alone():
     done = subprocess.run([sys.executable, "-c", METHOD], capture_output=True, text=True)
     assert done.stdout.split() == ["torch"], done.stderr

@@ -60,6 +60,7 @@ def new_machine(empty_workspace, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{empty_workspace}/mlflow.db")
 
 
+@pytest.mark.slow
 def test_without_torch():
     assert finished(*LIGHT) == {line: (code, []) for line, code in LIGHT.items()}
 

@@ -225,6 +225,7 @@ CHECKS = {
 ELSEWHERE = {"published"}  # see test_published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", FACTS)
 def test_settings_are_those_that_were_published(tag):
     experiment = config.load(tag)

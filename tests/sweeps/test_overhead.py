@@ -9,6 +9,7 @@ from tracked import runs
 from pdiff.cli.main import main as pdiff
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["sqlite:///optuna.db", "journal:///optuna.log"])
 def test_a_benchmark_is_a_run(workspace, capsys, monkeypatch, storage):
     asked, seconds = [], 0.05

@@ -1,8 +1,33 @@
-"""The exceptions that a command ends with as one line."""
+"""The exceptions that a command ends with as one line, and with an exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 
 class UserError(ValueError):
     """A mistake of the user: one line that says what, where, which value, and what was expected."""
+
+    exit_code = 2
+
+
+class Damaged(UserError):
+    """A file that pdiff wrote cannot be read, or is not as it was written."""
+
+    exit_code = 1
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Failure(Exception):
+    """A fault of the world, such as a full disk, too little memory, or a database that does not answer."""
+
+    exit_code = 1
 
 
 class Pruned(BaseException):
@@ -12,5 +37,12 @@ class Pruned(BaseException):
     """
 
 
-class ProcessError(Exception):
+class ProcessError(Failure):
     """One of several data-parallel processes failed; the message holds its error."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a GPU, does not suffice; torch's is no MemoryError."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdiff.errors import UserError
+from pdiff.errors import Damaged
 from pdiff.parallel.ranks import rank_zero_only
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def whole_lines(path: Path) -> list[Any]:
     An incomplete last line, as a killed process leaves it, is cut off, so that the next one does not continue it.
 
     Raises:
-        UserError: a line that is not JSON.
+        Damaged: a line that is not JSON.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):
@@ -76,7 +76,7 @@ def whole_lines(path: Path) -> list[Any]:
     try:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
-        raise UserError(f"{path}: not readable lines of JSON: {error}") from None
+        raise Damaged(path, f"not readable lines of JSON: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -114,19 +114,19 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: it cannot be read, or is not JSON.
+        Damaged: it cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from None
+        raise Damaged(path, f"not a readable JSON file: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        UserError: it cannot be read, or is damaged.
+        Damaged: it cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -134,7 +134,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        raise Damaged(path, f"not a readable safetensors file: {error}") from None
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:

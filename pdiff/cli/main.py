@@ -12,7 +12,7 @@ from types import FrameType
 import typer
 
 from pdiff.cli.app import app
-from pdiff.errors import ProcessError, UserError
+from pdiff.errors import Failure, UserError, out_of_memory
 
 for group in ("stages", "sweeps", "experiments", "results"):  # in the order of `pdiff --help`
     import_module(f"pdiff.cli.{group}")
@@ -26,8 +26,8 @@ def main(words: Sequence[str] | None = None) -> int:
         words: those of the command line when absent.
 
     Returns:
-        The exit code: 0; 2 for a user error, which is one line; 1 for a failure; 130 when interrupted; 141 when the
-        pipe that the output goes to is closed.
+        The exit code: 0; 2 for a mistake of the user and 1 for a fault of the world, each of them one line; 130 when
+        interrupted; 141 when the pipe that the output goes to is closed.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     if "_PDIFF_COMPLETE" in os.environ:  # set by the shell: typer answers, and ends the process
@@ -46,10 +46,14 @@ def main(words: Sequence[str] | None = None) -> int:
         message = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
         path = f"pdiff {words[0]}" if words[0] in COMMANDS.commands else "pdiff"
         return _fail(f"{message[:1].lower()}{message[1:]} (see `{path} --help`)", 2)
-    except (UserError, OSError) as error:  # OSError: no permission, no space
-        return _fail(error, 2)
-    except ProcessError as error:
+    except (UserError, Failure) as error:
+        return _fail(error, error.exit_code)
+    except OSError as error:  # no permission, no space
         return _fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return _fail(f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 130)
     return 0

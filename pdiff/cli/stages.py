@@ -30,6 +30,7 @@ def _stage(name: str, description: str, example: str) -> None:
         ctx: typer.Context,
         tag: Tag,
         fresh: Annotated[bool, typer.Option("--fresh", help="Repeat what is finished.")] = False,
+        repair: Annotated[bool, typer.Option("--repair", help="Repeat what is finished, but damaged.")] = False,
     ) -> None:
         from pdiff.experiment import config
 
@@ -38,9 +39,9 @@ def _stage(name: str, description: str, example: str) -> None:
 
         with store.connected() as runs:
             if name == "main":
-                done = engine.main(experiment, runs, fresh=fresh)
+                done = engine.main(experiment, runs, fresh=fresh, repair=repair)
             else:
-                done = engine.Pipeline(experiment, runs).execute(name, fresh=fresh)
+                done = engine.Pipeline(experiment, runs, repair=repair).execute(name, fresh=fresh)
         if name in ("main", "evaluate"):
             _print_evaluation(experiment, done.folder)
         print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from pdiff.errors import UserError
+from pdiff.errors import Damaged
 from pdiff.files import append_line, write_text
 from pdiff.method.log import Log, Point
 
@@ -56,7 +56,7 @@ class History:
                 name, step, value, at = line.split(",")
                 yield Point(name, float(value), int(step)), float(at)
         except ValueError as error:
-            raise UserError(f"{self.path}: not a readable history: {error}") from None
+            raise Damaged(self.path, f"not a readable history: {error}") from None
 
 
 def _last_change(*places: Path) -> float:

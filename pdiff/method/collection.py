@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pdiff.errors import Damaged
 from pdiff.files import read_json, read_tensors, write_json, write_tensors
 
 StateDict = dict[str, Tensor]
@@ -82,7 +83,7 @@ class Collection:
         """Read what `save` wrote, checked against its index.
 
         Raises:
-            ValueError: a missing or damaged file, another layout than the index says, NaN or infinity.
+            Damaged: a missing or unreadable file, another layout than the index says, NaN or infinity.
         """
         index, tensors = read_json(path.with_suffix(".json")), read_tensors(path)
         found = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
@@ -91,9 +92,9 @@ class Collection:
             or found != index.get("layout")
             or not isinstance(index.get("checkpoints"), list)
         ):
-            raise ValueError(f"{path}: its tensors are not those of its index {path.with_suffix('.json').name}")
+            raise Damaged(path, f"its tensors are not those of its index {path.with_suffix('.json').name}")
         if name := not_finite(tensors):
-            raise ValueError(f"{path}: tensor {name!r} holds NaN or infinity, expected finite numbers")
+            raise Damaged(path, f"tensor {name!r} holds NaN or infinity, expected finite numbers")
         return cls({name: tensors[name] for name in index["layout"]}, index["checkpoints"])
 
 

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from pdiff import compat
+from pdiff.errors import Damaged
 from pdiff.files import write_state
 from pdiff.method.log import Log, Point
 from pdiff.method.options import Optimization
@@ -236,7 +237,7 @@ def resumable(trainer: Trainer, path: Path | None, *beside: Stateful) -> Iterato
     belongs to that step.
 
     Raises:
-        ValueError: `path` is damaged, or is the state of another training.
+        Damaged: `path` cannot be read, or is the state of another training.
     """
     parts = (trainer, *beside)
     if path and path.exists():
@@ -246,7 +247,7 @@ def resumable(trainer: Trainer, path: Path | None, *beside: Stateful) -> Iterato
                 part.load_state_dict(state)
         except Exception as error:  # a damaged file may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(f"{path}: not a state that this training can resume from; delete it ({reason})") from error
+            raise Damaged(path, f"not a state that this training can resume from ({reason})") from error
     saved, pause = time.monotonic(), SAVE_SECONDS
     for step in trainer:
         yield step

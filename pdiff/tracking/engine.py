@@ -6,10 +6,11 @@ It speaks to a `Store` of finished runs and knows nothing of MLflow, which is on
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
@@ -17,14 +18,17 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from pdiff.errors import Pruned, UserError
-from pdiff.experiment import stages
+from pdiff.errors import Damaged, Pruned, UserError
+from pdiff.experiment import config, stages
 from pdiff.experiment.digests import fingerprint
 from pdiff.experiment.history import STATE, Metrics
 from pdiff.experiment.schema import Experiment
 from pdiff.method.log import Point
 from pdiff.method.options import resolve
 from pdiff.parallel.interrupts import uninterrupted
+from pdiff.tracking.seals import MANIFEST, seal, verify
+
+SEAL = "pdiff.seal"
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,39 @@ class Done:
         run_id: its identifier.
         metrics: its final metrics.
         fetch: makes its artifacts available in a folder of this machine.
-        tags: what else the store knows of it.
+        tags: what else the store knows of it; SEAL among them is the checksum of the manifest of its artifacts.
+        remedy: the command that computes it again.
     """
 
     run_id: str
     metrics: Metrics
     fetch: Callable[[], Path]
     tags: Mapping[str, str] = field(default_factory=dict)
+    remedy: str = ""
 
     @cached_property
     def folder(self) -> Path:
-        """Its artifacts."""
-        return self.fetch()
+        """Its artifacts, as they were written.
+
+        Raises:
+            Damaged: a file that is missing or changed.
+        """
+        folder = self.fetch()
+        if sealed := self.tags.get(SEAL):
+            try:
+                verify(folder, sealed)
+            except Damaged as error:
+                raise Damaged(error.path, f"{error.reason}; {self.remedy}".removesuffix("; ")) from None
+        return folder
+
+    @property
+    def sound(self) -> bool:
+        """Whether its artifacts are as they were written; reports damage."""
+        try:
+            return bool(self.folder)
+        except Damaged as error:
+            tqdm.write(f"warning: {error}")
+            return False
 
 
 class Run(Protocol):
@@ -97,10 +122,13 @@ class Pipeline:
         experiment: what they do.
         store: where their runs are found and kept.
         known: finished stages that this experiment has in common with another one.
+        repair: repeat finished stages whose artifacts are damaged, and those that read them.
     """
 
-    def __init__(self, experiment: Experiment, store: Store, *, known: Mapping[str, Done] | None = None) -> None:
-        self.experiment, self.store = experiment, store
+    def __init__(
+        self, experiment: Experiment, store: Store, *, known: Mapping[str, Done] | None = None, repair: bool = False
+    ) -> None:
+        self.experiment, self.store, self.repair = experiment, store, repair
         self.digests, self.known = stages.all_digests(experiment), dict(known or {})
 
     def execute(self, stage: str, *, fresh: bool = False) -> Done:
@@ -128,10 +156,19 @@ class Pipeline:
             if name not in found:
                 upstream = {other: found[other] for other in stages.reads(name, self.experiment)}
                 done = self.store.find(identity(name, self.digests[name], upstream))
-                if done is None:  # then what reads it must run, too
+                if done is None or (self.repair and not done.sound):  # then what reads it must run, too
                     return None
-                found[name] = done
+                found[name] = replace(done, remedy=self._remedy(name))
         return found[stage]
+
+    def _remedy(self, stage: str) -> str:
+        """How a user heals the damaged artifacts of a stage."""
+        tag, same = self.experiment.tag, "the same command with --repair computes it again"
+        if tag not in config.tags():
+            return same
+        changes = [word for key, value in config.changes(self.experiment).items() for word in (f"--{key}", str(value))]
+        command = shlex.join(["pdiff", stages.STAGES[stage].part_of or stage, "--tag", tag, *changes, "--fresh"])
+        return f"`{command}` or {same}"
 
     def _run(self, stage: str, *, fresh: bool) -> Done:
         """Run a stage in its work folder, then keep what it wrote there."""
@@ -148,12 +185,12 @@ class Pipeline:
             work = work_folder() / f"{digest}-{ids[:8]}"
             if fresh:
                 _clear(digest)
+            folders = {name: done.folder for name, done in upstream.items()}
             tqdm.write(f"{stage}: run {run.run_id}" + (", resuming" if work.exists() else ""))
             work.mkdir(parents=True, exist_ok=True)
-            folders = {name: done.folder for name, done in upstream.items()}
+            compute = partial(self._compute(stage), self.experiment, work, log=run.log, **folders)
             try:
-                for name, value in self._compute(stage)(self.experiment, work, log=run.log, **folders).items():
-                    run.log(Point(name, value))
+                metrics = _undamaged(compute, work)
             except UserError:
                 if not any(path.is_file() for path in (work / STATE).rglob("*")):  # it failed before it did anything
                     _clear(digest)
@@ -161,8 +198,12 @@ class Pipeline:
             except Pruned:  # it will not be resumed
                 _clear(digest)
                 raise
+            for name, value in metrics.items():
+                run.log(Point(name, value))
             # The rest is either the state, or what a killed process left half-written.
-            run.upload(path for path in sorted(work.iterdir()) if not path.name.startswith("."))
+            written = sorted(path for path in work.iterdir() if path.name != MANIFEST and path.name[0] != ".")
+            run.tag({SEAL: seal(work, written)})
+            run.upload([*written, work / MANIFEST])
         _clear(digest)
         return run.done()
 
@@ -175,6 +216,19 @@ class Pipeline:
         from pdiff.parallel.launch import launch
 
         return partial(launch, function, processes=processes, device=resolve_device(self.experiment.device))
+
+
+def _undamaged(compute: Callable[[], Metrics], work: Path) -> Metrics:
+    """Compute a stage; if what it has in its work folder cannot be read, drop that and begin again."""
+    try:
+        return compute()
+    except Damaged as error:
+        if not error.path.is_relative_to(work):
+            raise
+        tqdm.write(f"warning: {error}; dropped, and computed again")
+        shutil.rmtree(work)
+        work.mkdir()
+        return compute()
 
 
 @contextmanager
@@ -199,13 +253,13 @@ def _clear(digest: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def main(experiment: Experiment, store: Store, *, fresh: bool = False) -> Done:
+def main(experiment: Experiment, store: Store, *, fresh: bool = False, repair: bool = False) -> Done:
     """Run all stages under one parent run, to which their metrics are copied, so that parents compare.
 
     Returns:
         The parent run, with all metrics and the artifacts of `evaluate`.
     """
-    pipeline = Pipeline(experiment, store)
+    pipeline = Pipeline(experiment, store, repair=repair)
     with store.open("main", experiment, pipeline.digests["evaluate"]) as run:
         metrics: Metrics = {}
         for stage in stages.of(experiment):

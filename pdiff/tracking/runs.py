@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -58,6 +58,7 @@ class TrackedRun:
         self.run_id, self.record, self.experiment = record.info.run_id, record, experiment
         self.client, self.sent = mlflow.MlflowClient(), time.monotonic()
         self.latest: dict[str, Point] = {}
+        self.times: dict[str, int] = {}  # of each metric, when it was last logged, in milliseconds
         self.points: list[Metric] = []
         self.tags: list[RunTag] = []
 
@@ -65,7 +66,9 @@ class TrackedRun:
         """Record a point, and pass it on to the log that is listening."""
         if point.name not in self.latest or point.step >= self.latest[point.name].step:
             self.latest[point.name] = point
-        self.points.append(Metric(point.name, float(point.value), int(time.time() * 1000), point.step))
+        # A logged model gets copies of metrics, of which MLflow takes no two with the same step and time.
+        self.times[point.name] = max(int(time.time() * 1000), self.times.get(point.name, 0) + 1)
+        self.points.append(Metric(point.name, float(point.value), self.times[point.name], point.step))
         if len(self.points) >= BATCH or time.monotonic() - self.sent > BATCH_SECONDS:
             self.flush()
         _listener.get()(point)
@@ -132,7 +135,7 @@ def tracked(
     tags = _inherited.get() | dict(tags or {}) | {"pdiff.stage": stage} | about | process
     nested = mlflow.active_run() is not None
     name = f"{experiment.tag} {label or stage}" if experiment else stage
-    run, status = None, RunStatus.FINISHED
+    run, status, already_failed = None, RunStatus.FINISHED, nullcontext()
     try:
         with uninterrupted():
             started = mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
@@ -147,10 +150,11 @@ def tracked(
         reason = "pdiff.pruned" if isinstance(error, Pruned) else "pdiff.error"
         if run:
             run.tag({reason: str(error)[:PARAMETER_LIMIT] or type(error).__name__})
+        already_failed = suppress(Exception)  # a store that fails as well is not what the user must read
         raise
     finally:
         if run:
-            with uninterrupted():
+            with uninterrupted(), already_failed:
                 run.end(RunStatus.to_string(status))
 
 

@@ -15,19 +15,20 @@ import requests
 from filelock import FileLock
 from mlflow.entities import Run as Record
 from mlflow.entities import RunStatus
-from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
+from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
-from pdiff.errors import UserError
+from pdiff.errors import Failure, UserError
 from pdiff.experiment.schema import Experiment
 from pdiff.method.log import Point
 from pdiff.parallel.liveness import alive
+from pdiff.tracking import database
 from pdiff.tracking.engine import Done, work_folder
 from pdiff.tracking.runs import CONFIG_FILE, TrackedRun, artifacts, commit, local_artifacts, tracked
 
 EXPERIMENT = "pdiff"
-SERVER_TIMEOUT = 5.0
+MISTAKES = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")  # MLflow's names of errors
+LONGEST = 400  # characters of a message of MLflow, which may hold a whole page or statement
 
 
 @contextmanager
@@ -35,53 +36,38 @@ def connected() -> Iterator[MLflowStore]:
     """Work with the tracking store; what fails in it becomes one line.
 
     Raises:
-        UserError: a store that does not answer, cannot be written to, or fails.
+        UserError: MLflow says that it was asked for something impossible.
+        Failure: a store that does not answer, cannot be written to, or fails.
     """
     try:
         connect()
         yield MLflowStore()
-    except mlflow.MlflowException as error:
-        raise UserError(f"MLflow: {' '.join(str(error).split())}") from None
+    except (mlflow.MlflowException, SQLAlchemyError, requests.RequestException, sqlite3.Error) as error:
+        kind = UserError if getattr(error, "error_code", "") in MISTAKES else Failure
+        reason = " ".join(str(error).strip().partition("\n")[0].split())[:LONGEST]  # then come statements and addresses
+        raise kind(f"{database.place()}: {reason}") from None
 
 
 def connect() -> None:
     """Reach the tracking store, creating a local one, and close runs whose process is dead.
 
     Raises:
-        UserError: a server that does not answer; a place that cannot be written to.
+        Failure: a server that does not answer; a place that cannot be written to.
     """
     for noisy in ("mlflow.system_metrics", "mlflow.store.db", "mlflow.tracking.fluent"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what matters is raised as well
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith("http"):
-        reach(uri)
     try:
         work_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(work_folder() / "store.lock"):
-            if uri.startswith("sqlite:///"):
-                with sqlite3.connect(uri.removeprefix("sqlite:///"), timeout=60) as database:
-                    database.execute("PRAGMA journal_mode=WAL")
+            database.reach()
             if "MLFLOW_RUN_ID" not in os.environ:
                 mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
             close_dead_runs()
-    except (OSError, sqlite3.Error) as error:
-        raise UserError(f"the tracking store {uri} or {work_folder()} cannot be written: {error}") from None
+    except OSError as error:
+        raise Failure(f"{database.place()} or {work_folder()} cannot be written: {error}") from None
     mlflow.enable_system_metrics_logging()
     mlflow.set_system_metrics_sampling_interval(2)
-
-
-def reach(uri: str) -> None:
-    """Check that a tracking server answers, with the certificates and passwords of MLflow's settings.
-
-    Raises:
-        UserError: it does not answer.
-    """
-    try:
-        http_request(get_default_host_creds(uri), "/health", "GET", timeout=SERVER_TIMEOUT, max_retries=0)
-    except mlflow.MlflowException as error:
-        reason = type(error.__context__ or error).__name__
-        raise UserError(f"MLFLOW_TRACKING_URI {uri}: no answer ({reason})") from None
 
 
 def experiment_ids() -> list[str]:

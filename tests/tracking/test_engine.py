@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pdiff.errors import Pruned, UserError
-from pdiff.experiment import digests, schema, stages
+from pdiff.errors import Damaged, Pruned, UserError
+from pdiff.experiment import config, digests, schema, stages
 from pdiff.experiment.history import STATE, History
 from pdiff.experiment.schema import Experiment
 from pdiff.experiment.stages import Stage
 from pdiff.method.log import Point
 from pdiff.tracking import engine
 from pdiff.tracking.engine import Done, Pipeline
+from pdiff.tracking.seals import MANIFEST
 
 
 class ListedRun:
@@ -39,7 +40,7 @@ class ListedRun:
             (self.folder / path.name).write_bytes(path.read_bytes())
 
     def done(self) -> Done:
-        return Done(self.run_id, {point.name: point.value for point in self.points}, lambda: self.folder)
+        return Done(self.run_id, {point.name: point.value for point in self.points}, lambda: self.folder, self.tags)
 
 
 class ListStore:
@@ -251,6 +252,88 @@ def test_work_on_an_older_upstream_is_not_resumed(store, tmp_path):
     done = Pipeline(experiment(), store).execute("generator")
     assert (done.folder / "text").read_text().startswith("generator. ")
     assert not left(tmp_path)
+
+
+def invert(path: Path) -> None:
+    path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+
+
+DAMAGE = {
+    "inverted": ("text", invert),
+    "cut": ("text", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    "longer": ("text", lambda path: path.write_bytes(path.read_bytes() + b" ")),
+    "deleted": ("text", Path.unlink),
+    "manifest changed": (MANIFEST, lambda path: path.write_text("{}")),
+    "manifest deleted": (MANIFEST, Path.unlink),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize(("stage", "repeated"), [("network", 4), ("collection", 3), ("generator", 2), ("evaluate", 1)])
+def test_damage_is_noticed_and_repaired(store, capsys, stage, repeated, how):
+    engine.main(experiment(), store)
+    name, spoil = DAMAGE[how]
+    damaged = next(run for run in store.runs if run.stage == stage).folder / name
+    spoil(damaged)
+    store.ran()
+    engine.main(experiment(), store, repair=True)
+    order = ["network", "collection", "generator", "evaluate"]
+    assert store.ran() == ["main", *order[4 - repeated :]]
+    assert f"warning: {damaged}: " in capsys.readouterr().out
+    assert (store.find({"pdiff.stage": "evaluate"}).folder / "text").read_text() == WHOLE
+    engine.main(experiment(), store, repair=True)
+    assert store.ran() == ["main"]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("stage", ["collection", "generator", "evaluate"])
+def test_what_is_damaged_is_not_read(store, tmp_path, stage, how):
+    engine.main(experiment(), store)
+    name, spoil = DAMAGE[how]
+    damaged = next(run for run in store.runs if run.stage == stage).folder / name
+    spoil(damaged)
+    store.ran()
+    with pytest.raises(Damaged) as caught:
+        engine.main(experiment(**({} if stage == "evaluate" else {"evaluate": {"noise": []}})), store)
+    assert caught.value.path == damaged and "the same command with --repair" in str(caught.value)
+    assert store.ran() == (["main failed"] if stage == "evaluate" else ["main failed", "evaluate failed"])
+    assert not left(tmp_path)
+
+
+def test_the_command_that_heals(store):
+    """It names the tag, what was changed, and the stage that a user can repeat."""
+    changed = config.load("digits_mlp", {"diffusion.steps": "5", "prepare.collect.checkpoints": "7"})
+    for stage, command in (("generator", "generator"), ("network", "collection")):
+        Pipeline(changed, store).execute("evaluate")
+        done = Pipeline(changed, store)._find(stage)
+        words = "--tag digits_mlp --prepare.collect.checkpoints 7 --diffusion.steps 5 --fresh"
+        assert done.remedy.startswith(f"`pdiff {command} {words}` or the same command with --repair")
+
+
+def test_a_state_that_cannot_be_read_is_dropped(store, tmp_path, capsys):
+    AFTER["collection"] = fail(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(experiment(), store).execute("collection")
+    (work,) = left(tmp_path)
+
+    def read():
+        if (work / STATE / "begun").exists():
+            raise Damaged(work / STATE / "begun", "is truncated")
+
+    AFTER.clear()
+    BEFORE["collection"] = read
+    done = Pipeline(experiment(), store).execute("collection")
+    assert (done.folder / "text").read_text() == "collection. (network.)", "from its beginning"
+    assert f"warning: {work / STATE / 'begun'}: is truncated; dropped" in capsys.readouterr().out
+
+
+def test_other_files_that_cannot_be_read_are_errors(store, tmp_path):
+    def read():
+        raise Damaged(tmp_path / "elsewhere", "is truncated")
+
+    BEFORE["collection"] = read
+    with pytest.raises(Damaged, match=r"elsewhere: is truncated$"):
+        Pipeline(experiment(), store).execute("collection")
 
 
 def test_two_that_want_the_same_do_it_once(store, capsys):

@@ -12,11 +12,11 @@ import mlflow
 import pytest
 from tracked import artifacts, runs
 
-from pdiff.errors import UserError
+from pdiff.errors import Failure
 from pdiff.experiment import schema
 from pdiff.method.log import Point
 from pdiff.parallel.interrupts import uninterrupted
-from pdiff.tracking import store
+from pdiff.tracking import database, store
 
 
 class Healthy(http.server.BaseHTTPRequestHandler):
@@ -51,19 +51,14 @@ def address(tmp_path):
 def test_a_server_with_a_private_certificate_is_reached_as_mlflows_settings_say(address, tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_INSECURE_TLS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=rf"^MLFLOW_TRACKING_URI {address}: no answer \(SSLError\)$"):
-        store.reach(address)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(Failure, match=rf"^MLFLOW_TRACKING_URI {address}: no answer \(SSLError\)$"):
+        database.reach()
     monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "certificate.pem"))
-    store.reach(address)
+    database.reach()
     monkeypatch.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH")
     monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
-    store.reach(address)
-
-
-def test_a_server_that_is_absent(closed_port):
-    address = f"http://127.0.0.1:{closed_port}"
-    with pytest.raises(UserError, match=rf"^MLFLOW_TRACKING_URI {address}: no answer \(ConnectionError\)$"):
-        store.reach(address)
+    database.reach()
 
 
 TAGS = {"pdiff.stage": "train", "pdiff.digest": "1", "pdiff.prepare_run": "a"}

@@ -40,6 +40,13 @@ class Prepare(Section):
     pretrain: Pretrain = Pretrain()
     collect: Collect = Collect()
 
+    @field_validator("parameters")
+    @classmethod
+    def _check_parameters(cls, parameters: tuple[str, ...]) -> tuple[str, ...]:
+        if not parameters:
+            raise ValueError("nothing would be generated, expected names or patterns of parameters, or all")
+        return parameters
+
 
 class GeneratorSection(Section):
     """Which generator is fitted, on the first `checkpoints` of the collection, 0 for all."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, metrics
+from pdiff.experiment import config, documents, metrics
 from pdiff.experiment.keys import known_keys
 from pdiff.method.options import Positive, Section, Several
 
@@ -277,11 +277,11 @@ def load(name: str) -> Sweep:
     Raises:
         UserError: all problems in one message.
     """
-    tree = config.parse(find(name))
+    tree = documents.read(find(name))
     try:
         return Sweep.model_validate(tree)
     except ValidationError as error:
-        raise UserError("; ".join(_problem(item, find(name)) for item in error.errors())) from None
+        raise UserError("; ".join(config.listed(error, lambda item: _problem(item, find(name))))) from None
 
 
 def find(name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pdiff.cli.app import EXPERIMENTS, TagArgument, Words, command, overrides
+from pdiff.cli.app import EXPERIMENTS, ConfigurableCommand, TagArgument, Words, command, overrides
 from pdiff.cli.tables import print_frame, print_table
 
 
@@ -23,7 +23,7 @@ def tags(words: Words = None) -> None:
         print(problem)
 
 
-@command(EXPERIMENTS, "show digits_mlp --generate.count 50", keys=True)
+@command(EXPERIMENTS, "show digits_mlp --generate.count 50", kind=ConfigurableCommand)
 def show(ctx: typer.Context, tag: TagArgument) -> None:
     """Print the complete configuration of a tag."""
     from pdiff.experiment import config
@@ -31,7 +31,7 @@ def show(ctx: typer.Context, tag: TagArgument) -> None:
     print(config.to_yaml(config.load(tag, overrides(ctx.args))), end="")
 
 
-@command(EXPERIMENTS, "memory digits_mlp --diffusion.batch_size 64", keys=True)
+@command(EXPERIMENTS, "memory digits_mlp --diffusion.batch_size 64", kind=ConfigurableCommand)
 def memory(
     ctx: typer.Context,
     tag: TagArgument,
@@ -62,7 +62,7 @@ def complete_datasets() -> list[str]:
     return list(DATASETS)
 
 
-@command(EXPERIMENTS, "new my_tag --checkpoints FOLDER --generate.count 100", keys=True)
+@command(EXPERIMENTS, "new my_tag --checkpoints FOLDER --generate.count 100", kind=ConfigurableCommand)
 def new(
     ctx: typer.Context,
     tag: Annotated[str, typer.Argument(metavar="TAG", help="Name of the new experiment.")],

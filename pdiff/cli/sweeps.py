@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pdiff.cli.app import RUNS, SWEEPS, Tag, command, complete_sweeps, overrides
+from pdiff.cli.app import RUNS, SWEEPS, ResumableCommand, Tag, command, complete_sweeps, overrides
 from pdiff.cli.tables import print_frame
 from pdiff.errors import UserError
 
@@ -20,7 +20,7 @@ Storage = Annotated[
 ]
 
 
-@command(RUNS, "sweep --tag digits_mlp --sweep accuracy_cost --trials 3", keys=True)
+@command(RUNS, "sweep --tag digits_mlp --sweep accuracy_cost --trials 3", kind=ResumableCommand)
 def sweep(
     ctx: typer.Context,
     tag: Tag,

@@ -79,7 +79,7 @@ def _checked(tag: str, overrides: Mapping[str, str], origin: str) -> tuple[Exper
     given, tree["tag"] = tree.get("tag", name), name
     experiment, found = None, _unknown_names(tree, origins)
     if given != name:
-        found.append(f"{origin}: tag: is {name}, the name of the file, and cannot be {given!r}")
+        found.append(f"{origin}: tag: the tag is the name of the file, {name}, and cannot be {given!r}")
     try:
         experiment = schema.experiment(tree)
     except ValidationError as error:
@@ -150,19 +150,23 @@ def _read(tag: str, known: Mapping[str, Path]) -> tuple[Tree, dict[str, str]]:
         if next(files) > MOST_FILES:
             raise UserError(f"{path}: extends: more than {MOST_FILES} files belong to {chain[0]}")
         if (named := top.pop("tag", path.stem)) != path.stem:
-            raise UserError(f"{path}: tag: the tag is the name of the file, expected no tag here, but got {named!r}")
+            raise UserError(
+                f"{path}: tag: the tag is the name of the file, expected no other, but got {one_line(repr(named), 100)}"
+            )
         extends = top.pop("extends", [])
         parents = extends if isinstance(extends, list) else [extends]
         if not all(isinstance(parent, str) for parent in parents):
-            raise UserError(f"{path}: extends: expected a tag or a list of tags, but got {extends!r}")
+            raise UserError(
+                f"{path}: extends: expected a tag or a list of tags, but got {one_line(repr(extends), 100)}"
+            )
         tree: Tree = {}
         origins: dict[str, str] = {}
         for parent in parents:
             beside = path.parent / _expanded(parent) if _is_path(parent) else known.get(parent)
             if beside is None:
                 raise UserError(f"{path}: extends: {_unknown(parent, list(known))}")
-            if not beside.is_file():
-                raise UserError(f"{path}: extends: {beside} is not a file")
+            if not os.path.isfile(beside):  # of names that no file can have, too
+                raise UserError(f"{path}: extends: {one_line(str(beside))} is not a file")
             inherited, inherited_origins = layers(parent, beside, {**below, place: tag})
             tree, origins = _overlaid(tree, inherited), origins | inherited_origins
         return _overlaid(tree, top), origins | {key: str(path) for key, _ in _leaves(top)}
@@ -177,7 +181,7 @@ def _expanded(path: str) -> Path:
 
 def _unknown(tag: str, known: Sequence[str]) -> str:
     """That a tag is unknown, and the known ones most like it."""
-    return f"unknown tag {tag!r}; {nearest(tag, known)} (`pdiff tags` lists all)"
+    return f"unknown tag {one_line(repr(tag), 100)}; {nearest(tag, known)} (`pdiff tags` lists all)"
 
 
 def _overlaid(base: Tree, top: Tree) -> Tree:

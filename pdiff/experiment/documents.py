@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pdiff.errors import UserError
+from pdiff.errors import UserError, one_line
 
 LARGEST = 1 << 20  # bytes of a file
 DEEPEST = 20  # sections and lists inside one another
@@ -31,7 +31,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C is
             if isinstance(key, yaml.ScalarNode):
                 place = f"{key.start_mark.line + 1}:{key.start_mark.column + 1}"
                 if (first := places.setdefault(key.value, place)) != place:
-                    problem = f"{key.value!r} stands twice, at {first} and {place}"
+                    problem = f"{one_line(key.value)!r} stands twice, at {first} and {place}"
                     raise yaml.constructor.ConstructorError(problem=problem)
         return super().construct_mapping(node, deep)
 
@@ -108,8 +108,10 @@ def _content(text: str) -> Any:
         place = f"(line {event.start_mark.line + 1})"
         if isinstance(event, yaml.AliasEvent):
             raise Refused(f"aliases such as *{event.anchor} are not taken {place}, expected the value itself")
-        if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag and not event.implicit:
-            raise Refused(f"YAML tags such as {event.tag} are not taken {place}")
+        if tag := getattr(event, "tag", None):
+            raise Refused(f"YAML tags such as {tag} are not taken {place}")
+        if "\0" in getattr(event, "value", ""):
+            raise Refused(f"a NUL character in a text is not taken {place}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise Refused(f"sections and lists stand more than {DEEPEST} deep in one another {place}")

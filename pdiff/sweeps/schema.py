@@ -174,7 +174,7 @@ class Sweep(Section):
     """A sweep: what to search for, where, how, and for how long (`timeout` in seconds, 0 for no limit)."""
 
     objectives: Annotated[dict[str, Objective], Field(min_length=1)]
-    parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
+    parameters: Annotated[dict[str, Parameter], Field(min_length=1, max_length=100)]
     set: dict[str, Any] = {}
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()

@@ -193,11 +193,11 @@ def test_twenty_thousand_unknown_keys(text, key, workspace, capfd):
 
 
 def test_a_sweep_of_too_many_parameters(workspace, capfd):
-    parameters = "".join(f"  k{k}: {{kind: float, low: 0, high: 1}}\n" for k in range(20_000))
+    parameters = "".join(f"  k{k}: {{kind: float, low: 0, high: 1}}\n" for k in range(2000))
     file(f"objectives: {{a: maximize}}\nparameters:\n{parameters}")(workspace)
     start = time.process_time()
     assert main(["sweep", "--tag", "tiny.yaml", "--sweep", "own.yaml"]) == 2
-    assert time.process_time() - start < 2 * SECONDS
+    assert time.process_time() - start < SECONDS
     assert "own.yaml: parameters: dictionary should have at most 100 items" in capfd.readouterr().err
 
 
@@ -233,13 +233,12 @@ def test_a_text_is_the_same_after_it_was_written(text, tmp_path):
 def test_no_key_takes_true_for_a_number(workspace):
     """Whatever its section, and if its value is one of several."""
     conv = {"autoencoder": "{kind: conv, latent_size: 4}"}
-    gaussian = {"generator.kind": "gaussian", "diffusion": "{}"}
-    kinds = ({}, conv, {"diffusion.prediction": "epsilon"}, {"evaluate.function": "a.py:b"}, gaussian)
+    others = ({"diffusion.prediction": "epsilon"}, {"evaluate.function": "a.py:b"}, {"generator.kind": "gaussian"})
     checked = set()
-    for kind in kinds:
+    for kind in ({}, conv, *others):
         for key, value in config.flat(config.load("tiny.yaml", kind)).items():
             (first, *_) = value if isinstance(value, list) and value else [value]
-            if isinstance(first, int | float) and not isinstance(first, bool):
+            if key not in checked and isinstance(first, int | float) and not isinstance(first, bool):
                 for text in ("true", "[true]")[: 1 + isinstance(value, list)]:
                     assert any(key in line for line in config.problems("tiny.yaml", {**kind, key: text}, origin="")), (
                         key

@@ -1,13 +1,6 @@
 """The exceptions that a command ends with as one line."""
 
 
-def one_line(text: str, longest: int = 600) -> str:
-    """A text for a message: the middle is left out where it is too long, and what cannot be printed is escaped."""
-    half = longest // 2
-    shown = text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
 class UserError(ValueError):
     """A mistake of the user: one line that says what, where, which value, and what was expected."""
 
@@ -21,3 +14,10 @@ class Pruned(BaseException):
 
 class ProcessError(Exception):
     """One of several data-parallel processes failed; the message holds its error."""
+
+
+def one_line(text: str, longest: int = 600) -> str:
+    """A text for a message: the middle is left out where it is too long, and what cannot be printed is escaped."""
+    half = longest // 2
+    shown = text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

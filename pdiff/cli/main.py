@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
         path = f"pdiff {words[0]}" if words[0] in COMMANDS.commands else "pdiff"
         return _fail(f"{message[:1].lower()}{message[1:]} (see `{path} --help`)", 2)
     except (UserError, OSError) as error:  # OSError: no permission, no space
-        return _fail(one_line(str(error), 4000), 2)
+        return _fail(error, 2)
     except ProcessError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -79,7 +79,8 @@ def _open_stdout() -> None:
 
 def _fail(message: object, code: int) -> int:
     """Print one line, and return the exit code."""
-    print(f"pdiff: {message}", file=sys.stderr)
+    text = one_line(str(message), 4000) if isinstance(message, UserError) else message
+    print(f"pdiff: {text}", file=sys.stderr)
     return code
 
 

@@ -138,7 +138,7 @@ def _is_path(tag: str) -> bool:
 
 def _read(tag: str, known: Mapping[str, Path]) -> tuple[Tree, dict[str, str]]:
     """The merged tree of a tag and everything it extends, and the file of each of its keys."""
-    path = _expanded(tag) if _is_path(tag) else known.get(tag)
+    path = expanded(tag) if _is_path(tag) else known.get(tag)
     if path is None:
         raise UserError(_unknown(tag, list(runnable())))
     files = count(1)
@@ -162,7 +162,7 @@ def _read(tag: str, known: Mapping[str, Path]) -> tuple[Tree, dict[str, str]]:
         tree: Tree = {}
         origins: dict[str, str] = {}
         for parent in parents:
-            beside = path.parent / _expanded(parent) if _is_path(parent) else known.get(parent)
+            beside = path.parent / expanded(parent) if _is_path(parent) else known.get(parent)
             if beside is None:
                 raise UserError(f"{path}: extends: {_unknown(parent, list(known))}")
             if not os.path.isfile(beside):  # of names that no file can have, too
@@ -174,7 +174,7 @@ def _read(tag: str, known: Mapping[str, Path]) -> tuple[Tree, dict[str, str]]:
     return layers(tag, path, {})
 
 
-def _expanded(path: str) -> Path:
+def expanded(path: str) -> Path:
     """A path with its `~`, where that is somebody's home."""
     return Path(os.path.expanduser(path))
 

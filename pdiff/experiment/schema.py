@@ -18,7 +18,7 @@ from pdiff.method.baselines import BASELINES
 from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import GENERATORS, DiffusionOptions, GeneratorOptions
 from pdiff.method.objectives import OBJECTIVES
-from pdiff.method.options import NonNegative, Positive, Section, Seed, Several, without_effect
+from pdiff.method.options import NonNegative, Place, Positive, Section, Seed, Several, without_effect
 from pdiff.method.samplers import samplers_of
 from pdiff.networks import evaluators
 from pdiff.networks.evaluators import EVALUATORS, EvaluatorOptions
@@ -35,7 +35,7 @@ class Prepare(Section):
     there that are left out."""
 
     parameters: Annotated[tuple[str, ...], Several] = ("all",)
-    source: str = ""
+    source: Place = ""
     exclude: Annotated[tuple[str, ...], Several] = ()
     pretrain: Pretrain = Pretrain()
     collect: Collect = Collect()

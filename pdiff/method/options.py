@@ -6,10 +6,19 @@ Imports no torch.
 
 from __future__ import annotations
 
+import os
 import pkgutil
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -23,7 +32,14 @@ def several(value: Any) -> list | tuple:
     return value if isinstance(value, list | tuple) else (value,)
 
 
+def _at_home(path: str) -> str:
+    if os.path.expanduser(path).startswith("~"):
+        raise ValueError(f"{path!r}: there is no such home folder")
+    return path
+
+
 Several = BeforeValidator(several)
+Place = Annotated[str, AfterValidator(_at_home)]  # a file or folder, or nothing; `~` is the user's home
 
 
 def without_effect(default: Any, **options: Any) -> Any:

@@ -291,7 +291,7 @@ def find(name: str) -> Path:
         UserError: there is none.
     """
     known = sweeps()
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else known.get(name)
+    path = config.expanded(name) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None:
         raise UserError(f"unknown sweep {name!r}; {config.nearest(name, list(known))}")
     return path

@@ -153,6 +153,16 @@ TRIES = [
     Try(f"{SHOW} --diffusion.learning_rate nan", 2, ("diffusion.learning_rate: input should be a finite number",)),
     Try(f"{SHOW} --dataset.channels true", 2, ("dataset.channels: ", "True")),
     Try(f"{SHOW} --prepare.parameters '[]'", 2, ("prepare.parameters: nothing would be generated", "or all")),
+    Try(f"{SHOW} --prepare.source ~nobody-of-this-name/a", 2, ("prepare.source: ", "there is no such home folder")),
+    Try(
+        f"{SHOW} --network.architecture ~nobody-of-this-name/a.py:b", 2, ("network.architecture: ~nobody", "not a file")
+    ),
+    Try("new own --checkpoints ~nobody-of-this-name/a", 2, ("--checkpoints", "no home folder ~nobody-of-this-name")),
+    Try("new own --checkpoints . --out ~nobody-of-this-name", 2, ("--out", "no home folder ~nobody-of-this-name")),
+    Try("new own --checkpoints . --function ~nobody-of-this-name/a.py:b", 2, ("--function", "no home folder")),
+    Try(
+        "sweep --tag tiny.yaml --sweep ~nobody-of-this-name/a.yaml", 2, ("~nobody-of-this-name/a.yaml: cannot be read",)
+    ),
     Try(f"{SHOW} --generate..count 1", 2, ("command line: generate.", "unknown key")),
     Try(f"{SHOW} --=1", 2, ("command line: ", "unknown key")),
     Try(f"{SHOW} -- --seed 1", 2, ("unexpected argument '1'",)),

@@ -39,13 +39,13 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         """Parse the words of the command; those of keys are left in `ctx.args`."""
-        for word in args:
-            if any("\ud800" <= letter <= "\udfff" for letter in word):
+        for word in args:  # in completion nothing is a mistake
+            if not ctx.resilient_parsing and any("\ud800" <= letter <= "\udfff" for letter in word):
                 raise UserError(f"argument {word!r}: not UTF-8")
         words, keys = self._sorted(ctx, args)
         super().parse_args(ctx, words)
         ctx.args += keys
-        if not self.takes_keys and not ctx.resilient_parsing:  # as completion parses
+        if not self.takes_keys and not ctx.resilient_parsing:
             for key in overrides(ctx.args):
                 raise UserError(f"unknown option --{key}; `{ctx.command_path} --help` lists all")
         return ctx.args

@@ -62,10 +62,7 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         found = handler(value)
         pairs = zip(several(value), several(found), strict=False)
-        if any(
-            isinstance(given, bool) and isinstance(number, int | float) and number is not given
-            for given, number in pairs
-        ):
+        if any(isinstance(given, bool) and not isinstance(taken, bool) for given, taken in pairs):
             raise ValueError(f"input should be a number, but got {value!r}")  # for Python, and pydantic, true is 1
         return found
 

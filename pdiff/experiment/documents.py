@@ -17,6 +17,8 @@ LARGEST = 1 << 20  # bytes of a file
 DEEPEST = 20  # sections and lists inside one another
 EXPONENT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what neither a file's name nor a database can hold
+
 
 class Refused(yaml.YAMLError):
     """What is YAML, but nothing that a configuration needs."""
@@ -104,14 +106,14 @@ def _content(text: str) -> Any:
         yaml.YAMLError: it is not YAML, or `Refused`.
     """
     depth = 0
-    for event in list(yaml.parse(text, Loader=_Loader)):  # what is not YAML at all is an error before the others
+    for event in yaml.parse(text, Loader=_Loader):
         place = f"(line {event.start_mark.line + 1})"
         if isinstance(event, yaml.AliasEvent):
             raise Refused(f"aliases such as *{event.anchor} are not taken {place}, expected the value itself")
         if tag := getattr(event, "tag", None):
             raise Refused(f"YAML tags such as {tag} are not taken {place}")
-        if "\0" in getattr(event, "value", ""):
-            raise Refused(f"a NUL character in a text is not taken {place}")
+        if NO_TEXT.search(getattr(event, "value", "")):
+            raise Refused(f"a NUL character or half a Unicode character is not taken {place}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise Refused(f"sections and lists stand more than {DEEPEST} deep in one another {place}")

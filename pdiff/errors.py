@@ -46,3 +46,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
     )
+
+
+def one_line(text: str, longest: int = 600) -> str:
+    """A text for a message: the middle is left out where it is too long, and what cannot be printed is escaped."""
+    half = longest // 2
+    shown = text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -34,13 +35,17 @@ class Command(TyperCommand):
 
     allow_extra_args = True
     takes_keys = False
+    resumes = False
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         """Parse the words of the command; those of keys are left in `ctx.args`."""
+        for word in args:  # in completion nothing is a mistake
+            if not ctx.resilient_parsing and any("\ud800" <= letter <= "\udfff" for letter in word):
+                raise UserError(f"argument {word!r}: not UTF-8")
         words, keys = self._sorted(ctx, args)
         super().parse_args(ctx, words)
         ctx.args += keys
-        if not self.takes_keys and not ctx.resilient_parsing:  # as completion parses
+        if not self.takes_keys and not ctx.resilient_parsing:
             for key in overrides(ctx.args):
                 raise UserError(f"unknown option --{key}; `{ctx.command_path} --help` lists all")
         return ctx.args
@@ -50,7 +55,7 @@ class Command(TyperCommand):
         options: dict[str, Any] = {name: option for option in self.get_params(ctx) for name in option.opts}
         words: list[str] = []
         keys: list[str] = []
-        rest = list(args)
+        rest, given = list(args), {}
         while rest:
             word = rest.pop(0)
             name, equals, value = word.partition("=")
@@ -67,6 +72,8 @@ class Command(TyperCommand):
             else:
                 values = [] if equals else rest[:1]
                 del rest[: len(values)]
+                if option and not ctx.resilient_parsing:
+                    _put_once(given, name[2:], value if equals else "".join(values))
                 (words if option else keys).extend([word, *values])
         return words, keys
 
@@ -77,18 +84,25 @@ class ConfigurableCommand(Command):
     takes_keys = True
 
 
-def command(panel: str, example: str, *, name: str | None = None, help: str | None = None, keys: bool = False) -> Any:
+class ResumableCommand(ConfigurableCommand):
+    """A command on an experiment that goes on where it was when it is given again after an interruption."""
+
+    resumes = True
+
+
+def command(
+    panel: str, example: str, *, kind: type[Command] = Command, name: str | None = None, help: str | None = None
+) -> Any:
     """Register a function as a command.
 
     Args:
         panel: group of commands in `pdiff --help`.
         example: words after `pdiff` that work; the last line of the command's help.
+        kind: a function whose kind takes keys of the configuration finds them in `overrides(ctx.args)`.
         name: that of the function when absent.
         help: its docstring when absent.
-        keys: whether keys of the configuration may follow; the function finds them in `overrides(ctx.args)`.
     """
-    epilog = f"{KEYS}\n\nExample: pdiff {example}" if keys else f"Example: pdiff {example}"
-    kind = ConfigurableCommand if keys else Command
+    epilog = f"{KEYS}\n\nExample: pdiff {example}" if kind.takes_keys else f"Example: pdiff {example}"
     return app.command(name, cls=kind, help=help, rich_help_panel=panel, epilog=epilog)
 
 
@@ -96,9 +110,11 @@ def overrides(words: Sequence[str]) -> dict[str, str]:
     """`--section.key value` and `--section.key=value`, as key -> value.
 
     Raises:
-        UserError: anything else.
+        UserError: anything else; a key that stands twice, or whose section stands after it and would replace it.
     """
-    found, rest = {}, iter(words)
+    found: dict[str, str] = {}
+    sections: dict[str, str] = {}
+    rest = iter(words)
     for word in rest:
         if not word.startswith("--"):
             raise UserError(f"unexpected argument {word!r}, expected --section.key value")
@@ -106,8 +122,22 @@ def overrides(words: Sequence[str]) -> dict[str, str]:
         value = value if equals else next(rest, None)
         if value is None:
             raise UserError(f"--{key}: a value is missing")
-        found[key] = value
+        _put_once(found, key, value)
+        if key in sections:
+            raise UserError(f"--{key} would replace --{sections[key]}, expected it before that")
+        sections |= {key[: dot.start()]: key for dot in re.finditer(r"\.", key)}
     return found
+
+
+def _put_once(found: dict[str, str], name: str, value: str) -> None:
+    """Record what is given as --name.
+
+    Raises:
+        UserError: it has been given before.
+    """
+    if name in found:
+        raise UserError(f"--{name}: given twice, as {found[name]!r} and {value!r}")
+    found[name] = value
 
 
 def complete_tags() -> Iterator[tuple[str, str]]:

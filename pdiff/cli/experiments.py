@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pdiff.cli.app import EXPERIMENTS, TagArgument, Words, command, overrides
+from pdiff.cli.app import EXPERIMENTS, ConfigurableCommand, TagArgument, Words, command, overrides
 from pdiff.cli.tables import print_frame, print_table
 
 
@@ -23,7 +24,7 @@ def tags(words: Words = None) -> None:
         print(problem)
 
 
-@command(EXPERIMENTS, "show digits_mlp --generate.count 50", keys=True)
+@command(EXPERIMENTS, "show digits_mlp --generate.count 50", kind=ConfigurableCommand)
 def show(ctx: typer.Context, tag: TagArgument) -> None:
     """Print the complete configuration of a tag."""
     from pdiff.experiment import config
@@ -31,7 +32,7 @@ def show(ctx: typer.Context, tag: TagArgument) -> None:
     print(config.to_yaml(config.load(tag, overrides(ctx.args))), end="")
 
 
-@command(EXPERIMENTS, "memory digits_mlp --diffusion.batch_size 64", keys=True)
+@command(EXPERIMENTS, "memory digits_mlp --diffusion.batch_size 64", kind=ConfigurableCommand)
 def memory(
     ctx: typer.Context,
     tag: TagArgument,
@@ -62,7 +63,14 @@ def complete_datasets() -> list[str]:
     return list(DATASETS)
 
 
-@command(EXPERIMENTS, "new my_tag --checkpoints FOLDER --generate.count 100", keys=True)
+def _at_home(path: Path | str | None) -> Any:
+    """A path, unless it starts in a home folder that does not exist."""
+    if os.path.expanduser(path or "").startswith("~"):
+        raise typer.BadParameter(f"there is no home folder {str(path).partition('/')[0]}")
+    return path
+
+
+@command(EXPERIMENTS, "new my_tag --checkpoints FOLDER --generate.count 100", kind=ConfigurableCommand)
 def new(
     ctx: typer.Context,
     tag: Annotated[str, typer.Argument(metavar="TAG", help="Name of the new experiment.")],
@@ -70,13 +78,19 @@ def new(
         Path,
         typer.Option(
             metavar="DIR",
+            callback=_at_home,
             help="Folder of .pth, .pt or .safetensors files, one state dict each; "
             "or a folder with them in checkpoint/ and a test.py.",
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where TAG.yaml is written. Default: experiments/own.", show_default=False),
+        typer.Option(
+            callback=_at_home,
+            metavar="FOLDER",
+            help="Where TAG.yaml is written. Default: experiments/own.",
+            show_default=False,
+        ),
     ] = None,
     dataset: Annotated[
         str,
@@ -107,7 +121,10 @@ def new(
     function: Annotated[
         str,
         typer.Option(
-            metavar="FILE.PY:NAME", help="Takes a state dict, returns predictions and labels.", show_default=False
+            callback=_at_home,
+            metavar="FILE.PY:NAME",
+            help="Takes a state dict, returns predictions and labels.",
+            show_default=False,
         ),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Write over an experiment of this name.")] = False,

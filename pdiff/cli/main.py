@@ -12,7 +12,7 @@ from types import FrameType
 import typer
 
 from pdiff.cli.app import app
-from pdiff.errors import Failure, UserError, out_of_memory
+from pdiff.errors import Failure, UserError, one_line, out_of_memory
 
 for group in ("stages", "sweeps", "experiments", "results"):  # in the order of `pdiff --help`
     import_module(f"pdiff.cli.{group}")
@@ -30,15 +30,14 @@ def main(words: Sequence[str] | None = None) -> int:
         interrupted; 141 when the pipe that the output goes to is closed.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    _open_stdout()
     if "_PDIFF_COMPLETE" in os.environ:  # set by the shell: typer answers, and ends the process
         COMMANDS.main(prog_name="pdiff")
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
     try:
-        with COMMANDS.make_context("pdiff", words) as context:
-            COMMANDS.invoke(context)
+        code = _invoke(words)
         sys.stdout.flush()
-    except typer.Exit as ended:  # --help and --version
-        return ended.exit_code
+        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -55,13 +54,37 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from here", 130)
+        resumes = getattr(COMMANDS.commands.get(words[0]), "resumes", False)
+        return _fail("interrupted; the same command goes on from here" if resumes else "interrupted", 130)
+
+
+def _invoke(words: Sequence[str]) -> int:
+    """Run one command, and return its exit code."""
+    try:
+        with COMMANDS.make_context("pdiff", words) as context:
+            COMMANDS.invoke(context)
+    except typer.Exit as ended:  # --help and --version
+        return ended.exit_code
+    except SystemExit as ended:  # rich ends the process where its output goes to a closed pipe
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None
+        raise
     return 0
+
+
+def _open_stdout() -> None:
+    """Let a standard output that the caller closed be a pipe that nobody reads, for Python and for child processes."""
+    if sys.stdout is None:
+        read, write = os.pipe()
+        os.close(read)
+        os.dup2(write, 1)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
 
 
 def _fail(message: object, code: int) -> int:
     """Print one line, and return the exit code."""
-    print(f"pdiff: {message}", file=sys.stderr)
+    text = one_line(str(message), 4000) if isinstance(message, UserError) else message
+    print(f"pdiff: {text}", file=sys.stderr)
     return code
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pdiff.cli.app import RUNS, Tag, command, overrides
+from pdiff.cli.app import RUNS, ResumableCommand, Tag, command, overrides
 from pdiff.cli.tables import print_frame
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _stage(name: str, description: str, example: str) -> None:
             _print_evaluation(experiment, done.folder)
         print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
 
-    command(RUNS, f"{name} --tag digits_mlp {example}", name=name, help=description, keys=True)(run)
+    command(RUNS, f"{name} --tag digits_mlp {example}", name=name, help=description, kind=ResumableCommand)(run)
 
 
 for stage, (description, example) in STAGES.items():

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pdiff.cli.app import RUNS, SWEEPS, Tag, command, complete_sweeps, overrides
+from pdiff.cli.app import RUNS, SWEEPS, ResumableCommand, Tag, command, complete_sweeps, overrides
 from pdiff.cli.tables import print_frame
 from pdiff.errors import UserError
 
@@ -20,7 +20,7 @@ Storage = Annotated[
 ]
 
 
-@command(RUNS, "sweep --tag digits_mlp --sweep accuracy_cost --trials 3", keys=True)
+@command(RUNS, "sweep --tag digits_mlp --sweep accuracy_cost --trials 3", kind=ResumableCommand)
 def sweep(
     ctx: typer.Context,
     tag: Tag,
@@ -47,8 +47,7 @@ def sweep(
     ] = "{}",
 ) -> None:
     """Search for the best settings with Optuna."""
-    import yaml
-
+    from pdiff.experiment import documents
     from pdiff.sweeps.command import Command, check
     from pdiff.sweeps.storage import default_storage, without_password
 
@@ -56,10 +55,7 @@ def sweep(
         raise UserError(f"--workers {workers}: expected a positive number")
     if trials < 0:
         raise UserError(f"--trials {trials}: expected a positive number, or 0 for that of the sweep")
-    try:
-        options = yaml.safe_load(launcher_options)
-    except yaml.YAMLError:
-        options = None
+    options = documents.value(launcher_options)
     if not isinstance(options, dict):
         raise UserError(f"--launcher-options: expected a mapping in YAML, but got {launcher_options!r}")
     asked = Command(

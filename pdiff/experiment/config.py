@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from pdiff.errors import UserError
-from pdiff.experiment import keys, schema
+from pdiff.errors import UserError, one_line
+from pdiff.experiment import documents, keys, schema
 from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
 from pdiff.networks.architectures import is_known, known_architectures
@@ -24,6 +22,9 @@ FOLDERS = (Path("experiments"), (Path(__file__).parents[1] / "experiments").reso
 """Where experiments are: in the current folder, then those of pdiff, which an installed pdiff has with it."""
 
 COMMAND_LINE = "command line"
+MOST_FILES = 100  # that one experiment may extend, each counted as often as it is extended
+FEW = 24  # names that a hint lists
+MOST_PROBLEMS = 12  # that one message lists
 Tree = dict[str, Any]
 
 
@@ -33,7 +34,8 @@ def tags() -> dict[str, Path]:
     for folder in reversed(FOLDERS):
         for place, _, names in sorted(os.walk(folder)):
             if os.path.basename(place) != "sweeps":
-                found |= {name[:-5]: Path(place, name) for name in names if name.endswith(".yaml")}
+                printable = [name for name in names if name.endswith(".yaml") and name.isprintable()]
+                found |= {name[:-5]: Path(place, name) for name in printable}
     return found
 
 
@@ -73,20 +75,26 @@ def _checked(tag: str, overrides: Mapping[str, str], origin: str) -> tuple[Exper
     tree = keys.without_stale(tree, _merged(tree, layer))
     for key, text in overrides.items():
         put(tree, origins, key, text, origin)
-    tree["tag"] = Path(tag).stem if _is_path(tag) else tag
+    name = Path(tag).stem if _is_path(tag) else tag
+    given, tree["tag"] = tree.get("tag", name), name
     experiment, found = None, _unknown_names(tree, origins)
+    if given != name:
+        found.append(f"{origin}: tag: the tag is the name of the file, {name}, and cannot be {given!r}")
     try:
         experiment = schema.experiment(tree)
     except ValidationError as error:
         path = str(known.get(tag, tag))
+        if tag in known.keys() - runnable().keys() and None in (tree.get("dataset"), tree.get("network")):
+            rule = "is a base that other experiments extend, and no tag that can be run (`pdiff tags` lists those)"
+            return None, [f"{path}: {rule}"]
         chosen = {choice.name: choice.value(tree) for choice in schema.CHOICES}
-        found = [*(_problem(item, origins, path, chosen) for item in error.errors()), *found]
+        found = [*listed(error, lambda item: _problem(item, origins, path, chosen)), *found]
     return experiment, found
 
 
 def to_yaml(experiment: Experiment) -> str:
     """The complete configuration as YAML."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    return documents.dump(experiment.model_dump(mode="json"))
 
 
 def flat(experiment: Experiment) -> dict[str, Any]:
@@ -113,41 +121,6 @@ def changed(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]
 # -- reading
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the one in C is ten times as fast
-    """YAML whose mappings have every key once; of two PyYAML itself takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def parse(path: Path) -> Tree:
-    """The content of a YAML file of sections.
-
-    Raises:
-        UserError: it cannot be read, is not YAML, or is something else than sections.
-    """
-    try:
-        stat = path.stat()
-        content = deepcopy(_parsed(path.absolute(), stat.st_size, stat.st_mtime_ns))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, expected sections such as dataset and network")
-    return content
-
-
-@cache
-def _parsed(path: Path, size: int, time: int) -> Any:
-    """The content of a YAML file, kept for as long as its size and modification time are the same."""
-    return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-
-
 def put(tree: Tree, origins: dict[str, str], key: str, text: str, origin: str = COMMAND_LINE) -> None:
     """Set a dotted key to a value given as text, in YAML, and record in `origins` where it is from."""
     *sections, last = key.split(".")
@@ -155,10 +128,7 @@ def put(tree: Tree, origins: dict[str, str], key: str, text: str, origin: str = 
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(f"{origin}: {key}: {section} is a value, not a section")
-    try:
-        tree[last] = yaml.safe_load(text) if text.strip() else text
-    except yaml.YAMLError:
-        tree[last] = text
+    tree[last] = documents.value(text)
     origins[key] = origin
 
 
@@ -166,25 +136,52 @@ def _is_path(tag: str) -> bool:
     return tag.endswith((".yaml", ".yml"))
 
 
-def _read(tag: str, known: Mapping[str, Path], below: tuple[str, ...] = ()) -> tuple[Tree, dict[str, str]]:
+def _read(tag: str, known: Mapping[str, Path]) -> tuple[Tree, dict[str, str]]:
     """The merged tree of a tag and everything it extends, and the file of each of its keys."""
-    if tag in below:
-        raise UserError(f"extends: {' -> '.join((*below, tag))} is a circle")
-    path = Path(tag).expanduser() if _is_path(tag) else known.get(tag)
+    path = expanded(tag) if _is_path(tag) else known.get(tag)
     if path is None:
-        raise UserError(f"unknown tag {tag!r}; {nearest(tag, list(known))} (`pdiff tags` lists all)")
-    top = parse(path)
-    extends = top.pop("extends", [])
-    parents = extends if isinstance(extends, list) else [extends]
-    if not all(isinstance(parent, str) for parent in parents):
-        raise UserError(f"{path}: extends: expected a tag or a list of tags, but got {extends!r}")
-    tree: Tree = {}
-    origins: dict[str, str] = {}
-    for parent in parents:
-        beside = str(path.parent / Path(parent).expanduser()) if _is_path(parent) else parent
-        inherited, inherited_origins = _read(beside, known, (*below, tag))
-        tree, origins = _overlaid(tree, inherited), origins | inherited_origins
-    return _overlaid(tree, top), origins | {key: str(path) for key, _ in _leaves(top)}
+        raise UserError(_unknown(tag, list(runnable())))
+    files = count(1)
+
+    def layers(tag: str, path: Path, below: Mapping[Path, str]) -> tuple[Tree, dict[str, str]]:
+        top, place, chain = documents.read(path), path.resolve(), [*below.values(), tag]
+        if place in below:
+            raise UserError(f"extends: {' -> '.join(chain)} is a circle")
+        if next(files) > MOST_FILES:
+            raise UserError(f"{path}: extends: more than {MOST_FILES} files belong to {chain[0]}")
+        if (named := top.pop("tag", path.stem)) != path.stem:
+            raise UserError(
+                f"{path}: tag: the tag is the name of the file, expected no other, but got {one_line(repr(named), 100)}"
+            )
+        extends = top.pop("extends", [])
+        parents = extends if isinstance(extends, list) else [extends]
+        if not all(isinstance(parent, str) for parent in parents):
+            raise UserError(
+                f"{path}: extends: expected a tag or a list of tags, but got {one_line(repr(extends), 100)}"
+            )
+        tree: Tree = {}
+        origins: dict[str, str] = {}
+        for parent in parents:
+            beside = path.parent / expanded(parent) if _is_path(parent) else known.get(parent)
+            if beside is None:
+                raise UserError(f"{path}: extends: {_unknown(parent, list(known))}")
+            if not os.path.isfile(beside):  # of names that no file can have, too
+                raise UserError(f"{path}: extends: {one_line(str(beside))} is not a file")
+            inherited, inherited_origins = layers(parent, beside, {**below, place: tag})
+            tree, origins = _overlaid(tree, inherited), origins | inherited_origins
+        return _overlaid(tree, top), origins | {key: str(path) for key, _ in _leaves(top)}
+
+    return layers(tag, path, {})
+
+
+def expanded(path: str) -> Path:
+    """A path with its `~`, where that is somebody's home."""
+    return Path(os.path.expanduser(path))
+
+
+def _unknown(tag: str, known: Sequence[str]) -> str:
+    """That a tag is unknown, and the known ones most like it."""
+    return f"unknown tag {one_line(repr(tag), 100)}; {nearest(tag, known)} (`pdiff tags` lists all)"
 
 
 def _overlaid(base: Tree, top: Tree) -> Tree:
@@ -214,9 +211,18 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint at the known names most like a wrong one, or at the first of them."""
-    found = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(found)}?" if found else f"known: {', '.join(sorted(known)[:12])}"
+    """A hint at the known names most like a wrong one, or at all of them where they are few."""
+    found = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
+    if found:
+        return f"did you mean {' or '.join(found)}?"
+    return f"known: {', '.join(sorted(known))}" if len(known) <= FEW else "nothing known is like it"
+
+
+def listed(error: ValidationError, say: Callable[[Any], str]) -> list[str]:
+    """The first problems of a configuration, each in words, and how many more there are."""
+    items = error.errors(include_url=False, include_context=False)
+    more = [f"and {len(items) - MOST_PROBLEMS} more problems"] if len(items) > MOST_PROBLEMS else []
+    return [*(one_line(say(item)) for item in items[:MOST_PROBLEMS]), *more]
 
 
 def _problem(item: Any, origins: dict[str, str], path: str, chosen: Mapping[str, str]) -> str:
@@ -254,7 +260,7 @@ def rule(item: Any) -> str:
         return "is missing"
     message = item["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    return message if item["type"] == "value_error" else f"{message}, but got {item['input']!r}"
+    return message if item["type"] == "value_error" else f"{message}, but got {one_line(repr(item['input']), 100)}"
 
 
 def _unknown_names(tree: Tree, origins: dict[str, str]) -> list[str]:

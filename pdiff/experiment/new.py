@@ -11,10 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from pdiff.errors import UserError
-from pdiff.experiment import config
+from pdiff.experiment import config, documents
 from pdiff.experiment.proposal import Proposal, listed, paper_settings
 from pdiff.files import write_text
 from pdiff.method.generators import DiffusionOptions
@@ -74,7 +72,7 @@ def new(
         "evaluate": _evaluation(command, function, home, known=bool(dataset)),
     }
     tree = _tree(given, overrides or {})  # mistakes are reported before the files are read, which may take long
-    _check(path, yaml.safe_dump({section: values for section, values in tree.items() if values}))
+    _check(path, documents.dump({section: values for section, values in tree.items() if values}))
     from pdiff.networks.inspect import inspect_folder
 
     found = inspect_folder(source)
@@ -189,7 +187,7 @@ def _yaml(tag: str, proposal: Proposal, tree: Mapping[str, Any]) -> str:
     for section, values in tree.items():
         if values:
             lines += [_comment(line) for line in comments.get(section, [])]
-            lines += [yaml.safe_dump({section: values}, sort_keys=False, allow_unicode=True, width=110).rstrip()]
+            lines += [documents.dump({section: values}, allow_unicode=True, width=110).rstrip()]
     return "\n".join(lines) + "\n"
 
 

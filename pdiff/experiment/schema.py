@@ -18,7 +18,7 @@ from pdiff.method.baselines import BASELINES
 from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import GENERATORS, DiffusionOptions, GeneratorOptions
 from pdiff.method.objectives import OBJECTIVES
-from pdiff.method.options import NonNegative, Positive, Section, Seed, Several, without_effect
+from pdiff.method.options import NonNegative, Place, Positive, Section, Seed, Several, without_effect
 from pdiff.method.samplers import samplers_of
 from pdiff.networks import evaluators
 from pdiff.networks.evaluators import EVALUATORS, EvaluatorOptions
@@ -35,10 +35,17 @@ class Prepare(Section):
     there that are left out."""
 
     parameters: Annotated[tuple[str, ...], Several] = ("all",)
-    source: str = ""
+    source: Place = ""
     exclude: Annotated[tuple[str, ...], Several] = ()
     pretrain: Pretrain = Pretrain()
     collect: Collect = Collect()
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_parameters(cls, parameters: tuple[str, ...]) -> tuple[str, ...]:
+        if not parameters:
+            raise ValueError("nothing would be generated, expected names or patterns of parameters, or all")
+        return parameters
 
 
 class GeneratorSection(Section):

@@ -6,17 +6,40 @@ Imports no torch.
 
 from __future__ import annotations
 
+import os
 import pkgutil
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Several = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))  # a tuple, or one value
+
+
+def several(value: Any) -> list | tuple:
+    """A tuple, or one value as a tuple."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _at_home(path: str) -> str:
+    if os.path.expanduser(path).startswith("~"):
+        raise ValueError(f"{path!r}: there is no such home folder")
+    return path
+
+
+Several = BeforeValidator(several)
+Place = Annotated[str, AfterValidator(_at_home)]  # a file or folder, or nothing; `~` is the user's home
 
 
 def without_effect(default: Any, **options: Any) -> Any:
@@ -33,6 +56,15 @@ class Section(BaseModel):
     """A frozen part of a configuration; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        found = handler(value)
+        pairs = zip(several(value), several(found), strict=False)
+        if any(isinstance(given, bool) and not isinstance(taken, bool) for given, taken in pairs):
+            raise ValueError(f"input should be a number, but got {value!r}")  # for Python, and pydantic, true is 1
+        return found
 
     def part(self, kind: type[Section]) -> Any:
         """The options that another section has, too, as that section."""

@@ -10,7 +10,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pdiff.method.options import NonNegative, Optimization, Positive, Rate, Section, Seed, Several, without_effect
+from pdiff.method.options import (
+    NonNegative,
+    Optimization,
+    Place,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    Several,
+    without_effect,
+)
 
 
 class Dataset(Section):
@@ -25,7 +35,7 @@ class Dataset(Section):
     """
 
     name: str
-    root: str = without_effect("")
+    root: Place = without_effect("")
     download: bool = without_effect(True)
     image_size: Annotated[int, Field(ge=0, le=1024)] = 0
     resize: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -43,7 +53,7 @@ class Network(Section):
 
     architecture: str
     pretrained: bool = False
-    weights: str = ""
+    weights: Place = ""
 
     @model_validator(mode="after")
     def _check(self) -> Network:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def is_reference(name: str) -> bool:
 
 def source(name: str) -> Path:
     """The file of such a name; relative paths start in the current folder."""
-    return Path(name.rpartition(":")[0]).expanduser()
+    return Path(os.path.expanduser(name.rpartition(":")[0]))
 
 
 def load_function(name: str, key: str) -> Callable[..., Any]:

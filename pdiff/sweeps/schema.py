@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, metrics
+from pdiff.experiment import config, documents, metrics
 from pdiff.experiment.keys import known_keys
 from pdiff.method.options import Positive, Section, Several
 
@@ -174,7 +174,7 @@ class Sweep(Section):
     """A sweep: what to search for, where, how, and for how long (`timeout` in seconds, 0 for no limit)."""
 
     objectives: Annotated[dict[str, Objective], Field(min_length=1)]
-    parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
+    parameters: Annotated[dict[str, Parameter], Field(min_length=1, max_length=100)]
     set: dict[str, Any] = {}
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
@@ -277,11 +277,11 @@ def load(name: str) -> Sweep:
     Raises:
         UserError: all problems in one message.
     """
-    tree = config.parse(find(name))
+    tree = documents.read(find(name))
     try:
         return Sweep.model_validate(tree)
     except ValidationError as error:
-        raise UserError("; ".join(_problem(item, find(name)) for item in error.errors())) from None
+        raise UserError("; ".join(config.listed(error, lambda item: _problem(item, find(name))))) from None
 
 
 def find(name: str) -> Path:
@@ -291,7 +291,7 @@ def find(name: str) -> Path:
         UserError: there is none.
     """
     known = sweeps()
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else known.get(name)
+    path = config.expanded(name) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None:
         raise UserError(f"unknown sweep {name!r}; {config.nearest(name, list(known))}")
     return path

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
-from pdiff.method.options import Positive, Section, without_effect
+from pdiff.method.options import Place, Positive, Section, without_effect
 from pdiff.networks import user_code
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class ByCommand(EvaluatorOptions):
 
     command: Annotated[str, Field(min_length=1)]
     pattern: str = r"(?i)acc(?!\w*[2-9])\w*(?:@1)?(?!@)\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
-    folder: str = ""
+    folder: Place = ""
     workers: Annotated[int, Field(ge=0)] = without_effect(0)
 
     @model_validator(mode="after")

@@ -30,6 +30,8 @@ def main(words: Sequence[str] | None = None) -> int:
         pipe that the output goes to is closed.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    if not (sys.stderr and sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries; tqdm reads it when it is imported
     if "_PDIFF_COMPLETE" in os.environ:  # set by the shell: typer answers, and ends the process
         COMMANDS.main(prog_name="pdiff")
     words = list(sys.argv[1:] if words is None else words) or ["--help"]

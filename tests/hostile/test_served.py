@@ -1,7 +1,6 @@
 """Hostile tries at the registered generator, at what names a run, and at exported files."""
 
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -15,10 +14,8 @@ import pytest
 import requests
 import torch
 from elsewhere import HIDE
-from hostile import Try, answered
 from mlflow.exceptions import MlflowException
 
-from pdiff.cli.main import main
 from pdiff.experiment import schema
 from pdiff.method.collection import Collection
 from pdiff.method.generators import GaussianOptions

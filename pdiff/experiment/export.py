@@ -29,6 +29,7 @@ def export(collection: Collection, base: str, out: Path, *, form: str, index: li
 
     Raises:
         UserError: an index outside of the collection or given twice, a file that exists, or no folder.
+        OSError: the folder cannot be written to.
     """
     chosen = range(len(collection)) if index is None else index
     for k, times in Counter(chosen).items():
@@ -43,11 +44,14 @@ def export(collection: Collection, base: str, out: Path, *, form: str, index: li
         parent := next(path for path in [out, *out.absolute().parents] if os.path.lexists(path))
     ) and not parent.is_dir():
         raise UserError(f"--out {out}: {parent} is a file, expected a folder")
-    with TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
-        for k, path in zip(tqdm(chosen, desc="export", unit="file", disable=None), paths, strict=True):
-            state = {name: tensor.clone() for name, tensor in collection[k].items()}
-            (write_tensors if form == "safetensors" else write_state)(Path(scratch, path.name), state)
-        out.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            os.rename(Path(scratch, path.name), path)
+    try:
+        with TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
+            for k, path in zip(tqdm(chosen, desc="export", unit="file", disable=None), paths, strict=True):
+                state = {name: tensor.clone() for name, tensor in collection[k].items()}
+                (write_tensors if form == "safetensors" else write_state)(Path(scratch, path.name), state)
+            out.mkdir(parents=True, exist_ok=True)
+            for path in paths:
+                os.rename(Path(scratch, path.name), path)
+    except OSError as error:  # no permission, a full disk
+        raise OSError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     return paths

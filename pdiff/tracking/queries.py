@@ -19,8 +19,8 @@ from pdiff.tracking.store import search
 
 
 def finished(*stages: str) -> list[Run]:
-    """All finished runs of some stages, except those of trials, the latest first."""
-    condition = "attributes.status = 'FINISHED' and tags.`pdiff.stage` = "
+    """All finished runs of some stages of experiments, except those of trials, the latest first."""
+    condition = "attributes.status = 'FINISHED' and tags.`pdiff.tag` LIKE '%' and tags.`pdiff.stage` = "
     found = [run for stage in stages for run in search(f"{condition}'{stage}'") if "pdiff.trial" not in run.data.tags]
     return sorted(found, key=lambda run: run.info.start_time, reverse=True)
 
@@ -30,7 +30,7 @@ def compare() -> pd.DataFrame:
     rows = []
     for run in reversed(finished("main")):
         metrics, parameters = run.data.metrics, run.data.params
-        row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
+        row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters.get("config.seed", "")}
         row |= {name: metrics.get(name, math.nan) for name in COMPARED.values()}
         fit = [metrics[name] for name in FIT_SECONDS if name in metrics]
         row["seconds/fit"] = sum(fit) if fit else math.nan

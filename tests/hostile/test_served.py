@@ -1,6 +1,9 @@
 """Hostile tries at the registered generator, at what names a run, and at exported files."""
 
 import os
+import re
+import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,9 +17,13 @@ import pytest
 import requests
 import torch
 from elsewhere import HIDE
+from hostile import Try, answered
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from safetensors.torch import load_file
 
-from pdiff.experiment import schema
+from pdiff.cli.main import main
+from pdiff.experiment import export, schema
 from pdiff.method.collection import Collection
 from pdiff.method.generators import GaussianOptions
 from pdiff.method.generators.base import Generator
@@ -182,3 +189,213 @@ def test_the_model_is_served_where_pdiff_is_not_installed(server, logged):
         assert (refused.status_code, refused.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
         assert says in refused.json()["message"].splitlines()[-1]
     assert "missing inputs ['seed']" in asked((2,), columns=("count",)).json()["message"]
+
+
+@pytest.fixture
+def kept(workspace) -> dict[str, str]:
+    """What names runs in the store of a workspace: ids, beginnings of them, and a beginning that several have."""
+    client, ids = MlflowClient(), {}
+
+    def keep(name: str, stage: str, base: str = "", **tags: str) -> None:
+        run = client.create_run("0", tags={"pdiff.stage": stage} | {f"pdiff.{key}": tags[key] for key in tags})
+        ids[name] = run.info.run_id
+        if base:
+            collection().save(workspace / "made" / f"{base}.safetensors")
+            client.log_artifacts(run.info.run_id, str(workspace / "made"))
+            shutil.rmtree(workspace / "made")
+        client.set_terminated(run.info.run_id)
+
+    keep("prepare", "prepare", "checkpoints")
+    keep("generate", "generate", "generated")
+    keep("main", "main", generate_run=ids["generate"])
+    keep("again", "generate", reused=ids["generate"])
+    keep("train", "train")
+    keep("early", "main")
+    keep("emptied", "generate", "generated")
+    for file in Path(mlflow.get_run(ids["emptied"]).info.artifact_uri).iterdir():
+        file.unlink()
+    for number in range(10):  # 17 runs, so that two begin with the same of 16 digits
+        keep(f"more{number}", "train")
+    firsts = [run_id[0] for run_id in ids.values()]
+    return ids | {"several": max(firsts, key=firsts.count), "none": ids["main"][:8] + "0" * 24}
+
+
+def shortest(run_id: str, ids: dict[str, str]) -> str:
+    """The shortest beginning that one run alone has."""
+    return next(run_id[:k] for k in range(1, 33) if sum(other.startswith(run_id[:k]) for other in ids.values()) == 1)
+
+
+@pytest.mark.parametrize("name", ["generate", "main", "again", "prepare"])
+def test_the_beginning_of_an_id_names_a_run(name, kept, capsys):
+    ids = {key: run_id for key, run_id in kept.items() if len(run_id) == 32 and key != "none"}
+    for k, length in enumerate({len(shortest(kept[name], ids)), 8, 31, 32}):
+        assert main(["export", "--run", kept[name][:length], "--out", f"out{k}"]) == 0
+        assert capsys.readouterr().out == f"6 networks in out{k}\n"
+        base = "checkpoints" if name == "prepare" else "generated"
+        assert sorted(os.listdir(f"out{k}")) == [f"{base}_{n:05d}.pth" for n in range(6)]
+
+
+EXPORT = "export --run {generate} --out out"
+TRIES = [
+    Try("export --run {several} --out out", 2, ("--run", "runs begin like this", "expected one, such as")),
+    Try("export --run {none} --out out", 2, ("--run", "no such run")),
+    Try("export --run g0000000 --out out", 2, ("--run g0000000", "0-9, a-f")),
+    Try("export --run '' --out out", 2, ("--run", "expected the id of a run")),
+    Try("export --run % --out out", 2, ("--run %", "expected the id of a run")),
+    Try('export --run "\' OR 1=1 --" --out out', 2, ("--run '", "expected the id of a run")),
+    Try("export --run ../{generate} --out out", 2, ("--run ../", "expected the id of a run")),
+    Try("export --run {generate}0 --out out", 2, ("--run", "at most 32")),
+    Try("export --run {train} --out out", 2, ("a run of train holds no networks", "prepare, generate or main")),
+    Try("export --run {early} --out out", 2, ("a run of main holds no networks", "expected one")),
+    Try(f"{EXPORT} --index 6", 2, ("--index 6", "0 .. 5")),
+    Try(f"{EXPORT} --index -1", 2, ("--index -1", "0 .. 5")),
+    Try(f"{EXPORT} --index 0 9999999999999999999999", 2, ("--index 9999999999999999999999", "0 .. 5")),
+    Try(f"{EXPORT} --index 2 3 2", 2, ("--index 2", "given 2 times")),
+    Try(f"{EXPORT} --index", 2, ("--index", "a value is missing")),
+    Try(f"{EXPORT} --index one", 2, ("--index",)),
+    Try(f"{EXPORT} --format onnx", 2, ("--format", "onnx", "safetensors")),
+    Try("export --run {generate} --out tiny.yaml", 2, ("--out tiny.yaml", "is a file, expected a folder")),
+    Try("export --run {generate} --out tiny.yaml/there", 2, ("--out tiny.yaml/there", "is a file")),
+    Try("export --run {generate} --out gone", 2, ("--out gone", "is a file"), lambda f: (f / "gone").symlink_to("no")),
+]
+
+
+@pytest.mark.parametrize("tried", TRIES, ids=lambda tried: tried.command)
+def test_a_line(tried, workspace, kept, capfd):
+    tried.before(workspace)
+    before = files(workspace)
+    answered(tried._replace(command=tried.command.format(**kept), before=lambda folder: None), workspace, capfd)
+    assert files(workspace) == before
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """What lies in a folder, except the store and what locks it."""
+    found = (path for path in folder.rglob("*") if path.parent.name != ".pdiff" and "mlflow.db" not in path.name)
+    return {path: path.read_bytes() if path.is_file() else b"" for path in found if path.name != ".pdiff"}
+
+
+def test_networks_whose_file_is_gone(kept, capfd):
+    assert main(["export", "--run", kept["emptied"], "--out", "out"]) in (1, 2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "generated.json" in line and "No such file" in line and not Path("out").exists()
+
+
+def test_files_that_exist_are_kept(kept, workspace, capfd):
+    command = ["export", "--run", kept["generate"], "--out", "out", "--format", "safetensors", "--index"]
+    (workspace / "out").mkdir()
+    (workspace / "out" / "mine").write_text("mine")
+    assert main([*command, "3", "4"]) == 0
+    before = files(workspace)
+    capfd.readouterr()
+    assert main([*command, "1", "4", "3"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("pdiff: --out out: generated_00004.safetensors exists, expected")
+    assert files(workspace) == before
+    assert main([*command, "1", "5"]) == 0
+    expected = collection()
+    for k in (1, 3, 4, 5):
+        found = load_file(workspace / "out" / f"generated_{k:05d}.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected[k].items())
+    assert len(os.listdir("out")) == 5
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_a_full_disk_leaves_nothing(form, tmp_path, monkeypatch):
+    """The limit of the process on the size of files takes the place of the disk."""
+    written = []
+
+    def limited(path: Path, state: dict) -> None:
+        written.append(path)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if len(written) < 3 else 100, hard))
+        try:
+            write(path, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    name = "write_tensors" if form == "safetensors" else "write_state"
+    write = getattr(export, name)
+    monkeypatch.setattr(export, name, limited)
+    with pytest.raises(OSError, match=r"^--out .*/new/out: cannot be written: [^\n]*$"):
+        export.export(collection(), "generated", tmp_path / "new" / "out", form=form)
+    assert len(written) == 3 and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to(kept, workspace, capfd):
+    (workspace / "read_only").mkdir(mode=0o500)
+    out = "read_only/out" if os.getuid() else "/proc/self/out"  # nothing but such a place is closed to root
+    assert main(["export", "--run", kept["generate"], "--out", out]) in (1, 2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"pdiff: --out {out}: cannot be written: ")
+
+
+NOTHING = {
+    "compare": (0, "no finished run of main"),
+    "leaderboard no_such_tag": (0, "no tag to show"),
+    "leaderboard --only ours": (0, "no tag to show"),
+    "export --run 9e6b2f8b --out out": (2, "pdiff: --run 9e6b2f8b: no such run, and no tracking store here"),
+    "memory no_such_tag": (2, "pdiff: unknown tag"),
+}
+
+
+@pytest.mark.parametrize("command", NOTHING)
+def test_a_folder_without_a_store_stays_as_it_is(command, empty_workspace, capfd):
+    code, says = NOTHING[command]
+    before = files(empty_workspace)
+    assert main(command.split()) == code
+    printed = capfd.readouterr()
+    assert (printed.err if code else printed.out).startswith(says) and "Traceback" not in printed.err
+    assert os.listdir(empty_workspace) == ["tiny.yaml"] and files(empty_workspace) == before
+
+
+@pytest.mark.parametrize("command", ["compare", "leaderboard --only ours", "export --run 9e6b2f8b --out out"])
+def test_a_store_without_runs(command, workspace, capfd):
+    code, says = NOTHING[command]
+    assert main(command.split()) == code
+    printed = capfd.readouterr()
+    assert (printed.err if code else printed.out).startswith(says.partition(",")[0])
+
+
+def test_runs_that_lack_what_pdiff_writes(workspace, capfd):
+    client = MlflowClient()
+    for tags in ({}, {"pdiff.tag": "digits_mlp"}, {"pdiff.tag": "no_such_tag"}):
+        run = client.create_run("0", tags={"pdiff.stage": "main"} | tags)
+        client.set_terminated(run.info.run_id)
+    assert main(["compare"]) == 0 and main(["leaderboard", "--only", "ours"]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == "" and "no_such_tag" in printed.out
+
+
+@pytest.mark.slow
+def test_nothing_but_pdiffs_lines_without_a_terminal(workspace):
+    """The models of a run are logged with it, and registered later, in a run that reuses it; then both at once."""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    environment.pop("TQDM_DISABLE", None)
+    for words in (
+        ["--log_models", "true"],
+        ["--register", "true"],
+        ["--log_models=true", "--register=true", "--fresh"],
+    ):
+        command = [sys.executable, "-m", "pdiff", "main", "--tag", "tiny.yaml", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        stages = "pretrain|prepare|train|generate|originals|evaluate"
+        first, _, _ = done.stdout.partition("\n\n")
+        assert all(re.match(rf"({stages}): (run|reusing run) [0-9a-f]{{32}}", line) for line in first.splitlines())
+        assert "\r" not in done.stdout and "mlflow.models" not in done.stdout
+    assert sorted(version.version for version in mlflow.search_model_versions()) == [1, 2]
+
+
+BAR = """
+import sys
+from pdiff.cli.main import main
+main(["--version"])
+from tqdm import tqdm
+sys.exit(sum(tqdm(range(3))))
+"""
+
+
+def test_bars_of_other_libraries_stay_off_a_pipe():
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", BAR], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")

@@ -1,12 +1,16 @@
 """Hostile tries at the registered generator, at what names a run, and at exported files."""
 
+import fcntl
 import os
+import pty
 import re
 import resource
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -132,6 +136,33 @@ def test_wrong_input_is_refused(frame, says, loaded):
 def test_other_columns_change_nothing(logged, loaded):
     (answer,) = loaded.predict(pd.DataFrame({"count": [2], "seed": [1], "first": [5]}))
     assert same(answer, logged[0].sample(2, seed=1))
+
+
+INSTALLED = """
+import sys, mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+import pdiff.experiment.config
+assert sys.argv[1] not in pdiff.__file__
+print(len(model.predict({"count": [1, 1], "seed": [0, 1]})))
+"""
+NOT_INSTALLED = """
+sys.path.append(sys.argv[2])  # has an empty folder `pdiff`
+import mlflow
+sys.modules.pop("pdiff", None)  # MLflow has tried to load the plugin
+model = mlflow.pyfunc.load_model(sys.argv[1])
+import pdiff
+assert sys.argv[1] in pdiff.__file__
+print(len(model.predict({"count": [1, 1], "seed": [0, 1]})))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [INSTALLED, HIDE + NOT_INSTALLED], ids=["installed", "not installed"])
+def test_the_code_of_a_model_serves_where_pdiff_is_not_installed_and_nowhere_else(program, logged, tmp_path):
+    (tmp_path / "pdiff").mkdir()
+    command = [sys.executable, "-c", program, str(logged[1]), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
 @pytest.fixture
@@ -395,7 +426,17 @@ sys.exit(sum(tqdm(range(3))))
 """
 
 
-def test_bars_of_other_libraries_stay_off_a_pipe():
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_of_other_libraries_are_for_terminals(terminal):
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    done = subprocess.run([sys.executable, "-c", BAR], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (3, "")
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    done = subprocess.run([sys.executable, "-c", BAR], env=environment, stdout=subprocess.DEVNULL, stderr=writer)
+    os.write(writer, b"END")
+    os.close(writer)
+    shown = b""
+    while not shown.endswith(b"END"):
+        shown += os.read(reader, 1000)
+    os.close(reader)
+    assert (done.returncode, b"3/3" in shown) == (3, terminal)

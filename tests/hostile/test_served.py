@@ -59,6 +59,7 @@ def logged(tracking_store, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (folder / "mlflow.db").write_bytes(tracking_store.read_bytes())
+        mlflow.set_experiment("pdiff")
         with mlflow.start_run():
             models.log(schema.experiment({**GENERATOR, "log_models": False}), folder / "generator")
         (found,) = mlflow.search_logged_models(output_format="list")
@@ -83,6 +84,7 @@ def same(found: dict, expected: Collection) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_every_row_is_answered(logged, loaded):
     rows = [(2, 0), (1, 7), (3, 0), (1, 2**60)]
     answers = loaded.predict(pd.DataFrame(rows, columns=["count", "seed"])[["seed", "count"]])
@@ -91,6 +93,7 @@ def test_every_row_is_answered(logged, loaded):
     assert same(loaded.predict(pd.DataFrame({"count": [2.0], "seed": [3]}))[0], logged[0].sample(2, seed=3))
 
 
+@pytest.mark.slow
 def test_the_signature_tells_what_goes_in_and_what_comes_out(loaded):
     signature = loaded.metadata.signature
     assert signature.inputs.input_names() == signature.inputs.required_input_names() == ["count", "seed"]
@@ -125,6 +128,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frame", "says"), WRONG.values(), ids=WRONG)
 def test_wrong_input_is_refused(frame, says, loaded):
     with pytest.raises(MlflowException) as raised:
@@ -133,6 +137,7 @@ def test_wrong_input_is_refused(frame, says, loaded):
     assert says in raised.value.message.splitlines()[-1] and len(raised.value.message) < 500
 
 
+@pytest.mark.slow
 def test_other_columns_change_nothing(logged, loaded):
     (answer,) = loaded.predict(pd.DataFrame({"count": [2], "seed": [1], "first": [5]}))
     assert same(answer, logged[0].sample(2, seed=1))
@@ -222,18 +227,19 @@ def test_the_model_is_served_where_pdiff_is_not_installed(server, logged):
     assert "missing inputs ['seed']" in asked((2,), columns=("count",)).json()["message"]
 
 
-@pytest.fixture
-def kept(workspace) -> dict[str, str]:
-    """What names runs in the store of a workspace: ids, beginnings of them, and a beginning that several have."""
-    client, ids = MlflowClient(), {}
+@pytest.fixture(scope="module")
+def store_of_runs(tracking_store, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A store of 17 runs, and what names them: ids, and a beginning that several have."""
+    folder, ids = tmp_path_factory.mktemp("kept"), {}
+    shutil.copy(tracking_store, folder)
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
 
     def keep(name: str, stage: str, base: str = "", **tags: str) -> None:
         run = client.create_run("0", tags={"pdiff.stage": stage} | {f"pdiff.{key}": tags[key] for key in tags})
         ids[name] = run.info.run_id
         if base:
-            collection().save(workspace / "made" / f"{base}.safetensors")
-            client.log_artifacts(run.info.run_id, str(workspace / "made"))
-            shutil.rmtree(workspace / "made")
+            collection().save(folder / name / f"{base}.safetensors")
+            client.log_artifacts(run.info.run_id, str(folder / name))
         client.set_terminated(run.info.run_id)
 
     keep("prepare", "prepare", "checkpoints")
@@ -243,12 +249,19 @@ def kept(workspace) -> dict[str, str]:
     keep("train", "train")
     keep("early", "main")
     keep("emptied", "generate", "generated")
-    for file in Path(mlflow.get_run(ids["emptied"]).info.artifact_uri).iterdir():
+    for file in Path(client.get_run(ids["emptied"]).info.artifact_uri).iterdir():
         file.unlink()
     for number in range(10):  # 17 runs, so that two begin with the same of 16 digits
         keep(f"more{number}", "train")
     firsts = [run_id[0] for run_id in ids.values()]
-    return ids | {"several": max(firsts, key=firsts.count), "none": ids["main"][:8] + "0" * 24}
+    return folder / "mlflow.db", ids | {"several": max(firsts, key=firsts.count), "none": ids["main"][:8] + "0" * 24}
+
+
+@pytest.fixture
+def kept(empty_workspace, store_of_runs) -> dict[str, str]:
+    """What names the runs in the store of a workspace."""
+    shutil.copy(store_of_runs[0], empty_workspace)
+    return store_of_runs[1]
 
 
 def shortest(run_id: str, ids: dict[str, str]) -> str:
@@ -292,11 +305,12 @@ TRIES = [
 
 
 @pytest.mark.parametrize("tried", TRIES, ids=lambda tried: tried.command)
-def test_a_line(tried, workspace, kept, capfd):
-    tried.before(workspace)
-    before = files(workspace)
-    answered(tried._replace(command=tried.command.format(**kept), before=lambda folder: None), workspace, capfd)
-    assert files(workspace) == before
+def test_a_line(tried, empty_workspace, kept, capfd):
+    tried.before(empty_workspace)
+    before = files(empty_workspace)
+    command = tried.command.format(**kept)
+    answered(tried._replace(command=command, before=lambda folder: None), empty_workspace, capfd)
+    assert files(empty_workspace) == before
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -311,21 +325,21 @@ def test_networks_whose_file_is_gone(kept, capfd):
     assert "generated.json" in line and "No such file" in line and not Path("out").exists()
 
 
-def test_files_that_exist_are_kept(kept, workspace, capfd):
+def test_files_that_exist_are_kept(kept, empty_workspace, capfd):
     command = ["export", "--run", kept["generate"], "--out", "out", "--format", "safetensors", "--index"]
-    (workspace / "out").mkdir()
-    (workspace / "out" / "mine").write_text("mine")
+    (empty_workspace / "out").mkdir()
+    (empty_workspace / "out" / "mine").write_text("mine")
     assert main([*command, "3", "4"]) == 0
-    before = files(workspace)
+    before = files(empty_workspace)
     capfd.readouterr()
     assert main([*command, "1", "4", "3"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("pdiff: --out out: generated_00004.safetensors exists, expected")
-    assert files(workspace) == before
+    assert files(empty_workspace) == before
     assert main([*command, "1", "5"]) == 0
     expected = collection()
     for k in (1, 3, 4, 5):
-        found = load_file(workspace / "out" / f"generated_{k:05d}.safetensors")
+        found = load_file(empty_workspace / "out" / f"generated_{k:05d}.safetensors")
         assert all(torch.equal(found[name], tensor) for name, tensor in expected[k].items())
     assert len(os.listdir("out")) == 5
 
@@ -352,8 +366,8 @@ def test_a_full_disk_leaves_nothing(form, tmp_path, monkeypatch):
     assert len(written) == 3 and list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_to(kept, workspace, capfd):
-    (workspace / "read_only").mkdir(mode=0o500)
+def test_a_folder_that_cannot_be_written_to(kept, empty_workspace, capfd):
+    (empty_workspace / "read_only").mkdir(mode=0o500)
     out = "read_only/out" if os.getuid() else "/proc/self/out"  # nothing but such a place is closed to root
     assert main(["export", "--run", kept["generate"], "--out", out]) in (1, 2)
     (line,) = capfd.readouterr().err.splitlines()

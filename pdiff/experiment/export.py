@@ -40,9 +40,8 @@ def export(collection: Collection, base: str, out: Path, *, form: str, index: li
     paths = [out / f"{base}_{k:05d}.{form}" for k in chosen]
     if there := next((path for path in paths if os.path.lexists(path)), None):
         raise UserError(f"--out {out}: {there.name} exists, expected a folder without files of these names")
-    if (
-        parent := next(path for path in [out, *out.absolute().parents] if os.path.lexists(path))
-    ) and not parent.is_dir():
+    parent = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not parent.is_dir():
         raise UserError(f"--out {out}: {parent} is a file, expected a folder")
     try:
         with TemporaryDirectory(dir=parent, prefix=".export-") as scratch:

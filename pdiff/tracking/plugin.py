@@ -84,11 +84,10 @@ class ProjectExperiment:
 
     def in_context(self) -> bool:
         """Whether this process is `mlflow run` of a clone of this project."""
-        projects = [Path(word, "MLproject") for word in sys.argv[2:]]
-        return is_mlflow_run(sys.argv, sys.orig_argv) and any(
-            path.is_file() and re.search(r"^name: *pdiff *$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            for path in projects
-        )
+        projects = [os.path.join(word, "MLproject") for word in sys.argv[2:]]
+        texts = (Path(path).read_text(encoding="utf-8") for path in projects if os.path.isfile(path))
+        ours = any(re.search(r"^name: *pdiff *$", text, re.MULTILINE) for text in texts)
+        return ours and is_mlflow_run(sys.argv, sys.orig_argv)
 
     def get_experiment_id(self) -> str:
         """The experiment, created if it is absent."""

@@ -15,7 +15,8 @@ import psutil
 import torch
 from mlflow.exceptions import MlflowException
 
-COPIES = 4  # of a network that sampling has in memory at a time: its noise and vector, and those on the way to tensors
+BATCH = 256  # networks sampled at a time
+COPIES = 3  # of all networks in memory: the batches, the whole, and what is made of it
 LEAST = {"count": 1, "seed": 0}
 """The columns of the input, and their smallest values."""
 
@@ -46,16 +47,23 @@ class NewWeights(mlflow.pyfunc.PythonModel):
         if not rows:
             raise MlflowException.invalid_parameter_value("no rows, expected at least one with count and seed")
         self._check_memory(sum(count for count, _ in rows))
-        sampled = (self.generator.sample(count, seed=seed, **self.options).tensors for count, seed in rows)
-        return [{name: _array(tensor) for name, tensor in tensors.items()} for tensors in sampled]
+        return [self._sampled(count, seed) for count, seed in rows]
+
+    def _sampled(self, count: int, seed: int) -> dict[str, np.ndarray]:
+        """The networks of one row, batch by batch."""
+        parts = []
+        for first in range(0, count, BATCH):
+            part = self.generator.sample(min(BATCH, count - first), seed=seed, first=first, **self.options)
+            parts.append({name: _array(tensor) for name, tensor in part.tensors.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _check_memory(self, count: int) -> None:
         size = COPIES * sum(tensor.nbytes for tensor in self.generator.standardizer.example().tensors.values())
-        limit = psutil.virtual_memory().available // size
-        if count > limit:
+        free = psutil.virtual_memory().available
+        if count > free // size:
             raise MlflowException.invalid_parameter_value(
-                f"count: {count} networks, expected at most {limit} in one request: sampling one takes {size} bytes, "
-                "and no more memory is free"
+                f"count: {count} networks, expected at most {free // size} in one request: each takes {size} bytes, "
+                f"and {free} bytes of memory are free"
             )
 
 
@@ -73,7 +81,8 @@ def _whole(rows: pd.DataFrame, name: str, row: int) -> int:
     """A value of a column as a whole number, never cut."""
     value = rows[name].iloc[row]
     number = isinstance(value, Integral) and not isinstance(value, bool)
-    if not (number or (isinstance(value, float) and value.is_integer())) or value < LEAST[name]:
+    number = number or (isinstance(value, float | np.floating) and float(value).is_integer())
+    if not number or value < LEAST[name]:
         shown = repr(value.item() if isinstance(value, np.generic) else value)[:80]
         raise MlflowException.invalid_parameter_value(
             f"row {row}: {name} is {shown}, expected a whole number >= {LEAST[name]}"

@@ -19,6 +19,7 @@ from mlflow.entities import Run as Record
 from mlflow.entities import RunStatus
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from sqlalchemy.engine import make_url
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
@@ -53,7 +54,8 @@ def existing() -> Iterator[bool]:
     Raises:
         UserError: as `connected` does.
     """
-    file = mlflow.get_tracking_uri().partition("sqlite:///")[2]
+    uri = mlflow.get_tracking_uri()
+    file = make_url(uri).database if uri.startswith("sqlite:///") else None
     if file and not Path(file).exists():
         yield False
     else:

@@ -94,6 +94,13 @@ def test_every_row_is_answered(logged, loaded):
 
 
 @pytest.mark.slow
+def test_more_networks_than_are_sampled_at_a_time(logged, loaded):
+    (answer,) = loaded.predict(pd.DataFrame({"count": np.array([600], np.float32), "seed": [5]}))
+    for name, tensor in logged[0].sample(600, seed=5).tensors.items():
+        torch.testing.assert_close(torch.from_numpy(answer[name]).to(tensor.dtype), tensor)
+
+
+@pytest.mark.slow
 def test_the_signature_tells_what_goes_in_and_what_comes_out(loaded):
     signature = loaded.metadata.signature
     assert signature.inputs.input_names() == signature.inputs.required_input_names() == ["count", "seed"]
@@ -124,6 +131,7 @@ WRONG = {
     "no seed": ({"count": [1]}, "missing inputs ['seed']"),
     "no count, and one more": ({"n": [1], "seed": [1]}, "missing inputs ['count']. Note that there were extra inputs"),
     "too many": ({"count": [10**15], "seed": [0]}, "count: 1000000000000000 networks, expected at most "),
+    "too many of many": ({"count": [1, 10**15], "seed": [0, 0]}, "bytes of memory are free"),
     "too many together": ({"count": [10**15, 10**15], "seed": [0, 0]}, "count: 2000000000000000 networks"),
 }
 

@@ -67,6 +67,8 @@ class Command(TyperCommand):
                     value = rest.pop(0)
                 words += {"": [name], "true": [name], "false": []}.get(value, [word])
             elif option and option.multiple and not equals:
+                if not ctx.resilient_parsing and (not rest or rest[0].startswith("--")):
+                    raise UserError(f"{name}: a value is missing")
                 while rest and not rest[0].startswith("--"):
                     words += [name, rest.pop(0)]
             else:

@@ -31,6 +31,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     signal.signal(signal.SIGTERM, _interrupt)
     _open_stdout()
+    if not (sys.stderr and sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries; tqdm reads it when it is imported
     if "_PDIFF_COMPLETE" in os.environ:  # set by the shell: typer answers, and ends the process
         COMMANDS.main(prog_name="pdiff")
     words = list(sys.argv[1:] if words is None else words) or ["--help"]

@@ -11,6 +11,9 @@ from pdiff.cli.app import RESULTS, RUNS, Words, command
 from pdiff.cli.tables import print_frame
 from pdiff.errors import UserError
 
+NETWORKS = {"prepare": "checkpoints", "generate": "generated"}
+"""Stage -> name of the collection that it writes."""
+
 
 @command(RESULTS, "compare")
 def compare() -> None:
@@ -18,9 +21,9 @@ def compare() -> None:
     from pdiff.experiment import metrics
     from pdiff.tracking import queries, store
 
-    with store.connected():
-        table = queries.compare()
-    print("no finished run of main") if table.empty else print_frame(metrics.readable(table))
+    with store.existing() as found:
+        table = queries.compare() if found else None
+    print("no finished run of main") if table is None or table.empty else print_frame(metrics.readable(table))
 
 
 @command(RUNS, "leaderboard mlp --only ours")
@@ -32,15 +35,23 @@ def leaderboard(
     from pdiff.experiment import leaderboard
     from pdiff.tracking import queries, store
 
-    with store.connected():
-        done, board = queries.log_leaderboard(words or [], only_ours=only == "ours")
+    with store.existing() as found:
+        ours = queries.evaluations() if found else {}
+        board = leaderboard.table(queries.results(ours, words or [], only_ours=only == "ours"))
     print("no tag to show") if board.empty else print_frame(leaderboard.cells(board))
+    if board.empty and not found:
+        return
+    with store.connected():
+        done = queries.log_leaderboard(board)
     print(f"\nrun          {done.run_id}\nleaderboard  {done.folder / 'leaderboard.html'}")
 
 
 @command(RESULTS, "export --run RUN --out networks --index 0 1 2")
 def export(
-    run_id: Annotated[str, typer.Option("--run", metavar="RUN", help="A run of prepare, generate or main.")],
+    run_id: Annotated[
+        str,
+        typer.Option("--run", metavar="RUN", help="A run of prepare, generate or main, or the beginning of its id."),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.")],
     form: Annotated[Literal["pth", "safetensors"], typer.Option("--format")] = "pth",
     index: Annotated[
@@ -50,18 +61,22 @@ def export(
     """Write networks of a run as ordinary state-dict files."""
     from pdiff.tracking import store
 
-    with store.connected():
+    with store.existing() as found:
+        if not found:
+            raise UserError(
+                f"--run {run_id}: no such run, and no tracking store here (MLFLOW_TRACKING_URI names others)"
+            )
         folder, tags = store.artifacts_of(run_id)
         if "pdiff.generate_run" in tags:
-            folder, _ = store.artifacts_of(tags["pdiff.generate_run"])
+            folder, tags = store.artifacts_of(tags["pdiff.generate_run"])
+    stage = tags.get("pdiff.stage", "something else")
+    if stage not in NETWORKS:
+        raise UserError(
+            f"--run {run_id}: a run of {stage} holds no networks, expected one of prepare, generate or main"
+        )
     from pdiff.experiment.export import export
     from pdiff.method.collection import Collection
 
-    for name in ("generated", "checkpoints"):
-        if (folder / f"{name}.safetensors").exists():
-            collection = Collection.load(folder / f"{name}.safetensors")
-            paths = export(collection, name, out, form=form, index=index)
-            print(f"{len(paths)} networks in {out}")
-            return
-    stage = tags.get("pdiff.stage", "something else")
-    raise UserError(f"--run {run_id}: a run of {stage} holds no networks, expected one of prepare, generate or main")
+    collection = Collection.load(folder / f"{NETWORKS[stage]}.safetensors")
+    paths = export(collection, NETWORKS[stage], out, form=form, index=index)
+    print(f"{len(paths)} networks in {out}")

@@ -111,6 +111,10 @@ class Standardizer:
             tensors[slot.name] = rows.unflatten(1, slot.shape).to(getattr(torch, slot.dtype))
         return Collection({name: tensors[name] for name in self.order})
 
+    def example(self) -> Collection:
+        """One network of the layout that `decode` returns; its numbers are their means."""
+        return self.decode(torch.zeros(1, self.size))
+
     def _columns(self, vectors: Tensor) -> Sequence[Tensor]:
         """The columns of vectors (N, D) that belong to each slot, as views."""
         return vectors.split([slot.size for slot in self.slots], dim=1)

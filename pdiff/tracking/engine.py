@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +30,8 @@ from pdiff.method.options import resolve
 from pdiff.parallel.interrupts import uninterrupted
 from pdiff.tracking.seals import MANIFEST, seal, verify
 
-SEAL = "pdiff.seal"
+SEAL = "pdiff.seal"  # tag with the checksum of the manifest
+LOCK_SECONDS = 0.1  # between two attempts to get a lock
 
 
 @dataclass(frozen=True)
@@ -233,18 +236,28 @@ def _undamaged(compute: Callable[[], Metrics], work: Path) -> Metrics:
 
 @contextmanager
 def _exclusively(digest: str, what: str) -> Iterator[None]:
-    """Hold the lock of a digest; report that another process holds it."""
+    """Hold the lock of a digest; report that another process holds it.
+
+    Its file is removed afterwards. Files of locks are opened and removed only under one more lock, and nobody waits for
+    a lock with its file open: so two processes never hold the lock of one digest by two files, one of them removed.
+    """
     work_folder().mkdir(parents=True, exist_ok=True)
-    lock = FileLock(work_folder() / f"{digest}.lock")
-    try:
-        lock.acquire(timeout=0.2)
-    except Timeout:
-        tqdm.write(f"{what}: waiting for another process that runs it")
-        lock.acquire()
+    path = work_folder() / f"{digest}.lock"
+    gate, lock = FileLock(work_folder() / "stages.lock"), FileLock(path)
+    for attempt in count():
+        with gate, suppress(Timeout):
+            lock.acquire(blocking=False)
+        if lock.is_locked:
+            break
+        if attempt == 2:  # a stage that is finished is held for a moment only
+            tqdm.write(f"{what}: waiting for another process that runs it")
+        time.sleep(LOCK_SECONDS)
     try:
         yield
     finally:
-        lock.release()
+        with gate:
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 def _clear(digest: str) -> None:

@@ -8,25 +8,33 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import mlflow
 import numpy as np
+import torch
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import AnyType, Array
 from tqdm.auto import tqdm
 
 import pdiff
 from pdiff import compat
 from pdiff.experiment.schema import Experiment
+from pdiff.method.collection import Collection
 from pdiff.method.generators.base import Generator
 
 SAMPLING = ("__init__.py", "compat.py", "errors.py", "files.py", "seeds.py", "parallel", "method")
 """Modules and packages of pdiff that sampling needs; they travel with the model."""
-SIGNATURE = ModelSignature(inputs=Schema([ColSpec("long", "count"), ColSpec("long", "seed")]))
+ELEMENTS = {torch.float64: DataType.double, torch.bool: DataType.boolean}
+"""MLflow's names of types, where they are not those of every float or integer."""
+INPUTS = Schema([ColSpec(AnyType(), name) for name in ("count", "seed")])
+"""Of any type: where one is declared, MLflow's server casts to it, and 2.7 becomes 2. The model itself checks them."""
 
 
 def log(experiment: Experiment, folder: Path) -> None:
@@ -36,20 +44,39 @@ def log(experiment: Experiment, folder: Path) -> None:
         experiment: how the model samples, and what it is called.
         folder: what `Generator.save` wrote.
     """
+    generator = Generator.load(folder)
     with _quiet(), TemporaryDirectory() as scratch:
         if experiment.log_models:
-            _log_programs(Generator.load(folder))
+            _log_programs(generator)
         code, model = travelling_code(Path(scratch)), Path(__file__).with_name("pyfunc_model.py")
-        mlflow.pyfunc.log_model(
+        logged = mlflow.pyfunc.log_model(
             name="generator",
             python_model=str(model),
             artifacts={"generator": str(folder)},
             model_config=experiment.sampling,
             code_paths=[str(code)],
-            signature=SIGNATURE,
+            signature=ModelSignature(INPUTS, outputs(generator.standardizer.example())),
             pip_requirements=requirements(*code.rglob("*.py"), model),
-            registered_model_name=f"pdiff-{experiment.tag}" if experiment.register else None,
         )
+    if experiment.register:
+        register(logged.model_uri, f"pdiff-{experiment.tag}")
+
+
+def register(model_uri: str, name: str) -> None:
+    """Register a logged model as the new version of a name."""
+    with _quiet():
+        mlflow.register_model(model_uri, name)
+
+
+def outputs(networks: Collection) -> Schema:
+    """What the model returns for each row: every tensor of its networks, as nested arrays (count, *shape)."""
+    columns = []
+    for name, tensor in networks.tensors.items():
+        kind: Any = ELEMENTS.get(tensor.dtype, DataType.float if tensor.is_floating_point() else DataType.long)
+        for _ in tensor.shape:
+            kind = Array(kind)
+        columns.append(ColSpec(kind, name))
+    return Schema(columns)
 
 
 def travelling_code(folder: Path) -> Path:
@@ -97,12 +124,12 @@ def _log_programs(generator: Generator) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep MLflow's notes on what it infers about models from the terminal."""
+    """Keep MLflow's notes on what it infers about models, and on what it has registered, from the terminal."""
     logger = logging.getLogger("mlflow")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

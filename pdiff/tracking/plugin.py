@@ -1,7 +1,7 @@
 """Lets `mlflow run .` work where conda is absent, and makes it end cleanly on SIGTERM.
 
 MLflow imports this module together with `mlflow.tracking`, in every process, through the entry-point group
-`mlflow.run_context_provider`. That import does three things.
+`mlflow.run_context_provider`. That import does three things; a fourth has an entry-point group of its own.
 
 *A stand-in for conda.* MLflow runs a project with a `conda_env` through conda, and no setting changes that. Where
 there is no conda, `MLFLOW_CONDA_HOME` is set to a folder with the two files of a conda installation that MLflow uses.
@@ -13,12 +13,16 @@ stand-in itself, so only when a project really runs. `PDIFF_NO_CONDA_STANDIN=1` 
 *A tag.* Runs created inside a project that runs through the stand-in carry `pdiff.interpreter`.
 
 *A clean end.* On SIGTERM, `mlflow run` by itself leaves its child alive and its run RUNNING; here both end.
+
+*One experiment.* `mlflow run` of this project logs into the MLflow experiment that `pdiff` logs into, unless its user
+names another one.
 """
 
 import atexit
 import contextlib
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -70,6 +74,28 @@ class InterpreterContext:
     def tags(self) -> dict[str, str]:
         """Tags of every run that is created in this process."""
         return {"pdiff.interpreter": sys.executable}
+
+
+class ProjectExperiment:
+    """Chooses the MLflow experiment of `mlflow run` for this project where its user chooses none.
+
+    An MLflow `DefaultExperimentProvider`, without inheriting from it for the same reason.
+    """
+
+    def in_context(self) -> bool:
+        """Whether this process is `mlflow run` of a clone of this project."""
+        projects = [os.path.join(word, "MLproject") for word in sys.argv[2:]]
+        texts = (Path(path).read_text(encoding="utf-8") for path in projects if os.path.isfile(path))
+        ours = any(re.search(r"^name: *pdiff *$", text, re.MULTILINE) for text in texts)
+        return ours and is_mlflow_run(sys.argv, sys.orig_argv)
+
+    def get_experiment_id(self) -> str:
+        """The experiment, created if it is absent."""
+        import mlflow
+
+        from pdiff.tracking.store import EXPERIMENT
+
+        return mlflow.set_experiment(EXPERIMENT).experiment_id
 
 
 def offer_standin(environ: MutableMapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import mlflow
@@ -19,8 +19,8 @@ from pdiff.tracking.store import search
 
 
 def finished(*stages: str) -> list[Run]:
-    """All finished runs of some stages, except those of trials, the latest first."""
-    condition = "attributes.status = 'FINISHED' and tags.`pdiff.stage` = "
+    """All finished runs of some stages of experiments, except those of trials, the latest first."""
+    condition = "attributes.status = 'FINISHED' and tags.`pdiff.tag` LIKE '%' and tags.`pdiff.stage` = "
     found = [run for stage in stages for run in search(f"{condition}'{stage}'") if "pdiff.trial" not in run.data.tags]
     return sorted(found, key=lambda run: run.info.start_time, reverse=True)
 
@@ -30,7 +30,7 @@ def compare() -> pd.DataFrame:
     rows = []
     for run in reversed(finished("main")):
         metrics, parameters = run.data.metrics, run.data.params
-        row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters["config.seed"]}
+        row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters.get("config.seed", "")}
         row |= {name: metrics.get(name, math.nan) for name in COMPARED.values()}
         fit = [metrics[name] for name in FIT_SECONDS if name in metrics]
         row["seconds/fit"] = sum(fit) if fit else math.nan
@@ -39,27 +39,27 @@ def compare() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def log_leaderboard(names: Sequence[str] = (), *, only_ours: bool = False) -> tuple[Done, pd.DataFrame]:
-    """Published results and ours side by side, logged as a run with `leaderboard.csv` and `leaderboard.html`.
-
-    Args:
-        names: a tag is shown that holds one of them; every tag when absent.
-        only_ours: leave out what was never run.
-
-    Returns:
-        The run, and the board as `leaderboard.table` makes it.
-    """
-    ours = evaluations()
-    others = (
-        [] if only_ours else [Result(tag, published.published(tag)) for tag in config.runnable() if tag not in ours]
-    )
-    results = sorted([*ours.values(), *others], key=lambda result: (not result.ours, not result.published, result.tag))
-    shown = [result for result in results if not names or any(name in result.tag for name in names)]
-    board = leaderboard.table(shown)
+def log_leaderboard(board: pd.DataFrame) -> Done:
+    """Log a board, as `leaderboard.table` makes it, as a run with `leaderboard.csv` and `leaderboard.html`."""
     with tracked("leaderboard") as run:
         mlflow.log_text(board.to_csv(index=False), "leaderboard.csv")
         mlflow.log_text(leaderboard.page(board), "leaderboard.html")
-    return run.done(), board
+    return run.done()
+
+
+def results(ours: Mapping[str, Result], names: Sequence[str] = (), *, only_ours: bool = False) -> list[Result]:
+    """Our results and published ones, in the order of a leaderboard.
+
+    Args:
+        ours: those of `evaluations`.
+        names: a tag is shown that holds one of them; every tag when absent.
+        only_ours: leave out what was never run.
+    """
+    others = (
+        [] if only_ours else [Result(tag, published.published(tag)) for tag in config.runnable() if tag not in ours]
+    )
+    found = sorted([*ours.values(), *others], key=lambda result: (not result.ours, not result.published, result.tag))
+    return [result for result in found if not names or any(name in result.tag for name in names)]
 
 
 def evaluations() -> dict[str, Result]:

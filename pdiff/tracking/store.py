@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ import requests
 from filelock import FileLock
 from mlflow.entities import Run as Record
 from mlflow.entities import RunStatus
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
@@ -48,6 +51,22 @@ def connected() -> Iterator[MLflowStore]:
         raise kind(f"{database.place()}: {reason}") from None
 
 
+@contextmanager
+def existing() -> Iterator[bool]:
+    """Work with the tracking store if there is one, and yield whether there is; a local one is not created.
+
+    Raises:
+        UserError: as `connected` does.
+    """
+    uri = mlflow.get_tracking_uri()
+    file = make_url(uri).database if uri.startswith("sqlite:///") else None
+    if file and not Path(file).exists():
+        yield False
+    else:
+        with connected():
+            yield True
+
+
 def connect() -> None:
     """Reach the tracking store, creating a local one, and close runs whose process is dead.
 
@@ -57,6 +76,8 @@ def connect() -> None:
     for noisy in ("mlflow.system_metrics", "mlflow.store.db", "mlflow.tracking.fluent"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what matters is raised as well
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if not (sys.stdout and sys.stdout.isatty()):
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         work_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(work_folder() / "store.lock"):
@@ -126,16 +147,18 @@ def _complete_models(experiment: Experiment, done: Done) -> None:
     """Log and register the models of a finished run of `train` as far as that was not done."""
     condition = f"name = 'generator' and source_run_id = '{done.run_id}'"
     logged = mlflow.search_logged_models(experiment_ids(), condition, output_format="list")
+    name = f"pdiff-{experiment.tag}"
     if not logged:
         from pdiff.tracking import models  # imports torch
 
         with mlflow.start_run(done.run_id, nested=True):
             models.log(experiment, done.folder / "generator")
-    elif experiment.register:
-        name = f"pdiff-{experiment.tag}"
-        versions = mlflow.search_model_versions(filter_string=f"name = '{name}'")
-        if done.run_id not in {version.run_id for version in versions}:
-            mlflow.register_model(logged[0].model_uri, name)
+    elif experiment.register and done.run_id not in {
+        version.run_id for version in mlflow.search_model_versions(filter_string=f"name = '{name}'")
+    }:
+        from pdiff.tracking import models
+
+        models.register(logged[0].model_uri, name)
 
 
 def close_dead_runs() -> None:
@@ -171,16 +194,26 @@ def is_away(error: BaseException) -> bool:
     )
 
 
-def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:
-    """The artifacts and tags of a run, or of the one that it stands for.
+def named(run_id: str) -> Record:
+    """The run that an id names, or the beginning of one.
 
     Raises:
-        UserError: no such run.
+        UserError: there is no such run, or there are several.
     """
-    try:
-        record = mlflow.get_run(run_id)
-    except mlflow.MlflowException as error:
-        raise UserError(f"--run: {error.message.splitlines()[0]}") from None
+    if not re.fullmatch("[0-9a-f]{1,32}", run_id):
+        raise UserError(f"--run {run_id}: expected the id of a run or its beginning, at most 32 of the digits 0-9, a-f")
+    found = search(f"attributes.run_id LIKE '{run_id}%'")
+    if not found:
+        raise UserError(f"--run {run_id}: no such run in the tracking store")
+    if len(found) > 1:
+        shown = ", ".join(f"{run.info.run_id[:12]} ({run.info.run_name})" for run in found[:4])
+        raise UserError(f"--run {run_id}: {len(found)} runs begin like this, expected one, such as {shown}")
+    return found[0]
+
+
+def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:
+    """The artifacts and tags of a run, or of the one that it stands for; see `named`."""
+    record = named(run_id)
     if reused := record.data.tags.get("pdiff.reused"):
         return artifacts_of(reused)
     return artifacts(record), record.data.tags

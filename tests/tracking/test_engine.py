@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -365,3 +367,27 @@ def test_two_that_want_the_same_do_it_once(store, capsys):
 def test_the_engine_knows_neither_mlflow_nor_torch():
     code = "import sys, pdiff.tracking.engine; sys.exit(bool({'mlflow', 'torch'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def hold_often(times: int) -> None:
+    """Count, again and again, in a file that two processes at a time would spoil."""
+    file = engine.work_folder() / "count"
+    for _ in range(times):
+        with engine._exclusively("digest", "count"):
+            before = int(file.read_text())
+            time.sleep(0.001)
+            file.write_text(str(before + 1))
+
+
+def test_a_lock_is_removed_and_still_held_by_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("PDIFF_WORK", str(tmp_path))
+    monkeypatch.setattr(engine, "LOCK_SECONDS", 0.001)
+    (tmp_path / "count").write_text("0")
+    workers = [multiprocessing.get_context("fork").Process(target=hold_often, args=(50,)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert (tmp_path / "count").read_text() == "200"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["count", "stages.lock"]

@@ -12,6 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from elsewhere import HIDE
 from safetensors.torch import load_file
 from tracked import artifacts, runs
 
@@ -22,24 +23,6 @@ from pdiff.tracking import models
 pytestmark = pytest.mark.slow
 
 ELSEWHERE = """
-import sys
-from importlib.machinery import PathFinder
-
-
-class Hidden:
-    # Finds pdiff only in folders that are added to sys.path from now on, as if it were not installed.
-    before = list(sys.path)
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "pdiff":
-            return None
-        spec = PathFinder.find_spec(name, [path for path in sys.path if path not in self.before])
-        if spec is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return spec
-
-
-sys.meta_path.insert(0, Hidden())
 try:
     import pdiff.seeds
     sys.exit("pdiff can be imported")
@@ -59,7 +42,7 @@ for name, model in (("autoencoder", autoencoder), ("diffusion", diffusion)):
         width = program.metadata.signature.inputs.inputs[0].shape[1]
         found[name] = program.predict(np.full((3, width), 0.5, dtype=np.float32))
 model = mlflow.pyfunc.load_model("models:/pdiff-tiny/1")
-weights = model.predict(pd.DataFrame({"count": [8], "seed": [0]}))
+(weights,) = model.predict(pd.DataFrame({"count": [8], "seed": [0]}))
 np.savez(out, **found, **{f"weights.{name}": array for name, array in weights.items()})
 """
 
@@ -76,7 +59,7 @@ def test_models_predict_where_pdiff_is_not_installed(workspace):
     programs = [logged[name].model_uri if name in logged else "" for name in ("autoencoder", "diffusion")]
     assert all(programs) == (find_spec("torch.export") is not None)  # since PyTorch 2.1
 
-    command = [sys.executable, "-I", "-c", ELSEWHERE, mlflow.get_tracking_uri(), *programs, "predicted.npz"]
+    command = [sys.executable, "-I", "-c", HIDE + ELSEWHERE, mlflow.get_tracking_uri(), *programs, "predicted.npz"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     predicted = {name: torch.from_numpy(array) for name, array in np.load("predicted.npz").items()}

@@ -1,6 +1,7 @@
 """Runs a tiny project with the real `mlflow run`, in an environment without conda and without an activated Python."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from mlflow.entities import Run
 from pdiff.tracking import plugin
 from pdiff.tracking.plugin import InterpreterContext, is_mlflow_run, offer_standin
 
+ROOT = Path(__file__).parents[2]
 PYTHON = os.path.join(sys.prefix, "bin", "python")
 MLPROJECT = """
 name: tiny
@@ -107,6 +109,29 @@ def test_sigterm_ends_the_project_and_its_run(project: Path, environ: dict[str, 
     assert process.returncode == 128 + signal.SIGTERM
     assert not psutil.pid_exists(int((project / "pid").read_text()))
     assert [run.info.status for run in runs(environ)] == ["KILLED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [("pdiff", [], "pdiff"), ("pdiff", ["--experiment-name", "mine"], "mine"), ("other", [], "Default")],
+)
+def test_the_project_logs_where_the_command_does(
+    project: Path, environ: dict[str, str], tmp_path: Path, name: str, options: list[str], expected: str
+) -> None:
+    (project / "MLproject").write_text(MLPROJECT.replace("name: tiny", f"name: {name}"))
+    installed = tmp_path / "installed"
+    metadata = installed / "pdiff-1.0.dist-info"  # what `pip install` makes of pyproject.toml
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: pdiff\nVersion: 1.0\n")
+    declared = re.findall(r'entry-points\."([\w.]+)"\]\n(.*?)\n\n', (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    (metadata / "entry_points.txt").write_text("".join(f"[{g}]\n{lines}\n" for g, lines in declared).replace('"', ""))
+    process = mlflow_run(project, environ | {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}"}, *options)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    client = MlflowClient(environ["MLFLOW_TRACKING_URI"])
+    found = {e.name: len(client.search_runs([e.experiment_id])) for e in client.search_experiments()}
+    assert {name: count for name, count in found.items() if count} == {expected: 2}
 
 
 @pytest.mark.parametrize("conda", [{"MLFLOW_CONDA_HOME": "/opt/conda"}, {"CONDA_EXE": "/opt/conda/bin/conda"}])

@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from pdiff.files import write_text
 from pdiff.method.generators import DiffusionOptions
 from pdiff.networks.imported.files import files_of
 from pdiff.networks.options import Dataset
+from pdiff.networks.patterns import literal
 
 if TYPE_CHECKING:
     from pdiff.networks.inspect import Inspection
@@ -81,7 +81,7 @@ def new(
     proposal = Proposal.of(found, parameters)
     chosen = proposal.parameters
     given["prepare"]["parameters"] = list(chosen) if len(chosen) > 1 else chosen[0]
-    given["prepare"]["exclude"] = [escape(name) for name in found.unusable]
+    given["prepare"]["exclude"] = [literal(name) for name in found.unusable]
     tree = _tree(given, overrides or {})
     text = _yaml(tag, proposal, tree)
     _check(path, text)

@@ -6,13 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from glob import escape
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from pdiff.errors import UserError
+from pdiff.errors import UserError, printable
 from pdiff.method.generators import DiffusionOptions
-from pdiff.networks.patterns import EVERYTHING, matching
+from pdiff.networks.patterns import EVERYTHING, literal, matching
 
 if TYPE_CHECKING:
     from pdiff.networks.inspect import Inspection
@@ -104,7 +103,7 @@ class Proposal:
         found, chosen = self.found, set(matching(self.found.roles, self.parameters))
         rows = [
             {
-                "tensor": name,
+                "tensor": printable(name),
                 "shape": " x ".join(map(str, shape)) or "-",
                 "type": str(dtype).removeprefix("torch."),
                 "numbers": prod(shape),
@@ -118,7 +117,7 @@ class Proposal:
         lines = [
             pd.DataFrame(rows).to_string(index=False),
             "",
-            f"files       {len(found.used)} of {len(found.used) + len(found.unusable)} in {found.folder} can be used",
+            f"files       {len(found.used)} of {len(found.used) + len(found.unusable)} in {printable(str(found.folder))} can be used",
             f"types       {counted}",
             f"generated   {self.numbers:,} of {total:,} numbers; {', '.join(self.parameters)}",
             f"constant    {found.count('constant'):,} numbers are the same in all files",
@@ -130,7 +129,7 @@ class Proposal:
 
 def listed(title: str, files: Mapping[str, str]) -> list[str]:
     """A title, and below it the files with what is wrong with each; nothing if there are none."""
-    lines = ["  " + " ".join(f"{name}: {why}".split()) for name, why in list(files.items())[:LISTED]]
+    lines = ["  " + printable(" ".join(f"{name}: {why}".split())) for name, why in list(files.items())[:LISTED]]
     more = [f"  and {len(files) - LISTED} more"] if len(files) > LISTED else []
     return [title, *lines, *more] if files else []
 
@@ -149,7 +148,7 @@ def patterns_of(roles: Mapping[str, str]) -> list[str]:
         return list(EVERYTHING)
     candidates: dict[str, None] = {}
     for name in sorted(wanted):
-        parts = [escape(part) for part in name.split(".")]
+        parts = [literal(part) for part in name.split(".")]
         starts = [".".join([*parts[:k], "*"]) for k in range(1, len(parts))]
         ends = [".".join(["*", *parts[k:]]) for k in range(1, len(parts))]
         candidates |= dict.fromkeys([*starts, *_numbered(parts), *ends, ".".join(parts)])

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 
 EVERYTHING = ("all",)
+
+
+def literal(name: str) -> str:
+    """The pattern that matches a name; what a YAML file cannot hold of it is left open."""
+    return "".join(c if c.isprintable() else "?" for c in escape(name))
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:

@@ -34,7 +34,12 @@ def _stage(name: str, description: str, example: str) -> None:
         from pdiff.experiment import config
 
         experiment = config.load(tag, overrides(ctx.args))
-        from pdiff.tracking import engine, store
+        from pdiff.experiment import limits, stages
+        from pdiff.tracking import engine
+
+        names = stages.of(experiment) if name == "main" else stages.needed(name, experiment)
+        limits.check(experiment, names, engine.work_folder())
+        from pdiff.tracking import store
 
         with store.connected() as runs:
             if name == "main":

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from pdiff.errors import UserError
 from pdiff.experiment.allocations import bytes_of, counted
+from pdiff.experiment.limits import largest_latent
 from pdiff.experiment.schema import Experiment
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import ConvAutoencoderOptions, PCAOptions, convolutional
@@ -111,10 +112,7 @@ def sizes(experiment: Experiment) -> Sizes:
 
 def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -> Sizes:
     """The sizes that follow from D and the split of the checkpoints."""
-    settings = experiment.autoencoder
-    wanted = size if settings.latent_size == "auto" else settings.latent_size
-    latent_size = wanted if settings.kind == "conv" else max(1, min(wanted, size, fitted - 1))
-    return Sizes(size, latent_size, fitted + heldout, fitted, heldout)
+    return Sizes(size, largest_latent(experiment, size, fitted), fitted + heldout, fitted, heldout)
 
 
 def _imported(experiment: Experiment, file: Path) -> int:

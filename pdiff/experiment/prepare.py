@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from pdiff.errors import UserError
+from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import base_network, load_images, make_network
 from pdiff.experiment.schema import Experiment
@@ -16,6 +17,7 @@ from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
 from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import first_template, read_collection
+from pdiff.networks.patterns import matching
 from pdiff.networks.populations import collect, generated_names
 from pdiff.seeds import stream
 
@@ -59,11 +61,14 @@ def _collected(experiment: Experiment, images: Images, pretrain: Path, out: Path
 def _imported(experiment: Experiment, images: Images | None, out: Path) -> Collection:
     """Checkpoints from files; where their architecture is known, the base network is written, too."""
     source, exclude = Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude
+    first = first_template(source, exclude).state
+    wanted = [first[name] for name in matching(first, experiment.prepare.parameters)]
+    limits.check(experiment, ["prepare"], out, size=sum(t.numel() for t in wanted if t.is_floating_point()))
     collection = read_collection(source, experiment.prepare.parameters, exclude)
     if images:
         pretrained = experiment.network.pretrained
         network = make_network(experiment, images, pretrained=pretrained)
-        _load_into(network, first_template(source, exclude).state, source, complete=not pretrained)
+        _load_into(network, first, source, complete=not pretrained)
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection
 

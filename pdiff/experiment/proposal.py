@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pdiff.networks.inspect import Inspection
 
 MANY_PATTERNS, FEW_NUMBERS = 12, 0.01  # constants stay in if so many patterns would leave out less than this share
+MANY_TENSORS = 1000  # constants stay in, too: patterns are searched in a time that grows with the square
 LISTED = 50  # files named in a list
 FEW = 50  # checkpoints; the paper collects 200 to 400, its ablation of their number finds 50 nearly as good
 
@@ -114,10 +115,11 @@ class Proposal:
         types = Counter(str(dtype)[6:] for _, dtype in found.layout.values() if dtype.is_floating_point)
         counted = next(iter(types)) if len(types) == 1 else ", ".join(f"{name} ({n})" for name, n in types.items())
         total = sum(row["numbers"] for row in rows)
+        folder, count = printable(str(found.folder)), len(found.used)
         lines = [
             pd.DataFrame(rows).to_string(index=False),
             "",
-            f"files       {len(found.used)} of {len(found.used) + len(found.unusable)} in {printable(str(found.folder))} can be used",
+            f"files       {count} of {count + len(found.unusable)} in {folder} can be used",
             f"types       {counted}",
             f"generated   {self.numbers:,} of {total:,} numbers; {', '.join(self.parameters)}",
             f"constant    {found.count('constant'):,} numbers are the same in all files",
@@ -135,7 +137,8 @@ def listed(title: str, files: Mapping[str, str]) -> list[str]:
 
 
 def patterns_of(roles: Mapping[str, str]) -> list[str]:
-    """Few patterns that match every generated tensor and no constant one: ["all"] where there is no constant.
+    """Few patterns that match every generated tensor and no constant one: ["all"] where there is no constant, or where
+    there are very many tensors.
 
     Greedy: of the patterns made of the names' beginnings, ends and numbers, each time the one that matches the most.
 
@@ -144,7 +147,7 @@ def patterns_of(roles: Mapping[str, str]) -> list[str]:
     """
     wanted = {name for name, role in roles.items() if role == "generated"}
     constant = [name for name, role in roles.items() if role == "constant"]
-    if not constant:
+    if not constant or len(roles) > MANY_TENSORS:
         return list(EVERYTHING)
     candidates: dict[str, None] = {}
     for name in sorted(wanted):

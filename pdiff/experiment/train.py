@@ -9,10 +9,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
+from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks
 from pdiff.experiment.schema import Experiment
-from pdiff.method.collection import Collection
+from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.generators.base import Generator
 from pdiff.method.log import Log, Point, ignore
 from pdiff.method.training import resolve_device
@@ -25,6 +26,7 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     """Fit the generator on the collection. Writes `generator/`, `history.csv`."""
     history, device = History(out, log), resolve_device(experiment.device)
     collection = original_networks(experiment, prepare)
+    limits.check(experiment, ["train"], out, size=generated_numbers(collection[0]), device=device.type)
     check = ignore
     if experiment.dataset and hasattr(experiment, "autoencoder"):
         check = partial(check_reconstruction, experiment, collection, prepare, history)

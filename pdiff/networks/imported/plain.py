@@ -38,7 +38,7 @@ def read_collection(folder: Path, patterns: Sequence[str] = ("all",), exclude: S
 
     Raises:
         UserError: an absent or empty folder, a damaged file, a pickle with anything but tensors in it, different
-            layouts, NaN or infinity; with file and tensor. Or nothing that could be generated differs between the files.
+            layouts, NaN or infinity; with file and tensor. Or nothing that can be generated differs between the files.
     """
     paths = checkpoint_files(folder, exclude)
 

@@ -68,28 +68,38 @@ def _imported(experiment: Experiment, images: Images | None, out: Path) -> Colle
     if images:
         pretrained = experiment.network.pretrained
         network = make_network(experiment, images, pretrained=pretrained)
-        _load_into(network, first, source, complete=not pretrained)
+        for reason in misfits(network, first, complete=not pretrained):
+            raise UserError(f"prepare.source {source}: {reason}")
+        network.load_state_dict(first, strict=False)
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection
 
 
-def _load_into(network: nn.Module, state: StateDict, source: Path, *, complete: bool) -> None:
-    """Put a checkpoint into the base network; where it must be `complete`, it holds all of the network's parameters.
+def misfits(network: nn.Module, state: StateDict, *, complete: bool) -> list[str]:
+    """Why a checkpoint cannot be put into a network; nothing where it can.
 
-    Raises:
-        UserError: tensors that the network does not have, or has in another shape or kind; or missing tensors.
+    Args:
+        network: of any device.
+        state: the checkpoint; of its numbers only shape and type matter.
+        complete: whether it must hold all of the network's parameters.
+
+    Returns:
+        Tensors that the network does not have, or has in another shape or kind; or else missing ones.
     """
     expected = network.state_dict()
+    found = []
     for name, tensor in state.items():
-        fits = name in expected and expected[name].shape == tensor.shape
-        if not fits or expected[name].is_floating_point() != tensor.is_floating_point():
-            wanted = f"{tuple(expected[name].shape)} {expected[name].dtype}" if name in expected else "no such tensor"
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise UserError(f"prepare.source {source}: {name} is {found}, but the network has {wanted}")
+        ours = expected.get(name)
+        if ours is None:
+            found.append(f"{name} is {tuple(tensor.shape)} in the files, absent in the network")
+        elif ours.shape != tensor.shape:
+            found.append(f"{name} is {tuple(tensor.shape)} in the files, {tuple(ours.shape)} in the network")
+        elif ours.is_floating_point() != tensor.is_floating_point():
+            found.append(f"{name} is {tensor.dtype} in the files, {ours.dtype} in the network")
     missing = [name for name, _ in network.named_parameters() if name not in state]
-    if complete and missing:
-        raise UserError(
-            f"prepare.source {source}: the files lack {len(missing)} parameters of the network, such as {missing[0]}; "
+    if complete and missing and not found:
+        found.append(
+            f"the files lack {len(missing)} parameters of the network, such as {missing[0]}; "
             f"the rest of the network would be random (network.pretrained is false)"
         )
-    network.load_state_dict(state, strict=False)
+    return found

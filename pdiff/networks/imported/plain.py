@@ -60,10 +60,10 @@ def read_collection(folder: Path, patterns: Sequence[str] = ("all",), exclude: S
 
     for _ in in_threads(fill, range(len(paths)), "read"):
         pass
-    varying = {name for name, rows in stacked.items() if any(not torch.equal(row, rows[0]) for row in rows)}
+    collection = Collection(stacked, [path.name for path in paths])
     of = "" if tuple(patterns) == EVERYTHING else f"{', '.join(patterns)} of "
-    check_varying(varying, first, f"prepare.source: {of}the {len(paths)} files in {folder}")
-    return Collection(stacked, [path.name for path in paths])
+    check_varying(collection.varying(), first, f"prepare.source: {of}the {len(paths)} files in {folder}")
+    return collection
 
 
 def first_template(folder: Path, exclude: Sequence[str] = ()) -> Template:

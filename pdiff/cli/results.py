@@ -53,15 +53,23 @@ def export(
     with store.connected():
         folder, tags = store.artifacts_of(run_id)
         if "pdiff.generate_run" in tags:
-            folder, _ = store.artifacts_of(tags["pdiff.generate_run"])
+            folder, tags = store.artifacts_of(tags["pdiff.generate_run"])
     from pdiff.experiment.export import export
     from pdiff.method.collection import Collection
 
-    for name in ("generated", "checkpoints"):
-        if (folder / f"{name}.safetensors").exists():
-            collection = Collection.load(folder / f"{name}.safetensors")
-            paths = export(collection, name, out, form=form, index=index)
-            print(f"{len(paths)} networks in {out}")
-            return
     stage = tags.get("pdiff.stage", "something else")
-    raise UserError(f"--run {run_id}: a run of {stage} holds no networks, expected one of prepare, generate or main")
+    name = {"prepare": "checkpoints", "generate": "generated"}.get(stage)
+    if not name:
+        raise UserError(
+            f"--run {run_id}: a run of {stage} holds no networks, expected one of prepare, generate or main"
+        )
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        again = f"`pdiff {stage} --tag {tags['pdiff.tag']} --fresh` makes them again"
+        raise UserError(f"--run {run_id}: its networks are gone: {path} is not there; {again}")
+    try:
+        collection = Collection.load(path)
+    except ValueError as error:
+        raise UserError(f"--run {run_id}: {error}") from None
+    paths = export(collection, name, out, form=form, index=index)
+    print(f"{len(paths)} networks in {out}")

@@ -13,6 +13,7 @@ import typer
 
 from pdiff.cli.app import app
 from pdiff.errors import ProcessError, UserError
+from pdiff.files import is_utf8
 
 for group in ("stages", "sweeps", "experiments", "results"):  # in the order of `pdiff --help`
     import_module(f"pdiff.cli.{group}")
@@ -34,6 +35,9 @@ def main(words: Sequence[str] | None = None) -> int:
         COMMANDS.main(prog_name="pdiff")
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
     try:
+        for word in words:
+            if not is_utf8(word):
+                raise UserError(f"{word!r} is not UTF-8, and cannot be kept in a configuration")
         with COMMANDS.make_context("pdiff", words) as context:
             COMMANDS.invoke(context)
         sys.stdout.flush()
@@ -45,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:  # not a command line of ours
         message = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
         path = f"pdiff {words[0]}" if words[0] in COMMANDS.commands else "pdiff"
-        return _fail(f"{message[:1].lower()}{message[1:]} (see `{path} --help`)", 2)
+        return _fail(UserError(f"{message[:1].lower()}{message[1:]} (see `{path} --help`)"), 2)
     except (UserError, OSError) as error:  # OSError: no permission, no space
         return _fail(error, 2)
     except ProcessError as error:

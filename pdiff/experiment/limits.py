@@ -37,6 +37,12 @@ class Bound(NamedTuple):
     memory: int
     disk: int = 0
 
+    def exceeds(self, memory: int, disk: int) -> str:
+        """What is needed of memory or disk, and what there is, if that is less; else nothing."""
+        if self.memory > memory:
+            return f"{in_bytes(self.memory)} of memory, but this machine has {in_bytes(memory)} (RAM and swap)"
+        return f"{in_bytes(self.disk)} of disk, but there are {in_bytes(disk)}" if self.disk > disk else ""
+
 
 def check(
     experiment: Experiment,
@@ -67,15 +73,10 @@ def check(
     numbers = (sizes.known(experiment) or SMALLEST) if size is None else size
     problems: dict[str, str] = {}
     for bound in bounds(experiment, numbers, device or experiment.device):
-        values = (f"{key} {str(reduce(getattr, key.split('.'), experiment))[:LONGEST]}" for key in bound.keys.split())
-        needed, there = "", ""
-        if bound.memory > memory:
-            needed, there = f"{in_bytes(bound.memory)} of memory", f"this machine has {in_bytes(memory)} (RAM and swap)"
-        elif bound.disk > room:
-            needed, there = f"{in_bytes(bound.disk)} of disk", f"{folder} has room for {in_bytes(room)}"
-        if needed and bound.stage in stages:
-            what = f"{', '.join(values)}: {bound.stage} needs at least {needed}, but {there}"
-            problems.setdefault(bound.keys, what)
+        if bound.stage in stages and (needed := bound.exceeds(memory, room)):
+            values = {key: str(reduce(getattr, key.split("."), experiment))[:LONGEST] for key in bound.keys.split()}
+            where = ", ".join(f"{key} {value}" for key, value in values.items())
+            problems.setdefault(bound.keys, f"{where}: {bound.stage} needs at least {needed}")
     if problems:
         raise UserError("; ".join(problems.values()))
 

@@ -85,6 +85,11 @@ def test_patterns_leave_out_what_is_constant():
             assert matched(roles(generated), found) == {name for name in names if generated(name)}
 
 
+def test_very_many_tensors_are_not_searched_for_patterns():
+    names = [f"layer{k}.weight" for k in range(20_000)]
+    assert patterns_of(dict.fromkeys(names, "generated") | {names[7]: "constant"}) == ["all"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_patterns_of_any_choice(seed):
     g = torch.Generator().manual_seed(seed)

@@ -205,6 +205,11 @@ FILES = [
         beside("a1.pth", lambda path: torch.save(good(1) | {"b": good(0)["b"]}, path)),
     ),
     Try(PREPARE, 2, ("x.pth", "b is 1000000000000 numbers"), beside("x.pth", saved(b=torch.ones(1).expand(10**12)))),
+    Try(PREPARE, 2, ("x.pth", "broken link"), beside("x.pth", lambda path: path.symlink_to("absent"))),
+    Try(f"new mine --checkpoints {ODD}", 2, (r"\udcff", "is not UTF-8"), lambda folder: (folder / ODD).mkdir()),
+    Try(f"{PREPARE} --prepare.source {ODD}", 2, (r"\udcff", "is not UTF-8"), beside("x.pth", saved())),
+    Try("memory tiny.yaml --diffusion.width 1000000000000", 2, ("diffusion.width", "too much to be counted")),
+    Try(f"memory tiny.yaml --generate.batch_size {10**21} --generate.count {10**21}", 2, ("generate.batch_size",)),
     Try(PREPARE, 2, ("x.pth", "pipe"), beside("x.pth", os.mkfifo)),
     Try(PREPARE, 2, (r"\udcff\x1b[31m.pth", "not UTF-8"), beside(ODD, saved())),
     Try(

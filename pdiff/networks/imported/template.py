@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pdiff import compat
 from pdiff.errors import UserError
-from pdiff.files import read_metadata, read_tensors, write_state, write_tensors
+from pdiff.files import is_utf8, read_metadata, read_tensors, write_state, write_tensors
 from pdiff.method.collection import StateDict
 
 # Keys under which training scripts store the state dict. The first one present counts, so averaged weights are used
@@ -134,15 +134,6 @@ def _load(path: Path) -> Any:
         lines = str(error).splitlines() if isinstance(error, OSError | RuntimeError) else []
         reason = textwrap.shorten(lines[0], 160) if lines else f"no file of torch.save ({type(error).__name__})"
         raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a name can be written to other files: one that is not UTF-8 is decoded to lone surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _without_nesting(content: Any) -> tuple[tuple[tuple[str, dict], ...], Any]:

@@ -121,7 +121,7 @@ class Proposal:
             "",
             f"files       {count} of {count + len(found.unusable)} in {folder} can be used",
             f"types       {counted}",
-            f"generated   {self.numbers:,} of {total:,} numbers; {', '.join(self.parameters)}",
+            f"generated   {self.numbers:,} of {total:,} numbers; {printable(', '.join(self.parameters))}",
             f"constant    {found.count('constant'):,} numbers are the same in all files",
             *listed("left out", found.unusable),
             *listed("suspicious", found.reported),

@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from glob import escape
 
 EVERYTHING = ("all",)
+NOT_UTF8 = "[!\x01-\ud7ff\ue000-\U0010ffff]"  # matches a lone surrogate, which stands for such a byte
 
 
 def literal(name: str) -> str:
-    """The pattern that matches a name; what a YAML file cannot hold of it is left open."""
-    return "".join(c if c.isprintable() else "?" for c in escape(name))
+    """The pattern that matches a name; bytes in it that are not UTF-8, which YAML cannot hold, are any such byte."""
+    return "".join(NOT_UTF8 if "\ud800" <= c <= "\udfff" else c for c in escape(name))
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:

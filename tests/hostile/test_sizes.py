@@ -244,8 +244,9 @@ def test_odd_names_reach_neither_the_terminal_nor_the_yaml_raw(workspace, capfd)
     (workspace / "mine").mkdir()
     for k in range(3):
         constant = {"constant": torch.ones(2), "\x1b[2J": torch.ones(3)}
-        torch.save({odd: torch.randn(2), **constant}, workspace / "mine" / f"{odd}{k}.pth")
-    saved()(workspace / "mine" / ODD)
+        torch.save({odd: torch.randn(2), **constant}, workspace / "mine" / ("é.pth", "0.pth", f"{odd}1.pth")[k])
+    for name in (ODD, os.fsdecode(b"\xff.pth")):
+        saved()(workspace / "mine" / name)
     torch.save({"other": torch.ones(2)}, workspace / "mine" / f"{odd}.pth")
     assert main(shlex.split(NEW)) == 0
     printed = capfd.readouterr()
@@ -254,7 +255,7 @@ def test_odd_names_reach_neither_the_terminal_nor_the_yaml_raw(workspace, capfd)
     experiment = config.load("mine")
     settings = experiment.prepare
     collection = read_collection(Path(settings.source), settings.parameters, settings.exclude)
-    assert collection.names == [f"{odd}{k}.pth" for k in range(3)] and set(collection.tensors) == {odd}
+    assert collection.names == ["0.pth", f"{odd}1.pth", "é.pth"] and set(collection.tensors) == {odd}
 
 
 @pytest.mark.slow

@@ -64,7 +64,6 @@ def _imported(experiment: Experiment, images: Images | None, out: Path) -> Colle
     first = first_template(source, exclude).state
     wanted = [first[name] for name in matching(first, experiment.prepare.parameters)]
     limits.check(experiment, ["prepare"], out, size=sum(t.numel() for t in wanted if t.is_floating_point()))
-    collection = read_collection(source, experiment.prepare.parameters, exclude)
     if images:
         pretrained = experiment.network.pretrained
         network = make_network(experiment, images, pretrained=pretrained)
@@ -72,7 +71,7 @@ def _imported(experiment: Experiment, images: Images | None, out: Path) -> Colle
             raise UserError(f"prepare.source {source}: {reason}")
         network.load_state_dict(first, strict=False)
         write_tensors(out / "network.safetensors", network.state_dict())
-    return collection
+    return read_collection(source, experiment.prepare.parameters, exclude)
 
 
 def misfits(network: nn.Module, state: StateDict, *, complete: bool) -> list[str]:

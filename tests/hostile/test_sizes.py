@@ -10,15 +10,16 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hostile import Try, answered
 from safetensors.torch import load_file
-from tracked import artifacts, runs
+from tracked import artifacts, runs, statuses
 
 from pdiff.cli.main import main
-from pdiff.experiment import config
+from pdiff.experiment import config, limits
 from pdiff.networks.imported.plain import read_collection
 
 LARGE, HUGE = 10**13, 10**400
@@ -65,6 +66,18 @@ def test_sizes_are_refused_before_anything_is_begun(tried, workspace, capfd):
     before = {path.name for path in workspace.iterdir()}
     answered(tried, workspace, capfd)
     assert {path.name for path in workspace.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_what_is_known_once_files_are_read_is_refused_before_its_stage(workspace, capfd, monkeypatch):
+    """15 numbers of 2 bytes for each of 10^6 networks, on a machine with 20 MB; before, the 15 are not known."""
+    monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: SimpleNamespace(total=20 * 10**6))
+    monkeypatch.setattr(limits.psutil, "swap_memory", lambda: SimpleNamespace(total=0))
+    needed = ("generate.count 1000000: generate needs at least 30.0 MB of memory, but this machine has 20.0 MB",)
+    put = beside("b.pth", lambda path: torch.save(good(9), path), count=4)
+    answered(Try("generate --tag mine.yaml --generate.count 1000000", 2, needed, put), workspace, capfd)
+    assert dict(statuses()) == {"prepare": "FINISHED", "train": "FINISHED", "generate": "FAILED"}
+    assert not [path for path in (workspace / ".pdiff").iterdir() if path.is_dir()]
 
 
 # -- files

@@ -5,10 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """A text for one line of a terminal: line breaks, escape sequences and bytes that are not UTF-8 are spelt out.
+
+    Names of files and tensors come from strangers; they must neither break a line nor recolour the terminal.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str, longest: int = 600) -> str:
+    """A printable text, whose middle is left out where it is too long."""
+    half = longest // 2
+    return printable(text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}")
+
+
 class UserError(ValueError):
-    """A mistake of the user: one line that says what, where, which value, and what was expected."""
+    """A mistake of the user: one printable line that says what, where, which value, and what was expected."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Damaged(UserError):
@@ -21,7 +38,7 @@ class Damaged(UserError):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return printable(f"{self.path}: {self.reason}")
 
 
 class Failure(Exception):
@@ -46,10 +63,3 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")
     )
-
-
-def one_line(text: str, longest: int = 600) -> str:
-    """A text for a message: the middle is left out where it is too long, and what cannot be printed is escaped."""
-    half = longest // 2
-    shown = text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -24,6 +24,15 @@ UMASK = os.umask(0)
 os.umask(UMASK)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written to a text file or a database: bytes that are not UTF-8 become lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an error.

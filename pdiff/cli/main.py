@@ -12,11 +12,14 @@ from types import FrameType
 import typer
 
 from pdiff.cli.app import app
-from pdiff.errors import Failure, UserError, one_line, out_of_memory
+from pdiff.errors import Failure, ProcessError, UserError, one_line, out_of_memory
 
 for group in ("stages", "sweeps", "experiments", "results"):  # in the order of `pdiff --help`
     import_module(f"pdiff.cli.{group}")
 COMMANDS = typer.main.get_command(app)
+
+
+LONGEST = 4000  # characters of a message
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -85,7 +88,7 @@ def _open_stdout() -> None:
 
 def _fail(message: object, code: int) -> int:
     """Print one line, and return the exit code."""
-    text = one_line(str(message), 4000) if isinstance(message, UserError) else message
+    text = message if isinstance(message, ProcessError) else one_line(str(message), LONGEST)
     print(f"pdiff: {text}", file=sys.stderr)
     return code
 

@@ -35,7 +35,12 @@ def _stage(name: str, description: str, example: str) -> None:
         from pdiff.experiment import config
 
         experiment = config.load(tag, overrides(ctx.args))
-        from pdiff.tracking import engine, store
+        from pdiff.experiment import limits, stages
+        from pdiff.tracking import engine
+
+        names = stages.of(experiment) if name == "main" else stages.needed(name, experiment)
+        limits.check(experiment, names, engine.work_folder())
+        from pdiff.tracking import store
 
         with store.connected() as runs:
             if name == "main":
@@ -58,11 +63,19 @@ def _print_evaluation(experiment: Experiment, folder: Path) -> None:
     import pandas as pd
 
     from pdiff.experiment import config, report
+    from pdiff.experiment.metrics import MISSING, find
     from pdiff.experiment.published import published
     from pdiff.files import read_json
 
     print()
-    print_frame(report.cells(report.table(pd.read_csv(folder / "evaluation.csv"))))
+    evaluation = pd.read_csv(folder / "evaluation.csv")
+    cells = report.cells(report.table(evaluation))
+    if not experiment.evaluator.measures:
+        distances = evaluation.groupby("group", sort=False)["nearest_distance"].mean()
+        cells["distance to the nearest original"] = distances.map(find("nearest_distance").text).to_numpy()
+    print_frame(cells.loc[:, (cells != MISSING).any()])
+    if not experiment.evaluator.measures:
+        print("\nno accuracy: there is no data set, and neither evaluate.function nor evaluate.command to measure it")
     if there := published(experiment.tag):
         measured = {n: v for n, v in read_json(folder / "summary.json").items() if v is not None}
         print()

@@ -60,7 +60,8 @@ def collected(experiment: Experiment) -> Tree:
         return {"seed": experiment.seed, "prepare": prepare}
     del prepare["collect"]  # nothing is trained
     files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    there = [path for path in files if path.exists()]  # of a broken link its reader will say what it is
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in there]
     return base_network(experiment) | {"prepare": prepare, "files": states}
 
 

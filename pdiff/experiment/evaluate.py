@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pdiff.experiment import config, published, report
+from pdiff.experiment import config, limits, published, report
 from pdiff.experiment.history import HISTORY, STATE, History, Metrics
 from pdiff.experiment.metrics import by_part
 from pdiff.experiment.prepared import evaluator, evenly_spaced, original_networks
@@ -18,7 +18,7 @@ from pdiff.experiment.schema import Experiment
 from pdiff.experiment.summary import compare_networks, summary
 from pdiff.files import copy_file, write_json, write_tensors, write_text
 from pdiff.method import baselines
-from pdiff.method.collection import Collection
+from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.log import Log, measured
 from pdiff.method.standardize import Standardizer
 from pdiff.networks.evaluators import Evaluations
@@ -54,6 +54,7 @@ def evaluate(
     """
     history = History(out, log)
     collection = original_networks(experiment, prepare)
+    limits.check(experiment, ["evaluate"], out, size=generated_numbers(collection[0]))
     standardizer = Standardizer.fit(collection)
     groups = {"original": collection, "generated": Collection.load(generate / "generated.safetensors")}
     groups |= _baselines(experiment, collection, standardizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection
@@ -20,6 +21,7 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Met
     """
     history, settings = History(out, log), experiment.generate
     generator, device = Generator.load(train / "generator"), resolve_device(experiment.device)
+    limits.check(experiment, ["generate"], out, size=generator.standardizer.size)
     generator.warm_up(**experiment.sampling)
     options = {"seed": settings.seed, "device": device, **experiment.sampling}
     parts = []

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from pdiff.errors import UserError
 from pdiff.experiment.allocations import bytes_of, counted
+from pdiff.experiment.limits import bounds, in_bytes, largest_latent
 from pdiff.experiment.schema import Experiment
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import ConvAutoencoderOptions, PCAOptions, convolutional
@@ -38,6 +39,7 @@ from pdiff.networks.patterns import matching
 from pdiff.networks.populations import generated_size
 
 FIT, FLOAT32, BFLOAT16 = "fit", "train, float32", "train, bfloat16"  # on the CPU; on the CPU; on a GPU
+COUNTABLE = 2**58  # bytes: the sums of several such parts still fit into 64 bits
 STEPS = 2  # from the second on, a step also holds the gradients of the one before it and the state of the optimiser
 
 
@@ -111,10 +113,7 @@ def sizes(experiment: Experiment) -> Sizes:
 
 def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -> Sizes:
     """The sizes that follow from D and the split of the checkpoints."""
-    settings = experiment.autoencoder
-    wanted = size if settings.latent_size == "auto" else settings.latent_size
-    latent_size = wanted if settings.kind == "conv" else max(1, min(wanted, size, fitted - 1))
-    return Sizes(size, latent_size, fitted + heldout, fitted, heldout)
+    return Sizes(size, largest_latent(experiment, size, fitted), fitted + heldout, fitted, heldout)
 
 
 def _imported(experiment: Experiment, file: Path) -> int:
@@ -135,7 +134,16 @@ def _generated(experiment: Experiment) -> int:
 
 
 def needs(experiment: Experiment, sizes: Sizes) -> list[Need]:
-    """What each phase of each part needs; training in float32, and in bfloat16 autocast as on CUDA."""
+    """What each phase of each part needs; training in float32, and in bfloat16 autocast as on CUDA.
+
+    Raises:
+        UserError: sizes whose bytes PyTorch cannot count.
+    """
+    for bound in bounds(experiment, sizes.size, "cpu"):
+        if bound.memory > COUNTABLE and (bound.stage == "train" or bound.keys == "generate.batch_size"):
+            raise UserError(
+                f"{bound.keys.replace(' ', ', ')}: at least {in_bytes(bound.memory)}, too much to be counted"
+            )
     options = experiment.generator_options
     trained = options.diffusion.steps > 0
     return [*_autoencoder(experiment, options, sizes), *(_denoiser(experiment, options, sizes) if trained else [])]

@@ -6,18 +6,18 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pdiff.errors import UserError
+from pdiff.errors import UserError, printable
 from pdiff.experiment import config, documents
 from pdiff.experiment.proposal import Proposal, listed, paper_settings
 from pdiff.files import write_text
 from pdiff.method.generators import DiffusionOptions
 from pdiff.networks.imported.files import files_of
-from pdiff.networks.options import Dataset
+from pdiff.networks.options import Dataset, Network
+from pdiff.networks.patterns import literal
 
 if TYPE_CHECKING:
     from pdiff.networks.inspect import Inspection
@@ -59,7 +59,7 @@ def new(
         The file.
 
     Raises:
-        UserError: an unusable folder, tag or option, or a file that exists.
+        UserError: an unusable folder, tag or option, a file that exists, or a network that the files do not fit.
     """
     path = _free(tag, out, force)
     source, home = _places(checkpoints.expanduser())
@@ -79,13 +79,13 @@ def new(
     proposal = Proposal.of(found, parameters)
     chosen = proposal.parameters
     given["prepare"]["parameters"] = list(chosen) if len(chosen) > 1 else chosen[0]
-    given["prepare"]["exclude"] = [escape(name) for name in found.unusable]
+    given["prepare"]["exclude"] = [literal(name) for name in found.unusable]
     tree = _tree(given, overrides or {})
     text = _yaml(tag, proposal, tree)
     _check(path, text)
     print(proposal.text())
-    for line in _mismatches(found, tree):
-        print(f"network     {line}")
+    if tree["network"]:
+        _check_network(found, tree)
     write_text(path, text)
     known = config.tags().get(tag)
     named = tag if known and known.resolve() == path.resolve() else path
@@ -207,30 +207,31 @@ def _check(path: Path, text: str) -> None:
             raise UserError(str(error).replace(str(trial), "pdiff new")) from None
 
 
-def _mismatches(found: Inspection, tree: Mapping[str, Any]) -> list[str]:
-    """How the tensors of the files and of the experiment's network differ; nothing if it has no network."""
-    if not tree["network"]:
-        return []
+def _check_network(found: Inspection, tree: Mapping[str, Any]) -> None:
+    """Print how the tensors of the files fit those of the experiment's network.
+
+    Raises:
+        UserError: they do not, or the network cannot be made: `pdiff main` would fail.
+    """
     import torch
 
+    from pdiff.experiment.prepare import misfits
     from pdiff.networks.architectures import build
 
-    try:
-        sizes = _sizes(Dataset(**tree["dataset"]))
-        with torch.device("meta"):
-            network = build(tree["network"]["architecture"], pretrained=False, **sizes)
-    except UserError as error:
-        return [f"not compared with the files: {error}"]
-    ours = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    theirs = {name: shape for name, (shape, _) in found.layout.items()}
-    lines = [
-        f"{name} is {shape} in the files, {ours.get(name, 'absent')} in the network"
-        for name, shape in theirs.items()
-        if ours.get(name) != shape
-    ]
-    lines += [f"{name} is {ours[name]} in the network, absent in the files" for name in ours if name not in theirs]
-    more = [f"and {len(lines) - MISMATCHES} more such tensors"] if len(lines) > MISMATCHES else []
-    return [f"does not fit: {line}" for line in [*lines[:MISMATCHES], *more]] or [f"fits: all {len(ours)} tensors"]
+    settings, sizes = Network(**tree["network"]), _sizes(Dataset(**tree["dataset"]))
+    with torch.device("meta"):
+        network = build(settings.architecture, pretrained=False, **sizes)
+        state = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in found.layout.items()}
+    reasons = misfits(network, state, complete=not settings.pretrained)
+    more = [f"and {len(reasons) - MISMATCHES} more such tensors"] if len(reasons) > MISMATCHES else []
+    for reason in [*reasons[:MISMATCHES], *more]:
+        print(f"network     does not fit: {printable(reason)}")
+    if reasons:
+        where = f"--architecture {settings.architecture} with --dataset {tree['dataset']['name']}"
+        raise UserError(f"{where}: the files in {found.folder} do not fit: {reasons[0]}; nothing was written")
+    ours = network.state_dict()
+    every = "all" if len(state) == len(ours) else f"{len(state)} of"
+    print(f"network     fits: {every} {len(ours)} tensors")
 
 
 def _sizes(settings: Dataset) -> dict[str, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from pdiff.errors import UserError
+from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import base_network, load_images, make_network
 from pdiff.experiment.schema import Experiment
@@ -16,6 +17,7 @@ from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
 from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import first_template, read_collection
+from pdiff.networks.patterns import matching
 from pdiff.networks.populations import collect, generated_names
 from pdiff.seeds import stream
 
@@ -59,32 +61,44 @@ def _collected(experiment: Experiment, images: Images, pretrain: Path, out: Path
 def _imported(experiment: Experiment, images: Images | None, out: Path) -> Collection:
     """Checkpoints from files; where their architecture is known, the base network is written, too."""
     source, exclude = Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude
-    collection = read_collection(source, experiment.prepare.parameters, exclude)
+    first = first_template(source, exclude).state
+    wanted = [first[name] for name in matching(first, experiment.prepare.parameters)]
+    limits.check(experiment, ["prepare"], out, size=sum(t.numel() for t in wanted if t.is_floating_point()))
     if images:
         pretrained = experiment.network.pretrained
         network = make_network(experiment, images, pretrained=pretrained)
-        _load_into(network, first_template(source, exclude).state, source, complete=not pretrained)
+        for reason in misfits(network, first, complete=not pretrained):
+            raise UserError(f"prepare.source {source}: {reason}")
+        network.load_state_dict(first, strict=False)
         write_tensors(out / "network.safetensors", network.state_dict())
-    return collection
+    return read_collection(source, experiment.prepare.parameters, exclude)
 
 
-def _load_into(network: nn.Module, state: StateDict, source: Path, *, complete: bool) -> None:
-    """Put a checkpoint into the base network; where it must be `complete`, it holds all of the network's parameters.
+def misfits(network: nn.Module, state: StateDict, *, complete: bool) -> list[str]:
+    """Why a checkpoint cannot be put into a network; nothing where it can.
 
-    Raises:
-        UserError: tensors that the network does not have, or has in another shape or kind; or missing tensors.
+    Args:
+        network: of any device.
+        state: the checkpoint; of its numbers only shape and type matter.
+        complete: whether it must hold all of the network's parameters.
+
+    Returns:
+        Tensors that the network does not have, or has in another shape or kind; or else missing ones.
     """
     expected = network.state_dict()
+    found = []
     for name, tensor in state.items():
-        fits = name in expected and expected[name].shape == tensor.shape
-        if not fits or expected[name].is_floating_point() != tensor.is_floating_point():
-            wanted = f"{tuple(expected[name].shape)} {expected[name].dtype}" if name in expected else "no such tensor"
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise UserError(f"prepare.source {source}: {name} is {found}, but the network has {wanted}")
+        ours = expected.get(name)
+        if ours is None:
+            found.append(f"{name} is {tuple(tensor.shape)} in the files, absent in the network")
+        elif ours.shape != tensor.shape:
+            found.append(f"{name} is {tuple(tensor.shape)} in the files, {tuple(ours.shape)} in the network")
+        elif ours.is_floating_point() != tensor.is_floating_point():
+            found.append(f"{name} is {tensor.dtype} in the files, {ours.dtype} in the network")
     missing = [name for name, _ in network.named_parameters() if name not in state]
-    if complete and missing:
-        raise UserError(
-            f"prepare.source {source}: the files lack {len(missing)} parameters of the network, such as {missing[0]}; "
+    if complete and missing and not found:
+        found.append(
+            f"the files lack {len(missing)} parameters of the network, such as {missing[0]}; "
             f"the rest of the network would be random (network.pretrained is false)"
         )
-    network.load_state_dict(state, strict=False)
+    return found

@@ -6,18 +6,18 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from glob import escape
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from pdiff.errors import UserError
+from pdiff.errors import UserError, printable
 from pdiff.method.generators import DiffusionOptions
-from pdiff.networks.patterns import EVERYTHING, matching
+from pdiff.networks.patterns import EVERYTHING, literal, matching
 
 if TYPE_CHECKING:
     from pdiff.networks.inspect import Inspection
 
 MANY_PATTERNS, FEW_NUMBERS = 12, 0.01  # constants stay in if so many patterns would leave out less than this share
+MANY_TENSORS = 1000  # constants stay in, too: patterns are searched in a time that grows with the square
 LISTED = 50  # files named in a list
 FEW = 50  # checkpoints; the paper collects 200 to 400, its ablation of their number finds 50 nearly as good
 
@@ -104,7 +104,7 @@ class Proposal:
         found, chosen = self.found, set(matching(self.found.roles, self.parameters))
         rows = [
             {
-                "tensor": name,
+                "tensor": printable(name),
                 "shape": " x ".join(map(str, shape)) or "-",
                 "type": str(dtype).removeprefix("torch."),
                 "numbers": prod(shape),
@@ -115,12 +115,13 @@ class Proposal:
         types = Counter(str(dtype)[6:] for _, dtype in found.layout.values() if dtype.is_floating_point)
         counted = next(iter(types)) if len(types) == 1 else ", ".join(f"{name} ({n})" for name, n in types.items())
         total = sum(row["numbers"] for row in rows)
+        folder, count = printable(str(found.folder)), len(found.used)
         lines = [
             pd.DataFrame(rows).to_string(index=False),
             "",
-            f"files       {len(found.used)} of {len(found.used) + len(found.unusable)} in {found.folder} can be used",
+            f"files       {count} of {count + len(found.unusable)} in {folder} can be used",
             f"types       {counted}",
-            f"generated   {self.numbers:,} of {total:,} numbers; {', '.join(self.parameters)}",
+            f"generated   {self.numbers:,} of {total:,} numbers; {printable(', '.join(self.parameters))}",
             f"constant    {found.count('constant'):,} numbers are the same in all files",
             *listed("left out", found.unusable),
             *listed("suspicious", found.reported),
@@ -130,13 +131,14 @@ class Proposal:
 
 def listed(title: str, files: Mapping[str, str]) -> list[str]:
     """A title, and below it the files with what is wrong with each; nothing if there are none."""
-    lines = ["  " + " ".join(f"{name}: {why}".split()) for name, why in list(files.items())[:LISTED]]
+    lines = ["  " + printable(" ".join(f"{name}: {why}".split())) for name, why in list(files.items())[:LISTED]]
     more = [f"  and {len(files) - LISTED} more"] if len(files) > LISTED else []
     return [title, *lines, *more] if files else []
 
 
 def patterns_of(roles: Mapping[str, str]) -> list[str]:
-    """Few patterns that match every generated tensor and no constant one: ["all"] where there is no constant.
+    """Few patterns that match every generated tensor and no constant one: ["all"] where there is no constant, or where
+    there are very many tensors.
 
     Greedy: of the patterns made of the names' beginnings, ends and numbers, each time the one that matches the most.
 
@@ -145,11 +147,11 @@ def patterns_of(roles: Mapping[str, str]) -> list[str]:
     """
     wanted = {name for name, role in roles.items() if role == "generated"}
     constant = [name for name, role in roles.items() if role == "constant"]
-    if not constant:
+    if not constant or len(roles) > MANY_TENSORS:
         return list(EVERYTHING)
     candidates: dict[str, None] = {}
     for name in sorted(wanted):
-        parts = [escape(part) for part in name.split(".")]
+        parts = [literal(part) for part in name.split(".")]
         starts = [".".join([*parts[:k], "*"]) for k in range(1, len(parts))]
         ends = [".".join(["*", *parts[k:]]) for k in range(1, len(parts))]
         candidates |= dict.fromkeys([*starts, *_numbered(parts), *ends, ".".join(parts)])

@@ -62,6 +62,12 @@ def sizes(experiments: Sequence[Experiment]) -> list[int | None]:
     return [known.get(network) for network in networks]
 
 
+def known(experiment: Experiment) -> int | None:
+    """How many numbers an experiment generates, if `experiments/sizes.csv` or the user's cache says so."""
+    network = Network.of(experiment)
+    return network and (table().get(network) or _cache()[1].get(_key(network)))
+
+
 def measured(networks: Sequence[Network]) -> list[int | None]:
     """The numbers of some networks, counted by another process, so that this one need not import torch."""
     try:

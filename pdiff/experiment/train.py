@@ -9,10 +9,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
+from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks
 from pdiff.experiment.schema import Experiment
-from pdiff.method.collection import Collection
+from pdiff.method.collection import Collection, generated_numbers, is_generated
 from pdiff.method.generators.base import Generator
 from pdiff.method.log import Log, Point, ignore
 from pdiff.method.training import resolve_device
@@ -25,13 +26,22 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     """Fit the generator on the collection. Writes `generator/`, `history.csv`."""
     history, device = History(out, log), resolve_device(experiment.device)
     collection = original_networks(experiment, prepare)
+    limits.check(experiment, ["train"], out, size=generated_numbers(collection[0]), device=device.type)
+    if not any(is_generated(name, collection[0][name]) for name in collection.varying()):
+        equal = "the 1 checkpoint" if len(collection) == 1 else f"{len(collection)} equal checkpoints"
+        tqdm.write(f"warning: the generator is fitted on {equal}: every network that it generates will be a copy")
     check = ignore
     if experiment.dataset and hasattr(experiment, "autoencoder"):
         check = partial(check_reconstruction, experiment, collection, prepare, history)
     options = {"seed": experiment.seed, "device": device, "log": history, "state": out / STATE, "check": check}
     generator = Generator.fit(collection, experiment.generator_options, **options)
     generator.save(out / "generator")
-    return generator.sizes()
+    sizes = generator.sizes()
+    asked, used = getattr(getattr(experiment, "autoencoder", None), "latent_size", "auto"), sizes.get("latent_size", 0)
+    if asked != "auto" and used < asked:
+        span = f"the {len(collection)} checkpoints, without those held out, span no more dimensions"
+        tqdm.write(f"warning: autoencoder.latent_size {asked}: {used} are used (metric latent_size); {span}")
+    return sizes
 
 
 def check_reconstruction(

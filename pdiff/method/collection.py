@@ -72,6 +72,10 @@ class Collection:
         """
         return cls(_joined(torch.cat, [part.tensors for part in parts]), names)
 
+    def varying(self) -> set[str]:
+        """Names of the tensors in which the checkpoints differ."""
+        return {name for name, rows in self.tensors.items() if any(not torch.equal(row, rows[0]) for row in rows)}
+
     def save(self, path: Path) -> None:
         """Write `path` (safetensors, each tensor (N, *shape)) and its index beside it (JSON)."""
         write_tensors(path, self.tensors)

@@ -88,6 +88,11 @@ class Optimization(Section):
     final_learning_rate: NonNegative = 0.0
     batch_size: Positive = 128
 
+    @property
+    def copies(self) -> int:
+        """How many numbers a training holds of each that it learns: itself, its gradient, the optimiser's state."""
+        return 2 + (2 if self.optimizer != "sgd" else bool(self.momentum))
+
 
 class TrainingOptions(Optimization):
     """How a part of a generator is trained: for `steps` optimiser steps."""

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdiff.errors import UserError
+from pdiff.errors import UserError, printable
 from pdiff.method.collection import StateDict, is_generated, not_finite
 from pdiff.networks.imported.files import files_of
-from pdiff.networks.imported.plain import in_threads
+from pdiff.networks.imported.plain import check_varying, in_threads
 from pdiff.networks.imported.template import Template
 
 SKETCH = 64  # numbers in the sketch of a tensor; distances are then accurate to about a tenth
@@ -96,9 +96,10 @@ def inspect_folder(folder: Path) -> Inspection:
         raise UserError(
             f"--checkpoints: no two files in {folder} have the same layout; {next(iter(unusable.values()))}"
         )
-    roles = _roles(used)
-    if "generated" not in roles.values():
-        raise UserError(f"--checkpoints: the {len(used)} files in {folder} are all the same: nothing to generate")
+    first = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in used[0].layout.items()}
+    varying = {name for name in first if len({file.digests[name] for file in used}) > 1}
+    check_varying(varying, first, f"--checkpoints: the {len(used)} files in {folder}")
+    roles = {name: _role(name, tensor, varies=name in varying) for name, tensor in first.items()}
     reported = {**_outliers(used, roles), **_duplicates(used)}
     return Inspection(folder, tuple(file.path for file in used), unusable, reported, used[0].layout, roles)
 
@@ -106,13 +107,13 @@ def inspect_folder(folder: Path) -> Inspection:
 def _summary(path: Path) -> FileSummary:
     """Read one file."""
     try:
-        if not path.stat().st_size:
+        if not path.stat().st_size and path.is_file():
             return FileSummary(path, "is empty")
         state = Template.read(path).state
     except OSError as error:
         return FileSummary(path, f"cannot be read: {error.strerror}")
     except UserError as error:
-        return FileSummary(path, str(error).removeprefix(f"{path}: "))
+        return FileSummary(path, str(error).removeprefix(printable(f"{path}: ")))
     if name := not_finite(state):
         return FileSummary(path, f"{name} holds NaN or infinity")
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
@@ -169,17 +170,13 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _roles(files: Sequence[FileSummary]) -> dict[str, str]:
-    """Name -> role, see `Inspection`."""
-    roles = {}
-    for name, (shape, dtype) in files[0].layout.items():
-        if not dtype.is_floating_point:
-            roles[name] = "integer"
-        elif not is_generated(name, torch.empty(shape, dtype=dtype, device="meta")):
-            roles[name] = "single"
-        else:
-            roles[name] = "generated" if len({file.digests[name] for file in files}) > 1 else "constant"
-    return roles
+def _role(name: str, tensor: Tensor, *, varies: bool) -> str:
+    """The role of a tensor, see `Inspection`."""
+    if not tensor.is_floating_point():
+        return "integer"
+    if not is_generated(name, tensor):
+        return "single"
+    return "generated" if varies else "constant"
 
 
 def _duplicates(files: Sequence[FileSummary]) -> dict[str, str]:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import optuna
 
 from pdiff.errors import UserError
-from pdiff.experiment import config
+from pdiff.experiment import config, limits, stages
 from pdiff.experiment.keys import all_keys
 from pdiff.experiment.schema import Experiment
 from pdiff.sweeps import schema
 from pdiff.sweeps.schema import Parameter, Sweep
 from pdiff.sweeps.search import Grid, make_pruner, make_sampler
 from pdiff.sweeps.storage import default_storage
+from pdiff.tracking.engine import work_folder
 
 REHEARSALS = 20  # random trials, of which the configuration must accept one
 
@@ -71,6 +72,7 @@ def check(command: Command) -> Checked:
     sweep, path = schema.load(command.sweep), str(schema.find(command.sweep))
     fixed = sweep.fixed(command.overrides)
     experiment = _experiment(sweep, command.tag, fixed, path)
+    limits.check(experiment, stages.of(experiment), work_folder())
     given = config.flat(experiment)
     try:
         grid = sweep.grid(given) if sweep.sampler.kind == "grid" else {}

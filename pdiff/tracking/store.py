@@ -9,6 +9,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +213,14 @@ def named(run_id: str) -> Record:
 
 
 def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:
-    """The artifacts and tags of a run, or of the one that it stands for; see `named`."""
+    """The artifacts and tags of a run, or of the one that it stands for; see `named`.
+
+    Raises:
+        Damaged: an artifact is missing or changed.
+    """
     record = named(run_id)
-    if reused := record.data.tags.get("pdiff.reused"):
+    tags = record.data.tags
+    if reused := tags.get("pdiff.reused"):
         return artifacts_of(reused)
-    return artifacts(record), record.data.tags
+    remedy = f"`pdiff {tags.get('pdiff.stage')} --tag {tags.get('pdiff.tag')} --fresh` makes it again"
+    return replace(_done(record), remedy=remedy).folder, tags

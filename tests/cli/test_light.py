@@ -29,6 +29,8 @@ LIGHT = {
     "main --tag digits_mlp --diffusion.stepz 3": 2,
     "main --tag digits_mlp --diffusion.steps many": 2,
     "main --tag digits_mlp --dataset.name digit": 2,
+    "main --tag digits_mlp --generate.count 10000000000000": 2,
+    "sweep --tag digits_mlp --sweep optimizer --generate.count 10000000000000": 2,
     "main --tag digits_mlp --network.architecture resnet81": 2,
     "main --tag digits_mlp --network.architecture resnet18.none_in1k": 2,
     "main --tag digits_mlp --network.architecture absent.py:net": 2,

@@ -19,6 +19,7 @@ from pdiff.experiment.new import new
 from pdiff.experiment.proposal import PAPERS, paper_settings, patterns_of
 from pdiff.method import baselines
 from pdiff.method.standardize import Standardizer
+from pdiff.networks.architectures import build
 from pdiff.networks.evaluators.command import fractions, run_command
 from pdiff.networks.imported.plain import read_collection
 from pdiff.networks.imported.template import Template
@@ -82,6 +83,11 @@ def test_patterns_leave_out_what_is_constant():
         assert sorted(found) == sorted(expected)
         if expected != ("all",):
             assert matched(roles(generated), found) == {name for name in names if generated(name)}
+
+
+def test_very_many_tensors_are_not_searched_for_patterns():
+    names = [f"layer{k}.weight" for k in range(20_000)]
+    assert patterns_of(dict.fromkeys(names, "generated") | {names[7]: "constant"}) == ["all"]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -202,24 +208,32 @@ def test_the_published_layout(here, tmp_path):
     assert experiment.prepare.source == str(home / "checkpoint")
     assert experiment.evaluate.command == "python test.py {checkpoint}"
     assert experiment.evaluate.folder == str(home)
-    known = config.load(str(new("known", home, dataset="digits", architecture="mlp"))).evaluate
-    assert known.kind == "images" and not hasattr(known, "command")
     asked = config.load(str(new("asked", home, command="python test.py {checkpoint} --fast"))).evaluate
     assert (asked.command, asked.folder) == ("python test.py {checkpoint} --fast", str(home))
     assert (asked.noise, asked.noise_count) == ((0.05,), 20)
+    folder_of({f"{k:02d}.pth": perceptron(k) for k in range(12)}, home / "checkpoint")
+    known = config.load(str(new("known", home, dataset="digits", architecture="mlp"))).evaluate
+    assert known.kind == "images" and not hasattr(known, "command")
+
+
+def perceptron(seed: int, *, image_size: int = 8) -> State:
+    """The weights of the architecture `mlp` for ten classes of grey images."""
+    torch.manual_seed(seed)
+    return build("mlp", pretrained=False, classes=10, channels=1, image_size=image_size).state_dict()
 
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_networks_that_are_known_are_compared(here, capsys, fits, digits):
-    from pdiff.networks.architectures import build
-
-    for k in range(3):
-        torch.manual_seed(k)
-        own = build("mlp", pretrained=False, classes=10, channels=1, image_size=8 if fits else 9)
-        folder_of({f"{k}.pth": own.state_dict()}, here / "mine")
-    experiment = config.load(str(new("mine", here / "mine", dataset="digits", architecture="mlp")))
-    assert experiment.dataset == Dataset(name="digits") and experiment.network.architecture == "mlp"
+    folder_of({f"{k}.pth": perceptron(k, image_size=8 if fits else 9) for k in range(3)}, here / "mine")
+    if fits:
+        experiment = config.load(str(new("mine", here / "mine", dataset="digits", architecture="mlp")))
+        assert experiment.dataset == Dataset(name="digits") and experiment.network.architecture == "mlp"
+    else:
+        with pytest.raises(UserError, match="nothing was written"):
+            new("mine", here / "mine", dataset="digits", architecture="mlp")
+        assert not Path("experiments").exists()
     printed = capsys.readouterr().out
+    assert ("pdiff main" in printed) == fits
     assert ("network     fits: all 4 tensors" in printed) == fits
     assert ("does not fit: 1.weight is (32, 81) in the files, (32, 64) in the network" in printed) != fits
 

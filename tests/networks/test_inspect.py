@@ -56,6 +56,7 @@ def test_the_majority_decides(tmp_path):
         ({"a.pth": network(0), "b.pth": {"w": torch.ones(2)}}, "no two files in .* have the same layout"),
         ({"a.pth": network(0), "b.pth": network(0)}, "the 2 files in .* are all the same"),
         ({"a.pth": {"n": torch.tensor(1)}, "b.pth": {"n": torch.tensor(2)}}, "nothing to generate"),
+        ({f"{k}.pth": network(0) | {"temperature": torch.ones(1) * k} for k in range(3)}, r"numbers \(temperature\)"),
     ],
 )
 def test_unusable_folders(tmp_path, states, message):

@@ -43,6 +43,10 @@ class AutoencoderOptions(Section):
         """
         raise NotImplementedError
 
+    def least_parameters(self, size: int) -> int:
+        """How many numbers are learned from vectors (N, size), at least; found without building the module."""
+        return 0
+
 
 class PCAOptions(AutoencoderOptions):
     """Principal components: `latent_size` of them; `auto`: as few as explain the share `variance` of the total."""
@@ -84,6 +88,9 @@ class ConvAutoencoderOptions(AutoencoderOptions, TrainingOptions):
         if self.latent_size == "auto":
             raise ValueError("latent_size 'auto' needs kind pca; kind conv needs a number, such as 128")
         return self
+
+    def least_parameters(self, size: int) -> int:
+        return self.latent_size * (2 * size + self.latent_size)
 
     def build(self, size: int) -> nn.Module:
         """An untrained autoencoder of vectors (B, size)."""

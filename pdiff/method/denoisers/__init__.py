@@ -27,6 +27,10 @@ class DenoiserOptions(Section):
         """An untrained denoiser of latents (B, latent_size)."""
         return resolve(self.module)(latent_size, **self.model_dump())
 
+    def least_parameters(self, latent_size: int) -> int:
+        """How many numbers the module learns, at least; found without building it."""
+        return 0
+
 
 class MLPDenoiserOptions(DenoiserOptions):
     """A residual MLP with `blocks` blocks of `width` hidden units."""
@@ -36,11 +40,17 @@ class MLPDenoiserOptions(DenoiserOptions):
     width: Positive = 256
     blocks: Positive = 3
 
+    def least_parameters(self, latent_size: int) -> int:
+        return self.width * (2 * latent_size + self.width * (4 * self.blocks + 1))
+
 
 class ConvDenoiserOptions(DenoiserOptions):
     """The paper's 1-D CNN (method, section 4), which has no options."""
 
     module: ClassVar[Any] = "pdiff.method.denoisers.convolutional:ConvDenoiser"
+
+    def least_parameters(self, latent_size: int) -> int:
+        return latent_size**2
 
 
 DENOISERS: dict[str, type[DenoiserOptions]] = {"mlp": MLPDenoiserOptions, "conv": ConvDenoiserOptions}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from pdiff.errors import UserError
 from pdiff.method.collection import Collection, StateDict, is_generated, not_finite
 from pdiff.networks.imported.files import checkpoint_files
 from pdiff.networks.imported.template import Template
-from pdiff.networks.patterns import matching
+from pdiff.networks.patterns import EVERYTHING, matching
 
 # Threads that read. Measured with torch.load on two cores, cached files: 2 000 files of 12 kB take one thread
 # 0.9 - 1.5 s, four 2.3 s, two processes 2.1 - 2.7 s; 50 files of 45 MB take one thread 0.9 - 1.3 s, four 1.0 s, two
@@ -38,7 +38,7 @@ def read_collection(folder: Path, patterns: Sequence[str] = ("all",), exclude: S
 
     Raises:
         UserError: an absent or empty folder, a damaged file, a pickle with anything but tensors in it, different
-            layouts, NaN or infinity; with file and tensor.
+            layouts, NaN or infinity; with file and tensor. Or nothing that can be generated differs between the files.
     """
     paths = checkpoint_files(folder, exclude)
 
@@ -60,7 +60,10 @@ def read_collection(folder: Path, patterns: Sequence[str] = ("all",), exclude: S
 
     for _ in in_threads(fill, range(len(paths)), "read"):
         pass
-    return Collection(stacked, [path.name for path in paths])
+    collection = Collection(stacked, [path.name for path in paths])
+    of = "" if tuple(patterns) == EVERYTHING else f"{', '.join(patterns)} of "
+    check_varying(collection.varying(), first, f"prepare.source: {of}the {len(paths)} files in {folder}")
+    return collection
 
 
 def first_template(folder: Path, exclude: Sequence[str] = ()) -> Template:
@@ -72,6 +75,24 @@ def in_threads(function: Callable[[Any], T], items: Sequence[Any], label: str) -
     """The results of a function in the order of the items, with a progress bar; the first exception ends all."""
     with ThreadPoolExecutor(THREADS) as pool:
         yield from tqdm(pool.map(function, items), total=len(items), desc=label, unit="file", disable=None)
+
+
+def check_varying(varying: Set[str], state: StateDict, what: str) -> None:
+    """Check that something can be generated from files of one layout.
+
+    Args:
+        varying: names of the tensors that differ between the files.
+        state: tensors of one file; of their numbers only shape and type matter.
+        what: folder and files in messages.
+
+    Raises:
+        UserError: no tensor that can be generated differs.
+    """
+    if not varying:
+        raise UserError(f"{what} are all the same: nothing to generate")
+    if not any(is_generated(name, state[name]) for name in varying):
+        some = f"{', '.join(sorted(varying)[:3])}{' ...' if len(varying) > 3 else ''}"
+        raise UserError(f"{what} differ only in integers or single numbers ({some}): nothing to generate")
 
 
 def check_state(state: StateDict, where: str, *, like: StateDict, named: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from pdiff import compat
 from pdiff.errors import UserError
-from pdiff.files import read_metadata, read_tensors, write_state, write_tensors
+from pdiff.files import is_utf8, read_metadata, read_tensors, write_state, write_tensors
 from pdiff.method.collection import StateDict
 
 # Keys under which training scripts store the state dict. The first one present counts, so averaged weights are used
@@ -26,6 +28,9 @@ NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "st
 DEPTH = 3  # levels of nested dictionaries
 PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile add to names
 ZIP = b"PK\x03\x04"  # first bytes of files of torch.save since PyTorch 1.6; only those can be memory-mapped
+
+# Of tensors of rare kinds, which are refused here with their names.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._utils|torch\.serialization|pdiff\.networks")
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,12 @@ class Template:
         Tensors may be memory-mapped: they are read when they are used, and must be copied to be kept.
 
         Raises:
-            UserError: the file is damaged, contains code, or does not contain a state dict.
+            UserError: the file is damaged, contains code, or does not contain a state dict of ordinary tensors.
         """
+        if not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path}: not a readable checkpoint: expected a file, not a folder, pipe or broken link")
+        if not is_utf8(path.name):  # neither PyTorch nor safetensors open it
+            raise UserError(f"{path}: not a readable checkpoint: its name is not UTF-8")
         safe = path.suffix == ".safetensors"
         nested, content = _without_nesting(read_tensors(path) if safe else _load(path))
         if not isinstance(content, dict) or not content:
@@ -65,6 +74,8 @@ class Template:
         for name, value in content.items():
             if not isinstance(name, str):
                 raise UserError(f"{path}: name {name!r} is a {type(name).__name__}, expected a text")
+            if not is_utf8(name):
+                raise UserError(f"{path}: name {name!r} is not UTF-8")
             if not isinstance(value, Tensor) and not _is_plain(value):
                 raise UserError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
         tensors = {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
@@ -121,7 +132,7 @@ def _load(path: Path) -> Any:
         raise UserError(f"{path}: holds more than tensors{what} or is damaged; pickled code is never run") from None
     except Exception as error:
         lines = str(error).splitlines() if isinstance(error, OSError | RuntimeError) else []
-        reason = lines[0] if lines else f"no file of torch.save ({type(error).__name__})"
+        reason = textwrap.shorten(lines[0], 160) if lines else f"no file of torch.save ({type(error).__name__})"
         raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
 
 
@@ -149,7 +160,25 @@ def _unsupported(tensor: Tensor) -> str:
     """The kind of a tensor that cannot be computed with; empty for all others."""
     if tensor.is_meta:
         return "a tensor without numbers (meta)"
+    if type(tensor) is not Tensor or tensor.is_nested:
+        return "a nested tensor" if tensor.is_nested else f"a {type(tensor).__name__}"
     if tensor.is_quantized or tensor.layout is not torch.strided:
         return "a quantised tensor" if tensor.is_quantized else "a sparse tensor"
+    if _overlaps(tensor):
+        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return f"{tensor.numel()} numbers that overlap in the {stored} that are stored"
     small = tensor.is_floating_point() and tensor.element_size() < 2
     return f"of the type {str(tensor.dtype)[6:]}" if small or tensor.is_complex() else ""
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether numbers of a tensor share a place, as those of `expand` do: it may claim any size, whatever is stored.
+
+    None do if, in the order of the strides, each is longer than all the shorter ones reach.
+    """
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False

@@ -5,14 +5,18 @@ JSON, text and safetensors. torch is imported where a file holds tensors, and no
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.parallel.ranks import rank_zero_only
@@ -38,6 +42,36 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_database(path: Path, make: Callable[[Path], object], is_complete: Callable[[Path], bool]) -> None:
+    """Make an SQLite database, whole or not at all, unless a complete one is there; of several processes one does it.
+
+    What is there instead is kept under another name, `<name>.damaged-1` or a higher number.
+
+    Args:
+        path: of the database.
+        make: makes one at a path where there is nothing, and closes it.
+        is_complete: whether there is one at a path that may be used; raises where it may not be replaced either.
+    """
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if is_complete(path):
+            return
+        with whole(path) as new:
+            make(new)
+            _move_aside(path)
+
+
+def _move_aside(path: Path) -> None:
+    """Rename an SQLite database with its journals; it comes last: what is left without them is no more complete."""
+    taken = [place.name for place in path.parent.iterdir()]
+    free = (f"{path.name}.damaged-{number}" for number in itertools.count(1))
+    aside = next(name for name in free if not any(other.startswith(name) for other in taken))
+    for suffix in ("-wal", "-shm", "-journal", ""):
+        if f"{path.name}{suffix}" in taken:
+            os.replace(f"{path}{suffix}", path.with_name(f"{aside}{suffix}"))
+    if path.name in taken:
+        tqdm.write(f"warning: {path} was not made to its end, and holds nothing; it is now {aside}")
 
 
 @rank_zero_only

@@ -12,7 +12,7 @@ from types import FrameType
 import typer
 
 from pdiff.cli.app import app
-from pdiff.errors import ProcessError, UserError
+from pdiff.errors import Failure, ProcessError, UserError
 
 for group in ("stages", "sweeps", "experiments", "results"):  # in the order of `pdiff --help`
     import_module(f"pdiff.cli.{group}")
@@ -46,10 +46,10 @@ def main(words: Sequence[str] | None = None) -> int:
         message = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
         path = f"pdiff {words[0]}" if words[0] in COMMANDS.commands else "pdiff"
         return _fail(f"{message[:1].lower()}{message[1:]} (see `{path} --help`)", 2)
+    except (Failure, ProcessError) as error:
+        return _fail(error, 1)
     except (UserError, OSError) as error:  # OSError: no permission, no space
         return _fail(error, 2)
-    except ProcessError as error:
-        return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 130)
     return 0

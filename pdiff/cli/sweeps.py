@@ -89,23 +89,25 @@ def sweep(
 def work(
     study: Annotated[str, typer.Option(metavar="NAME")],
     storage: Storage = "",
-    role: Annotated[Literal["trials", "final"], typer.Option(hidden=True)] = "trials",
+    role: Annotated[Literal["trials", "final", ""], typer.Option(hidden=True)] = "",
 ) -> None:
     """Add a worker to a study that a sweep leads."""
     from pdiff.sweeps.objective import ROLES
     from pdiff.sweeps.storage import default_storage
 
-    ROLES[role](study, storage or default_storage())
+    asked_by_leader = bool(role)  # which has found the storage to answer
+    ROLES[role or "trials"](study, storage or default_storage(), wait=asked_by_leader)
 
 
 @command(SWEEPS, "studies --storage sqlite:///optuna.db")
 def studies(storage: Storage = "") -> None:
     """List the studies of a storage."""
     from pdiff.sweeps import trials
-    from pdiff.sweeps.storage import default_storage
+    from pdiff.sweeps.storage import default_storage, without_password
 
-    table = trials.studies(storage or default_storage())
-    print("no study") if table.empty else print_frame(table)
+    url = storage or default_storage()
+    table = trials.studies(url)
+    print(f"no study in {without_password(url)}") if table.empty else print_frame(table)
 
 
 @command(RUNS, "overhead --trials 50 --sampler random")

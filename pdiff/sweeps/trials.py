@@ -15,8 +15,9 @@ import pandas as pd
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from pdiff.errors import UserError
 from pdiff.parallel.liveness import alive, this_process
-from pdiff.sweeps.storage import open_storage
+from pdiff.sweeps.storage import exists, file_of, named, open_storage
 
 HEARTBEAT = 10.0  # seconds between signs of life of a running trial
 GRACE = 90.0  # seconds without one until a trial is stale
@@ -188,7 +189,15 @@ def table(study: optuna.Study) -> pd.DataFrame:
 
 
 def studies(url: str) -> pd.DataFrame:
-    """One row per study of a storage: its state, its trials, its best value."""
+    """One row per study of a storage: its state, its trials, its best value; none where there is no storage yet.
+
+    Raises:
+        UserError: a storage that cannot be opened; a file in a folder that does not exist.
+    """
+    if not exists(url):
+        if not (folder := file_of(url).absolute().parent).is_dir():
+            raise UserError(f"{named(url)}: there is no folder {folder}")
+        return pd.DataFrame()
     storage = open_storage(url)
     rows = []
     for name in sorted(optuna.get_all_study_names(storage)):

@@ -120,10 +120,11 @@ def overhead(
     if trials < 1:
         raise UserError(f"--trials {trials}: expected a positive number")
     from pdiff.sweeps.overhead import measure
-    from pdiff.sweeps.storage import default_storage, without_password
+    from pdiff.sweeps.storage import default_storage, exists, without_password
     from pdiff.tracking import runs, store
 
     url = storage or default_storage()
+    exists(url)  # or it is refused before there is a tracking store
     with store.connected(), runs.around("overhead") as run_id:
         shown = {"storage": without_password(url), "trials": trials, "sampler": sampler}
         runs.record(run_id, parameters={f"overhead.{name}": value for name, value in shown.items()})

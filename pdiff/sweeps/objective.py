@@ -21,16 +21,13 @@ from pdiff.experiment import config, stages
 from pdiff.experiment.metrics import is_result, on_test
 from pdiff.experiment.schema import Experiment
 from pdiff.method.log import Point
+from pdiff.sweeps.command import of_trial
 from pdiff.sweeps.launchers import abandoned
 from pdiff.sweeps.schema import FIRST, Sweep
 from pdiff.sweeps.search import load_study
 from pdiff.sweeps.storage import MAX_WAIT, QueueEmpty, exists, open_storage, without_password
 from pdiff.sweeps.trials import best, heartbeats, is_late
 from pdiff.tracking import engine, runs, store
-
-# What a trial leaves out: test images, groups that no objective looks at, and logged models.
-CHEAP = {"evaluate.noise": "[]", "evaluate.baselines": "[]", "log_models": "false"}
-UNTESTED = {"evaluate.test": "false"}
 
 
 class JobSpec(NamedTuple):
@@ -124,8 +121,7 @@ class ObjectiveFunction:
     def _experiment(self, chosen: Mapping[str, str], **more: str) -> Experiment:
         """The experiment of a trial, or of a part of one."""
         try:
-            untested = UNTESTED if self.given["evaluate.kind"] == "images" else {}
-            return config.load(self.job.tag, CHEAP | self.job.fixed | dict(chosen) | more | untested)
+            return config.load(self.job.tag, of_trial(self.given, self.job.fixed | dict(chosen) | more))
         except UserError as error:
             raise Pruned(f"the configuration refuses it: {error}") from None
 

@@ -21,6 +21,7 @@ from pdiff.sweeps.storage import exists, file_of, named, open_storage
 
 HEARTBEAT = 10.0  # seconds between signs of life of a running trial
 GRACE = 90.0  # seconds without one until a trial is stale
+REASON = 400  # characters of the error of a trial in a message
 RETRIES = 3  # of a trial whose worker died; one that kills its worker every time is given up
 
 
@@ -172,6 +173,16 @@ def reason(trial: FrozenTrial) -> str:
     if trial.state != TrialState.FAIL:
         return trial.user_attrs.get("pruned", "")
     return trial.user_attrs.get("error") or ("interrupted" if "interrupted" in trial.user_attrs else "its worker died")
+
+
+def failure(study: optuna.Study) -> str:
+    """Why a study whose trials have ended found nothing; empty where a trial completed, or all were pruned."""
+    trials = study.get_trials(deepcopy=False)
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL and trial.number not in retried(study)]
+    if not failed or any(trial.state in (TrialState.COMPLETE, TrialState.WAITING) for trial in trials):
+        return ""
+    first = " ".join(reason(failed[0]).split())[:REASON]
+    return f"no trial completed, {len(failed)} of {len(trials)} failed; trial {failed[0].number}: {first}"
 
 
 def table(study: optuna.Study) -> pd.DataFrame:

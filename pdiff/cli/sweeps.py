@@ -103,11 +103,10 @@ def work(
 def studies(storage: Storage = "") -> None:
     """List the studies of a storage."""
     from pdiff.sweeps import trials
-    from pdiff.sweeps.storage import default_storage, without_password
+    from pdiff.sweeps.storage import default_storage
 
-    url = storage or default_storage()
-    table = trials.studies(url)
-    print(f"no study in {without_password(url)}") if table.empty else print_frame(table)
+    table = trials.studies(storage or default_storage())
+    print("no study") if table.empty else print_frame(table)
 
 
 @command(RUNS, "overhead --trials 50 --sampler random")

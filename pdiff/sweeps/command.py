@@ -181,7 +181,7 @@ def _experiment(sweep: Sweep, tag: str, given: dict[str, str], path: str) -> Exp
         if (where := sweep.context(parameter, known)) is not None:
             searched = True
             problems += _refused(parameter_name, parameter, tag, given | where, path)
-    if not searched:
+    if not searched and not problems:
         conditions = {key: list(values) for p in sweep.parameters.values() for key, values in p.when.items()}
         problems.append(f"{path}: no parameter applies to {tag}; they are searched where {conditions}")
     if problems:

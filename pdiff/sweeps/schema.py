@@ -342,8 +342,9 @@ class Sweep(Section):
                 for suggested in (s for value in wanted for s in other.suggested_as(value)):
                     more = known | other.known(name, suggested), found | other.settings(name, suggested)
                     ways.append(([*other.when.items(), *rest], *more))
-            values = wanted if given is None else [given.get(key)] if meets((given.get(key),), wanted) else []
-            ways += [(rest, known | {key: (value,)}, found) for value in values]
+            if all(self.parameters[name].when for name in self.setters(key)):  # else it is always searched
+                base = wanted if given is None else [given.get(key)] if meets((given.get(key),), wanted) else []
+                ways += [(rest, known | {key: (value,)}, found) for value in base]
             return next((result for way in ways if (result := met(*way)) is not None), None)
 
         return met(list(parameter.when.items()), {}, {})

@@ -103,7 +103,7 @@ class Storage(BaseStorage):
 
     def call(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Call the backend's method of a name, and wait for its database."""
-        with readable_errors(self.url):
+        with readable_errors(self.url, "used"):
             return retrying(getattr(self.backend, name))(*arguments, **options)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
@@ -292,8 +292,8 @@ def without_password(url: str) -> str:
 
 
 @contextmanager
-def readable_errors(url: str) -> Iterator[None]:
-    """Turn what fails in a storage into one line, without its password.
+def readable_errors(url: str, done: str = "opened") -> Iterator[None]:
+    """Turn what fails while a storage is opened, or used, into one line, without its password.
 
     Raises:
         Failure: a database that does not answer or cannot be written to; a file that is damaged.
@@ -303,7 +303,7 @@ def readable_errors(url: str) -> Iterator[None]:
     except (SQLAlchemyError, StorageInternalError, sqlite3.Error, OSError, local.Unusable) as error:
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
         reason = " ".join(str(getattr(cause, "orig", None) or cause).split()).replace(url, "...")
-        raise Failure(f"{named(url)}: cannot be used: {reason[:SHOWN]}") from None
+        raise Failure(f"{named(url)}: cannot be {done}: {reason[:SHOWN]}") from None
 
 
 def default_storage() -> str:

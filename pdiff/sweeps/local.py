@@ -44,9 +44,7 @@ def is_complete(path: Path) -> bool:
         return True
     foreign = tables - set(inspect(RDBStorage("sqlite://").engine).get_table_names())
     if foreign or tables == {"alembic_version"}:
-        raise Unusable(
-            f"it is another program's, with a table {min(foreign or tables)}; expected studies, or a new file"
-        )
+        raise Unusable(f"it is another program's, with a table {min(foreign or tables)}; expected a new file")
     return studies
 
 

@@ -271,7 +271,13 @@ class Sweep(Section):
         above = [other for other in self.setters(key) if names.index(other) < names.index(name)]
         if not above and (below := self.setters(key)):
             circle = any(name in self.setters(other) for other in self._needed_by(below[0]))
-            reason = "it is what this parameter sets" if name in below else "a circle" if circle else "it stands below"
+            reason = (
+                "it is the parameter itself, or what it sets"
+                if name in below
+                else "a circle"
+                if circle
+                else "it stands below"
+            )
             raise ValueError(f"{where}: {reason}; expected a key of the configuration, or a parameter above")
         if above and not any(self.parameters[other].when for other in above):  # else the key may have any value
             for value in wanted:
@@ -336,13 +342,13 @@ class Sweep(Section):
             (key, wanted), *rest = conditions
             if key in known:
                 return met(rest, known, found) if meets(known[key], wanted) else None
-            ways = []
-            for name in self.setters(key):
-                other = self.parameters[name]
+            ways, setters = [], {name: self.parameters[name] for name in self.setters(key)}
+            for name, other in setters.items():
                 for suggested in (s for value in wanted for s in other.suggested_as(value)):
                     more = known | other.known(name, suggested), found | other.settings(name, suggested)
                     ways.append(([*other.when.items(), *rest], *more))
-            if all(self.parameters[name].when for name in self.setters(key)):  # else it is always searched
+            # Then the experiment's own value, unless a parameter is always searched, or the key is only its name.
+            if all(other.when and not (name == key and other.keys) for name, other in setters.items()):
                 base = wanted if given is None else [given.get(key)] if meets((given.get(key),), wanted) else []
                 ways += [(rest, known | {key: (value,)}, found) for value in base]
             return next((result for way in ways if (result := met(*way)) is not None), None)

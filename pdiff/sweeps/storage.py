@@ -252,8 +252,8 @@ def file_of(url: str) -> Path | None:
     else:
         place = "" if parsed.query else parsed.database or ""
     if place in ("", ":memory:"):
-        rule = "expected a file, without options; others cannot open a database in memory"
-        raise UserError(f"{named(url)}: {rule}: {EXPECTED}")
+        rule = "no file that others can open, as one in memory is not, or options behind it"
+        raise UserError(f"{named(url)}: {rule}; expected {EXPECTED}")
     return Path(place)
 
 

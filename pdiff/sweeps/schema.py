@@ -271,13 +271,7 @@ class Sweep(Section):
         above = [other for other in self.setters(key) if names.index(other) < names.index(name)]
         if not above and (below := self.setters(key)):
             circle = any(name in self.setters(other) for other in self._needed_by(below[0]))
-            reason = (
-                "it is the parameter itself, or what it sets"
-                if name in below
-                else "a circle"
-                if circle
-                else "it stands below"
-            )
+            reason = "the parameter sets that itself" if name in below else "a circle" if circle else "it stands below"
             raise ValueError(f"{where}: {reason}; expected a key of the configuration, or a parameter above")
         if above and not any(self.parameters[other].when for other in above):  # else the key may have any value
             for value in wanted:

@@ -15,7 +15,7 @@ import optuna
 import pandas as pd
 from tqdm.auto import tqdm
 
-from pdiff.errors import Failure, UserError
+from pdiff.errors import Failure
 from pdiff.experiment.metrics import COMPARED
 from pdiff.files import write_text
 from pdiff.parallel.liveness import alive, this_process
@@ -173,7 +173,7 @@ def _final(study: optuna.Study, sweep: Sweep, start: Callable[[int], Job], path:
     """Let a worker run the best trials again on test images; their metrics over the new seeds, one row each.
 
     Raises:
-        UserError: it found no metrics.
+        Failure: it found no metrics.
     """
     if not sweep.final.seeds or not trials.best(study):
         return pd.DataFrame()
@@ -191,7 +191,7 @@ def _final(study: optuna.Study, sweep: Sweep, start: Callable[[int], Job], path:
         store.close_dead_runs()
     if not study.user_attrs["final"]:
         reason = f"last line of {job.log}: {last_line(job.log)}"
-        raise UserError(f"the best trials could not be run again; {reason}")
+        raise Failure(f"the best trials could not be run again; {reason}")
     frame = pd.DataFrame(study.user_attrs["final"])
     write_text(path, frame.to_csv(index=False))
     first = frame[frame.trial == frame.trial.iloc[0]].set_index("metric")

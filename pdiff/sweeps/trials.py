@@ -15,7 +15,7 @@ import pandas as pd
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pdiff.errors import UserError
+from pdiff.errors import Failure, UserError
 from pdiff.parallel.liveness import alive, this_process
 from pdiff.sweeps.storage import exists, file_of, named, open_storage
 
@@ -32,7 +32,8 @@ def repeating(call: Callable[[], object], seconds: float) -> Iterator[None]:
 
     def repeat() -> None:
         while not ended.wait(seconds):
-            call()
+            with suppress(Failure):  # the thread that works meets it, too, and says so
+                call()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

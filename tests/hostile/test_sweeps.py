@@ -6,14 +6,18 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import mlflow
 import optuna
 import pytest
 from hostile import Try, answered
@@ -139,15 +143,23 @@ REFUSED = {
     "launcher's options": Try(f"{SWEEP} --launcher-options '{{gpus: 1}}'", 2, ("has none",), with_sweep()),
     "storage": Try(f"{SWEEP} --storage sqlite:///no/x.db", 2, ("--storage", "no folder"), with_sweep()),
     "storage away": Try(
-        f"{SWEEP} --storage postgresql+psycopg://u:secret@127.0.0.1:1/x", 1, ("***@127.0.0.1", "refused"), with_sweep()
+        f"{SWEEP} --storage postgresql+psycopg://u:secret@127.0.0.1:PORT/x",
+        1,
+        ("***@127.0.0.1", "refused"),
+        with_sweep(),
     ),
 }
 
 
+def at_port(tried: Try, port: int) -> Try:
+    """A try with a number in the place of PORT."""
+    return tried._replace(command=tried.command.replace("PORT", str(port)))
+
+
 @pytest.mark.parametrize("tried", REFUSED.values(), ids=REFUSED)
-def test_a_sweep_that_cannot_work_leaves_nothing(tried, empty_workspace, capfd):
+def test_a_sweep_that_cannot_work_leaves_nothing(tried, empty_workspace, closed_port, capfd):
     before = {path.name for path in empty_workspace.iterdir()}
-    answered(tried, empty_workspace, capfd)
+    answered(at_port(tried, closed_port), empty_workspace, capfd)
     assert {path.name for path in empty_workspace.iterdir()} == before | {"s.yaml"}
 
 
@@ -243,8 +255,7 @@ def studies(url: str, code: int, *says: str, before=lambda folder: None) -> Try:
 
 PATTERN = "expected sqlite:///FILE, journal:///FILE"
 STORAGES = [
-    studies("postgresql+psycopg://u:secret@127.0.0.1:1/x", 1, "***", "refused"),
-    studies("postgresql+psycopg://u:secret@no-host.invalid/x", 1, "***", "no-host.invalid"),
+    studies("postgresql+psycopg://u:secret@127.0.0.1:PORT/x", 1, "***", "refused"),
     studies("postgresql+psycopg://u:secret@h:port/x", 2, "***", PATTERN),
     studies("postgresql+psycopg://u:sec@secret@h/x", 2, "***@h/x", "%40"),
     studies("postgresql:/u:secret@h/x", 2, "***", PATTERN),
@@ -275,7 +286,7 @@ STORAGES = [
     studies("x.log", 1, "do not fit", before=journal_with(b'{"op_code":4,"worker_id":"x"}\n', at=0)),
     Try("work --study s --storage sqlite:///x.db", 2, ("--study s", "no such study")),
     Try("work --study s --storage x.log", 2, ("--study s", "no such study")),
-    Try("work --study s --storage postgresql+psycopg://u:secret@127.0.0.1:1/x", 1, ("--storage", "***", "refused")),
+    Try("work --study s --storage postgresql+psycopg://u:secret@127.0.0.1:PORT/x", 1, ("--storage", "***", "refused")),
     Try("overhead --storage garbage://u:secret@h/x", 2, ("--storage", "***")),
 ]
 
@@ -286,21 +297,25 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("tried", STORAGES, ids=lambda tried: f"{tried.command} {tried.says[-1]}")
-def test_a_storage_that_cannot_be_used_is_a_line_within_10_s_and_is_left_as_it_was(tried, empty_workspace, capfd):
+def test_a_storage_that_cannot_be_used_is_a_line_within_10_s_and_is_left_as_it_was(
+    tried, empty_workspace, closed_port, capfd
+):
     tried.before(empty_workspace)
     before = files(empty_workspace)
     begin = time.monotonic()
-    answered(tried._replace(before=lambda folder: capfd.readouterr()), empty_workspace, capfd)
+    answered(at_port(tried, closed_port)._replace(before=lambda folder: None), empty_workspace, capfd)
     assert time.monotonic() - begin < 10
     assert files(empty_workspace) == before
 
 
-def test_the_variable_is_named_where_it_was_used_and_no_message_has_the_password(empty_workspace, monkeypatch, capfd):
+def test_the_variable_is_named_where_it_was_used_and_no_message_has_the_password(
+    empty_workspace, closed_port, monkeypatch, capfd
+):
     monkeypatch.setenv("PDIFF_STORAGE", "garbage://u:secret@h/x")
     for command in ("studies", "work --study s", "overhead"):
         answered(Try(command, 2, ("PDIFF_STORAGE garbage://u:***@h/x",)), empty_workspace, capfd)
-    for tried in STORAGES[:10]:
-        assert "secret" in tried.command and main(["studies", "--storage", tried.command.split("'")[1]])
+    for tried in (at_port(tried, closed_port) for tried in STORAGES if "secret" in tried.command):
+        assert main(shlex.split(tried.command)) == tried.code
     printed = capfd.readouterr()
     assert "secret" not in printed.out + printed.err
 
@@ -328,7 +343,37 @@ def test_a_server_that_never_answers_is_given_up(empty_workspace, capfd):
     assert time.monotonic() - begin < 10
 
 
-def test_a_wrong_password_and_a_full_disk_are_a_line_while_a_study_is_used(tmp_path):
+def refuse_password(server: socket.socket) -> None:
+    """What PostgreSQL says to a wrong password: https://www.postgresql.org/docs/current/protocol-message-formats.html."""
+    connection, _ = server.accept()
+    with connection:
+        while len(connection.recv(1024)) == 8:  # asks for encryption
+            connection.sendall(b"N")
+        connection.sendall(b"R" + struct.pack("!ii", 8, 3))  # asks for the password
+        assert connection.recv(1024).endswith(b"secret\0")
+        fields = b'SFATAL\0C28P01\0Mpassword authentication failed for user "u"\0\0'
+        connection.sendall(b"E" + struct.pack("!i", 4 + len(fields)) + fields)
+
+
+def test_a_wrong_password_is_a_line_without_it(empty_workspace, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=refuse_password, args=[server])
+        thread.start()
+        url = f"postgresql+psycopg://u:secret@127.0.0.1:{server.getsockname()[1]}/x"
+        answered(Try(f"studies --storage {url}", 1, ("u:***@", "authentication failed")), empty_workspace, capfd)
+        thread.join()
+
+
+def test_a_tracking_server_that_is_away_leaves_no_storage(empty_workspace, closed_port, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{closed_port}")
+    with_sweep()(empty_workspace)
+    before = files(empty_workspace)
+    assert main(shlex.split(SWEEP)) and "no answer" in capfd.readouterr().err
+    assert files(empty_workspace) == before
+
+
+def test_a_full_disk_and_damage_are_a_line_while_a_study_is_used(tmp_path):
     """What a database says that answers, but cannot do what it is asked for."""
     for orig in (sqlite3.OperationalError("database or disk is full"), sqlite3.DatabaseError("malformed")):
 
@@ -378,6 +423,7 @@ def half_made(path: Path, ways: str) -> None:
 EMPTY = "".join(f"DROP TABLE {name};" for name in ("trial_values", "alembic_version", "version_info"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", ["DELETE FROM alembic_version", "DROP TABLE studies", EMPTY, None], ids=str)
 def test_a_half_made_database_is_moved_aside(tmp_path, capsys, ways):
     path = tmp_path / "optuna.db"
@@ -395,6 +441,7 @@ def test_a_half_made_database_is_moved_aside(tmp_path, capsys, ways):
         path.unlink()
 
 
+@pytest.mark.slow
 def test_journals_of_a_database_that_is_gone_are_not_taken_for_those_of_a_new_one(tmp_path):
     url, wal = f"sqlite:///{tmp_path}/optuna.db", tmp_path / "optuna.db-wal"
     study = made(open_storage(url))
@@ -410,6 +457,7 @@ def test_journals_of_a_database_that_is_gone_are_not_taken_for_those_of_a_new_on
     assert (tmp_path / "optuna.db.damaged-1-wal").read_bytes() == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", ["DELETE FROM alembic_version", "DROP TABLE trial_heartbeats"])
 def test_what_holds_studies_is_never_moved(tmp_path, ways):
     path = tmp_path / "x.db"

@@ -264,7 +264,7 @@ STORAGES = [
     studies("postgresql+none://u:secret@h/x", 2, "'postgresql+none'", PATTERN),
     studies("mssql+pyodbc://u:secret@h/x", 2, "driver is not installed", "pyodbc"),
     studies("garbage://h/x?password=secret", 2, "password=***"),
-    studies("sqlite:///x.db?timeout=secret", 2, "options behind it"),
+    studies("sqlite:///x.db?timeout=9", 2, "options behind it"),
     studies("sqlite://", 2, "in memory"),
     studies("journal://", 2, PATTERN),
     studies("sqlite:///no/x.db", 2, "no folder", "no"),

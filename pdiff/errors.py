@@ -28,10 +28,14 @@ class UserError(ValueError):
         return printable(super().__str__())
 
 
-class Damaged(UserError):
-    """A file that pdiff wrote cannot be read, or is not as it was written."""
+class Failure(UserError):
+    """No mistake of the user's, but of the world: a full disk, a database that is away, every trial. One line as well."""
 
     exit_code = 1
+
+
+class Damaged(Failure):
+    """A file that pdiff wrote cannot be read, or is not as it was written."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason)
@@ -41,12 +45,6 @@ class Damaged(UserError):
         return printable(f"{self.path}: {self.reason}")
 
 
-class Failure(Exception):
-    """A fault of the world, such as a full disk, too little memory, or a database that does not answer."""
-
-    exit_code = 1
-
-
 class Pruned(BaseException):
     """Raised by a metric callback to stop a run early.
 
@@ -54,8 +52,8 @@ class Pruned(BaseException):
     """
 
 
-class ProcessError(Failure):
-    """One of several data-parallel processes failed; the message holds its error."""
+class ProcessError(Exception):
+    """One of several data-parallel processes failed; the message holds its error, whose traceback may follow."""
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -5,14 +5,18 @@ JSON, text and safetensors. torch is imported where a file holds tensors, and no
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from tqdm.auto import tqdm
 
 from pdiff.errors import Damaged
 from pdiff.parallel.ranks import rank_zero_only
@@ -47,6 +51,41 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_database(path: Path, make: Callable[[Path], object], is_complete: Callable[[Path], bool]) -> None:
+    """Make an SQLite database, whole or not at all, unless a complete one is there; of several processes one does it.
+
+    What is there instead, as a killed process leaves it, is kept under another name, `<name>.damaged-1` or higher.
+
+    Args:
+        path: of the database.
+        make: makes one at a path where there is nothing, and closes it.
+        is_complete: whether there is one at a path that may be used; raises where it may not be replaced either.
+    """
+    if is_complete(path):
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    with FileLock(lock):
+        if not is_complete(path):
+            for leftover in path.parent.glob(f".{path.name}.*.tmp*"):
+                leftover.unlink()
+            with whole(path) as new:
+                make(new)
+                _move_aside(path)
+        lock.unlink(missing_ok=True)  # those who wait for it, and those who make it anew, will find a complete database
+
+
+def _move_aside(path: Path) -> None:
+    """Rename an SQLite database with its journals; it comes last: what is left without them is no more complete."""
+    taken = [place.name for place in path.parent.iterdir()]
+    free = (f"{path.name}.damaged-{number}" for number in itertools.count(1))
+    aside = next(name for name in free if not any(other.startswith(name) for other in taken))
+    for suffix in ("-wal", "-shm", "-journal", ""):
+        if f"{path.name}{suffix}" in taken:
+            os.replace(f"{path}{suffix}", path.with_name(f"{aside}{suffix}"))
+    if path.name in taken:
+        tqdm.write(f"warning: {path} was not made to its end, and holds nothing; it is now {aside}")
 
 
 @rank_zero_only

@@ -12,7 +12,7 @@ from types import FrameType
 import typer
 
 from pdiff.cli.app import app
-from pdiff.errors import Failure, ProcessError, UserError, one_line, out_of_memory
+from pdiff.errors import ProcessError, UserError, one_line, out_of_memory
 
 for group in ("stages", "sweeps", "experiments", "results"):  # in the order of `pdiff --help`
     import_module(f"pdiff.cli.{group}")
@@ -50,9 +50,9 @@ def main(words: Sequence[str] | None = None) -> int:
         message = " ".join(error.format_message().split()).removesuffix(".").replace("Value error, ", "")
         path = f"pdiff {words[0]}" if words[0] in COMMANDS.commands else "pdiff"
         return _fail(f"{message[:1].lower()}{message[1:]} (see `{path} --help`)", 2)
-    except (UserError, Failure) as error:
+    except UserError as error:
         return _fail(error, error.exit_code)
-    except OSError as error:  # no permission, no space
+    except (ProcessError, OSError) as error:  # OSError: no permission, no space
         return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

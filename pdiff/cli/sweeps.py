@@ -85,13 +85,14 @@ def sweep(
 def work(
     study: Annotated[str, typer.Option(metavar="NAME")],
     storage: Storage = "",
-    role: Annotated[Literal["trials", "final"], typer.Option(hidden=True)] = "trials",
+    role: Annotated[Literal["trials", "final", ""], typer.Option(hidden=True)] = "",
 ) -> None:
     """Add a worker to a study that a sweep leads."""
     from pdiff.sweeps.objective import ROLES
     from pdiff.sweeps.storage import default_storage
 
-    ROLES[role](study, storage or default_storage())
+    asked_by_leader = bool(role)  # which has found the storage to answer
+    ROLES[role or "trials"](study, storage or default_storage(), wait=asked_by_leader)
 
 
 @command(SWEEPS, "studies --storage sqlite:///optuna.db")
@@ -114,10 +115,11 @@ def overhead(
     if trials < 1:
         raise UserError(f"--trials {trials}: expected a positive number")
     from pdiff.sweeps.overhead import measure
-    from pdiff.sweeps.storage import default_storage, without_password
+    from pdiff.sweeps.storage import default_storage, exists, without_password
     from pdiff.tracking import runs, store
 
     url = storage or default_storage()
+    exists(url)  # or it is refused before there is a tracking store
     with store.connected(), runs.around("overhead") as run_id:
         shown = {"storage": without_password(url), "trials": trials, "sampler": sampler}
         runs.record(run_id, parameters={f"overhead.{name}": value for name, value in shown.items()})

@@ -9,7 +9,7 @@ This module imports neither torch nor pandas, so that commands which only look u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import cycle
 from operator import methodcaller
@@ -160,6 +160,13 @@ def find(name: str) -> Metric:
 def of_networks() -> dict[str, Metric]:
     """Name -> metric of those that are measured of every network."""
     return {name: metric for name, metric in METRICS.items() if metric.measure}
+
+
+def of_evaluation(groups: Iterable[str], parts: Collection[str]) -> list[str]:
+    """The metrics of a run that evaluates groups of networks on some parts of the images."""
+    measured = {name: metric for name, metric in of_networks().items() if metric.part in ("", *parts)}
+    values = [f"{n}/{group}_{s}" for group in groups for n, metric in measured.items() for s in metric.statistics]
+    return values + [f"{by_part('similarity')[part]}/{pair}" for part in parts for pair in PAIRS]
 
 
 def by_part(quantity: str) -> dict[str, str]:

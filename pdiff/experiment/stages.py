@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdiff.errors import UserError
-from pdiff.experiment import digests
+from pdiff.experiment import digests, metrics
 from pdiff.experiment.config import Tree
 from pdiff.experiment.history import Metrics
 from pdiff.experiment.schema import Experiment
-from pdiff.method.log import Log
+from pdiff.method.log import Log, names_of_measured
 from pdiff.method.options import resolve
 
 
@@ -29,6 +29,7 @@ class Stage:
         exists: whether an experiment has this stage.
         distributed: whether the `processes` of an experiment share its work; otherwise one process does it.
         part_of: a stage that reads it, and that no one can repeat without repeating this one.
+        logs: the metrics that it may log for an experiment; a sweep looks at no others.
     """
 
     run: Callable[..., Metrics] | str
@@ -37,11 +38,27 @@ class Stage:
     exists: Callable[[Experiment], bool] = lambda experiment: True
     distributed: Callable[[Experiment], bool] = lambda experiment: False
     part_of: str = ""
+    logs: Callable[[Experiment], Sequence[str]] = lambda experiment: ()
 
 
 def collects(experiment: Experiment) -> bool:
     """Whether checkpoints are collected here, and not read from files."""
     return not experiment.prepare.source
+
+
+def _fitted(experiment: Experiment) -> list[str]:
+    """The metrics of a fit, and of a reconstruction that can be evaluated."""
+    reconstructed = experiment.dataset and hasattr(experiment, "autoencoder")
+    accuracies = [f"autoencoder/{what}_val_accuracy" for what in ("original", "reconstruction") if reconstructed]
+    return [*experiment.generator_options.logs, *accuracies]
+
+
+def _evaluated(experiment: Experiment) -> list[str]:
+    """The metrics of an evaluation."""
+    settings, evaluator = experiment.evaluate, experiment.evaluator
+    groups = ["original", "generated", *(f"noise_{scale:g}" for scale in settings.noise), *settings.baselines]
+    parts = [part for part in evaluator.parts if part != "test" or getattr(evaluator, "test", True)]
+    return [*metrics.of_evaluation(groups, parts), *names_of_measured("evaluate", "similarity")]
 
 
 STAGES = {
@@ -52,23 +69,27 @@ STAGES = {
         exists=collects,
         distributed=collects,
         part_of="prepare",
+        logs=lambda experiment: ("pretrain/loss", "pretrain/val_accuracy", *names_of_measured("pretrain")),
     ),
     "prepare": Stage(
         "pdiff.experiment.prepare:prepare",
         reads=("pretrain",),
         decided_by=digests.collected,
         distributed=collects,
+        logs=lambda experiment: ("collect/loss", "checkpoints", "generated_parameters", *names_of_measured("collect")),
     ),
     "train": Stage(
         "pdiff.experiment.train:train",
         reads=("prepare",),
         decided_by=digests.sections("seed", "generator", "autoencoder", "diffusion"),
         distributed=lambda experiment: True,
+        logs=_fitted,
     ),
     "generate": Stage(
         "pdiff.experiment.generate:generate",
         reads=("train",),
         decided_by=digests.sections("generate"),
+        logs=lambda experiment: ("generated", *names_of_measured("generate")),
     ),
     "originals": Stage(
         "pdiff.experiment.originals:originals",
@@ -77,12 +98,14 @@ STAGES = {
         exists=lambda experiment: experiment.evaluator.measures,
         distributed=lambda experiment: experiment.evaluator.distributed,
         part_of="evaluate",
+        logs=lambda experiment: names_of_measured("originals"),
     ),
     "evaluate": Stage(
         "pdiff.experiment.evaluate:evaluate",
         reads=("pretrain", "prepare", "train", "generate", "originals"),
         decided_by=digests.sections("seed", "evaluate"),
         distributed=lambda experiment: experiment.evaluator.distributed,
+        logs=_evaluated,
     ),
 }
 

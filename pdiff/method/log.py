@@ -47,6 +47,11 @@ def measured(log: Log, what: str) -> Iterator[None]:
     log(Point(f"memory_mb/{what}", peak / 2**20))
 
 
+def names_of_measured(*whats: str) -> tuple[str, ...]:
+    """The metrics that `measured` logs of some blocks."""
+    return tuple(f"{quantity}/{what}" for what in whats for quantity in ("seconds", "memory_mb"))
+
+
 def _gpu() -> Any:
     """The module torch.cuda where it is in use; a process that has not imported torch uses no GPU."""
     torch = sys.modules.get("torch")

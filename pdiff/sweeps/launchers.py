@@ -203,8 +203,13 @@ def launcher(kind: str, workers: int, folder: Path, options: Mapping[str, Any], 
     """
     if kind not in LAUNCHERS:
         raise UserError(f"--launcher {kind!r}: expected one of {', '.join(LAUNCHERS)}")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return LAUNCHERS[kind](workers, folder, options, pinned=pinned)
+    start = LAUNCHERS[kind](workers, folder, options, pinned=pinned)
+
+    def start_in_folder(task: Task, slot: int) -> Job:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return start(task, slot)
+
+    return start_in_folder
 
 
 def abandoned() -> bool:

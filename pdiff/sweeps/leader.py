@@ -15,18 +15,17 @@ import optuna
 import pandas as pd
 from tqdm.auto import tqdm
 
-from pdiff.errors import UserError
-from pdiff.experiment import stages
+from pdiff.errors import Failure
 from pdiff.experiment.metrics import COMPARED
 from pdiff.files import write_text
 from pdiff.parallel.liveness import alive, this_process
 from pdiff.sweeps import trials
-from pdiff.sweeps.command import Checked, Command, check
+from pdiff.sweeps.command import Checked, Command, check, refuse_other_settings, searched
 from pdiff.sweeps.launchers import Job, Task, launcher
 from pdiff.sweeps.schema import Sweep
 from pdiff.sweeps.storage import open_storage, without_password
 from pdiff.sweeps.workers import POLL, STOP_SECONDS, Workers, last_line, pause, supervise
-from pdiff.tracking import engine, runs, store
+from pdiff.tracking import runs, store
 
 LEASE = 60.0  # seconds for which a leader of another host is taken to be alive
 SETTLE = 0.5  # seconds after which the last of several commands that claim a study leads it
@@ -60,13 +59,12 @@ def run(command: Command) -> Result:
     """Lead a study to its end, or, where another command leads it, lend it workers until then.
 
     Raises:
-        UserError: a sweep, a tag, or a storage that cannot be used; a study that was begun with other settings.
+        UserError: a sweep, a tag, or a storage that cannot be used; a study that was begun with other settings; trials
+            that failed, every one of them.
     """
     checked = check(command)
-    study, folder = _study(command, checked), engine.work_folder() / "sweeps" / command.name
-    start = launcher(
-        command.launcher, command.workers, folder, command.options, pinned=checked.experiment.device == "auto"
-    )
+    study, folder, pinned = _study(command, checked), command.folder, checked.experiment.device == "auto"
+    start = launcher(command.launcher, command.workers, folder, command.options, pinned=pinned)
     workers = Workers(partial(start, _task(command, "trials")), command.workers)
     while not _claimed(study):
         if "run" in study.user_attrs and study.get_trials(deepcopy=False):
@@ -85,6 +83,8 @@ def run(command: Command) -> Result:
             supervise(study, workers, run_id=run_id)
         finally:
             page = _report(study, folder / "report", run_id)
+        if failed := trials.failure(study):
+            raise Failure(f"study {command.name}: {failed}")
         final = _final(study, checked.sweep, partial(start, _task(command, "final")), folder / "final.csv", run_id)
     return Result(run_id, study, checked.sweep, page, final)
 
@@ -98,16 +98,8 @@ def _study(command: Command, checked: Checked) -> optuna.Study:
     sweep, storage = checked.sweep, open_storage(command.storage)
     directions = [objective.direction for objective in sweep.objectives.values()]
     study = optuna.create_study(study_name=command.name, storage=storage, directions=directions, load_if_exists=True)
-    dumped = sweep.model_dump(mode="json")
-    searched = {name: dumped[name] for name in ("objectives", "parameters", "set", "prune_if", "first_batch")}
-    searched["experiment"] = stages.all_digests(checked.experiment)["evaluate"]
-    before = study.user_attrs.get("searched", searched)
-    if changed := [name for name in searched if before.get(name) != searched[name]]:
-        raise UserError(
-            f"study {command.name} in {without_password(command.storage)} was begun with other settings "
-            f"({', '.join(changed)}); --study NAME begins another one"
-        )
-    study.set_user_attr("searched", searched)
+    refuse_other_settings(command, checked, study)
+    study.set_user_attr("searched", searched(checked))
     study.set_metric_names(list(sweep.objectives))
     return study
 
@@ -181,7 +173,7 @@ def _final(study: optuna.Study, sweep: Sweep, start: Callable[[int], Job], path:
     """Let a worker run the best trials again on test images; their metrics over the new seeds, one row each.
 
     Raises:
-        UserError: it found no metrics.
+        Failure: it found no metrics.
     """
     if not sweep.final.seeds or not trials.best(study):
         return pd.DataFrame()
@@ -199,7 +191,7 @@ def _final(study: optuna.Study, sweep: Sweep, start: Callable[[int], Job], path:
         store.close_dead_runs()
     if not study.user_attrs["final"]:
         reason = f"last line of {job.log}: {last_line(job.log)}"
-        raise UserError(f"the best trials could not be run again; {reason}")
+        raise Failure(f"the best trials could not be run again; {reason}")
     frame = pd.DataFrame(study.user_attrs["final"])
     write_text(path, frame.to_csv(index=False))
     first = frame[frame.trial == frame.trial.iloc[0]].set_index("metric")

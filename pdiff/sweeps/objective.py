@@ -21,16 +21,13 @@ from pdiff.experiment import config, stages
 from pdiff.experiment.metrics import is_result, on_test
 from pdiff.experiment.schema import Experiment
 from pdiff.method.log import Point
+from pdiff.sweeps.command import of_trial
 from pdiff.sweeps.launchers import abandoned
 from pdiff.sweeps.schema import FIRST, Sweep
 from pdiff.sweeps.search import load_study
-from pdiff.sweeps.storage import MAX_WAIT, QueueEmpty, open_storage, without_password
+from pdiff.sweeps.storage import MAX_WAIT, QueueEmpty, exists, open_storage, without_password
 from pdiff.sweeps.trials import best, heartbeats, is_late
 from pdiff.tracking import engine, runs, store
-
-# What a trial leaves out: test images, groups that no objective looks at, and logged models.
-CHEAP = {"evaluate.noise": "[]", "evaluate.baselines": "[]", "log_models": "false"}
-UNTESTED = {"evaluate.test": "false"}
 
 
 class JobSpec(NamedTuple):
@@ -124,8 +121,7 @@ class ObjectiveFunction:
     def _experiment(self, chosen: Mapping[str, str], **more: str) -> Experiment:
         """The experiment of a trial, or of a part of one."""
         try:
-            untested = UNTESTED if self.given["evaluate.kind"] == "images" else {}
-            return config.load(self.job.tag, CHEAP | self.job.fixed | dict(chosen) | more | untested)
+            return config.load(self.job.tag, of_trial(self.given, self.job.fixed | dict(chosen) | more))
         except UserError as error:
             raise Pruned(f"the configuration refuses it: {error}") from None
 
@@ -219,14 +215,16 @@ def _await_tracking() -> None:
             pause = min(2 * pause, 10.0)
 
 
-def attend(name: str, url: str) -> tuple[optuna.Study, JobSpec]:
+def attend(name: str, url: str, *, wait: bool) -> tuple[optuna.Study, JobSpec]:
     """The study that a worker works on, and what its leader left there for workers.
 
     Raises:
         UserError: there is no such study, or no sweep began it.
     """
-    storage = open_storage(url, wait=True)
     try:
+        if not wait and not exists(url):
+            raise KeyError(name)
+        storage = open_storage(url, wait=wait)
         attributes = optuna.load_study(study_name=name, storage=storage).user_attrs
     except KeyError:
         raise UserError(f"--study {name}: no such study in {without_password(url)}") from None
@@ -239,18 +237,25 @@ def attend(name: str, url: str) -> tuple[optuna.Study, JobSpec]:
     return load_study(name, storage, sweep, grid), job
 
 
-def work(name: str, url: str) -> None:
-    """Run trials of a study until none is waiting, its time is up, or it was stopped."""
-    study, job = attend(name, url)
+def work(name: str, url: str, *, wait: bool = True) -> None:
+    """Run trials of a study until none is waiting, its time is up, or it was stopped.
+
+    Args:
+        name: of the study.
+        url: of its storage.
+        wait: wait for a storage that does not answer.
+    """
+    study, job = attend(name, url, wait=wait)
     with store.connected(), suppress(QueueEmpty):
         function = ObjectiveFunction(study, job)
         while not (study.user_attrs["stopped"] or is_late(study) or abandoned()):
             run_trial(study, function)
 
 
-def finish(name: str, url: str) -> None:
-    """Run the best trials again with seeds that selected nothing, and evaluate on test images for the first time."""
-    study, job = attend(name, url)
+def finish(name: str, url: str, *, wait: bool = True) -> None:
+    """Run the best trials again with seeds that selected nothing, and evaluate on test images for the first time; the
+    arguments are those of `work`."""
+    study, job = attend(name, url, wait=wait)
     frames, final = [], job.sweep.final
     with store.connected():
         for trial in best(study, final.trials):
@@ -280,4 +285,4 @@ def _over_seeds(tag: str, overrides: Mapping[str, str], experiment: Experiment, 
     return pd.DataFrame({"mean": frame.mean(), "std": frame.std(ddof=1)})
 
 
-ROLES: dict[str, Callable[[str, str], None]] = {"trials": work, "final": finish}
+ROLES: dict[str, Callable[..., None]] = {"trials": work, "final": finish}

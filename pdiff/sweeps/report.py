@@ -69,16 +69,16 @@ def _tried(name: str, objective: str, make: Callable[[], go.Figure]) -> Iterator
 def write(study: optuna.Study, folder: Path) -> Path:
     """Write `study.html`, a file per figure, and `trials.csv`; the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = []
+    shown = []
     for name, objective, figure in figures(study):
         key = "_".join([name, *(objective.replace("/", "_").split() if len(study.directions) > 1 else [])])
-        plots.append(plot(f"{name}: {objective}".capitalize(), READING[name], figure, key=key))
+        shown.append(plot(f"{name}: {objective}".capitalize(), READING[name], figure, key=key))
         write_text(folder / "figures" / f"{key}.html", figure.to_html(include_plotlyjs=PLOTLY, config=PLOTLY_CONFIG))
     write_text(folder / "figures" / PLOTLY, get_plotlyjs())
     frame = table(study)
     write_text(folder / "trials.csv", frame.to_csv(index=False))
     trials = frame.drop(columns="run").apply(lambda column: column.map(_cell))
-    text = page("study", title=f"Study {study.study_name}", findings=summary(study), trials=trials, plots=plots)
+    text = page("study", title=f"Study {study.study_name}", findings=summary(study), trials=trials, plots=shown)
     write_text(folder / "study.html", text)
     return folder / "study.html"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pdiff.experiment.keys import known_keys
 from pdiff.method.options import Positive, Section, Several
 
 FIRST = "first_batch/"  # prefix of the metrics of the first networks
+GRID = 100_000  # points of a grid, at most
 Direction = Literal["maximize", "minimize"]
 Scalar = None | bool | int | float | str
 
@@ -34,6 +36,21 @@ class Objective(Section):
     direction: Direction
     sum: tuple[str, ...] = ()
 
+    @field_validator("sum")
+    @classmethod
+    def _once(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [metric for metric in metrics if metrics.count(metric) > 1]:
+            raise ValueError(f"{twice[0]} stands twice")
+        return metrics
+
+
+Known = Mapping[str, tuple[Any, ...]]  # configuration key, or parameter -> what conditions may call its value
+
+
+def meets(names: tuple[Any, ...], wanted: tuple[Scalar, ...]) -> bool:
+    """Whether a value is one of those that a condition wants."""
+    return any(name in wanted for name in names)
+
 
 class Parameter(Section):
     """One dimension of the search.
@@ -50,23 +67,31 @@ class Parameter(Section):
     log: bool = False
     choices: dict[str, Any] = {}
     keys: Annotated[tuple[str, ...], Several] = ()
-    when: dict[str, Annotated[tuple[Scalar, ...], Several]] = {}
+    when: dict[str, Annotated[tuple[Scalar, ...], Several, Field(min_length=1)]] = {}
 
     @field_validator("choices", mode="before")
     @classmethod
     def _label(cls, choices: Any) -> Any:
-        return {json.dumps(value): value for value in choices} if isinstance(choices, list) else choices
+        values = list(choices.values() if isinstance(choices, dict) else choices if isinstance(choices, list) else ())
+        texts = [as_text(value) for value in values]
+        if twice := [text for text in texts if texts.count(text) > 1]:
+            raise ValueError(f"{twice[0]} stands twice")
+        return dict(zip(texts, values, strict=True)) if isinstance(choices, list) else choices
 
     @model_validator(mode="after")
     def _check(self) -> Parameter:
         if self.kind == "categorical":
-            if not self.choices or not self.low is self.high is self.step is None:
-                raise ValueError("kind categorical needs choices, and neither low, high nor step")
+            if not self.choices or self.log or not self.low is self.high is self.step is None:
+                raise ValueError("kind categorical needs choices, and neither low, high, step nor log")
             return self
         if self.low is None or self.high is None or self.choices:
             raise ValueError(f"kind {self.kind} needs low and high, and no choices")
-        if self.low > self.high:
-            raise ValueError(f"low <= high must hold, but got (low={self.low:g}, high={self.high:g})")
+        if self.low >= self.high:
+            raise ValueError(f"low < high must hold, but got (low={self.low:g}, high={self.high:g})")
+        if self.step and self.step > self.high - self.low:
+            raise ValueError(
+                f"step <= high - low must hold, but got (step={self.step:g}, low={self.low:g}, high={self.high:g})"
+            )
         if self.log and (self.low <= 0 or self.step):
             raise ValueError(f"log needs low > 0 and no step, but got (low={self.low:g}, step={self.step})")
         if self.kind == "int" and not all(float(x or 0).is_integer() for x in (self.low, self.high, self.step)):
@@ -86,10 +111,11 @@ class Parameter(Section):
         """All values, or labels of them; none where they are too many to list."""
         if self.kind == "categorical":
             return list(self.choices)
-        if self.log or (self.kind == "float" and not self.step):
-            return []
         step = self.step or 1
-        values = [self.low + k * step for k in range(int((self.high - self.low) / step + 1e-9) + 1)]
+        count = int((self.high - self.low) / step + 1e-9) + 1
+        if self.log or (self.kind == "float" and not self.step) or count > GRID:
+            return []
+        values = [self.low + k * step for k in range(count)]
         return [int(value) for value in values] if self.kind == "int" else values
 
     def extremes(self) -> list[Any]:
@@ -104,6 +130,25 @@ class Parameter(Section):
     def settings(self, name: str, suggested: Any) -> dict[str, str]:
         """Configuration key -> value as text, of a suggested value."""
         return dict.fromkeys(self.keys or (name,), as_text(self.value(suggested)))
+
+    def known(self, name: str, suggested: Any) -> Known:
+        """What conditions may call a suggested value."""
+        value = self.value(suggested)
+        return {name: (suggested, value), **dict.fromkeys(self.keys, (value,))}
+
+    def suggested_as(self, value: Scalar) -> list[Any]:
+        """The suggested values, at most one, that a condition means by a value."""
+        if self.choices:
+            return [label for label, choice in self.choices.items() if value in (label, choice)]
+        if not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return []
+        step = self.step or int(self.kind == "int")
+        steps = (value - self.low) / step if step else 0
+        return [value] if math.isclose(steps, round(steps), abs_tol=1e-9) else []
+
+    def applies(self, known: Known) -> bool:
+        """Whether its conditions are met."""
+        return all(meets(known.get(key, (None,)), wanted) for key, wanted in self.when.items())
 
 
 class Sampler(Section):
@@ -196,14 +241,64 @@ class Sweep(Section):
         for name, objective in self.objectives.items():
             for metric in objective.sum or (name,):
                 _not_on_test(metric)
+        summed = [sorted(objective.sum or (name,)) for name, objective in self.objectives.items()]
+        for name, metrics_of_it in zip(self.objectives, summed, strict=True):
+            if summed.count(metrics_of_it) > 1:
+                raise ValueError(f"objectives.{name}: {' + '.join(metrics_of_it)} is an objective twice")
         if len(self.objectives) > 1 and self.pruner.kind != "none":
             raise ValueError("pruner: Optuna cannot prune a study of several objectives; prune_if can")
         if len(self.objectives) > 1 and self.sampler.kind == "cmaes":
             raise ValueError("sampler: cmaes takes one objective only; tpe, gp, nsga2, qmc and random take several")
-        watched = [threshold.metric for threshold in self.prune_if] + [self.pruner.metric]
-        if not self.first_batch and any(metric.startswith(FIRST) for metric in watched):
+        if self.sampler.kind == "cmaes" and all(p.kind == "categorical" for p in self.parameters.values()):
+            raise ValueError("sampler: cmaes samples numbers, but all parameters are categorical, as tpe takes them")
+        if self.pruner.metric.startswith(FIRST):
+            raise ValueError(f"pruner.metric: {self.pruner.metric} has no steps to compare; prune_if takes it")
+        if not self.first_batch and any(metric.startswith(FIRST) for _, metric in self.watched()):
             raise ValueError(f"metrics {FIRST}... need first_batch > 0, a number of networks")
         return self
+
+    @model_validator(mode="after")
+    def _check_conditions(self) -> Sweep:
+        for name, parameter in self.parameters.items():
+            for key, wanted in parameter.when.items():
+                self._check_condition(name, key, wanted)
+            if self.context(parameter) is None:
+                raise ValueError(f"parameters.{name}.when: never met, since its conditions exclude each other")
+        return self
+
+    def _check_condition(self, name: str, key: str, wanted: tuple[Scalar, ...]) -> None:
+        where, names = f"parameters.{name}.when.{key}", list(self.parameters)
+        above = [other for other in self.setters(key) if names.index(other) < names.index(name)]
+        if not above and (below := self.setters(key)):
+            circle = any(name in self.setters(other) for other in self._needed_by(below[0]))
+            reason = "the parameter sets that itself" if name in below else "a circle" if circle else "it stands below"
+            raise ValueError(f"{where}: {reason}; expected a key of the configuration, or a parameter above")
+        if above and not any(self.parameters[other].when for other in above):  # else the key may have any value
+            for value in wanted:
+                if not any(self.parameters[other].suggested_as(value) for other in above):
+                    raise ValueError(f"{where}: {value!r} is none of the values of {' and '.join(above)}")
+
+    def setters(self, key: str) -> list[str]:
+        """The parameters that set a key, or have its name."""
+        return [name for name, parameter in self.parameters.items() if key in (name, *parameter.keys)]
+
+    def _needed_by(self, name: str) -> set[str]:
+        """Everything that the conditions of a parameter look at, directly or through other parameters."""
+        found: set[str] = set()
+        todo = [name]
+        while todo:
+            new = set(self.parameters[todo.pop()].when) - found
+            found |= new
+            todo += [setter for key in new for setter in self.setters(key)]
+        return found
+
+    def watched(self) -> Iterator[tuple[str, str]]:
+        """Yield key of the sweep's file and metric, of all metrics that a trial must have."""
+        for name, objective in self.objectives.items():
+            yield from ((f"objectives.{name}", metric) for metric in objective.sum or (name,))
+        yield from ((f"prune_if.{k}.metric", threshold.metric) for k, threshold in enumerate(self.prune_if))
+        if self.pruner.kind != "none":
+            yield "pruner.metric", self.pruner.metric
 
     def fixed(self, overrides: Mapping[str, str]) -> dict[str, str]:
         """Configuration key -> value as text, of every trial."""
@@ -219,29 +314,40 @@ class Sweep(Section):
         Returns:
             Key -> value as text, in YAML, for `config.load`.
         """
-        known, chosen = dict(given), {}
+        known, chosen = {key: (value,) for key, value in given.items()}, {}
         for name, parameter in self.parameters.items():
-            if all(known.get(key) in wanted for key, wanted in parameter.when.items()):
+            if parameter.applies(known):
                 suggested = parameter.suggest(trial, name)
-                value = parameter.value(suggested)
-                known |= {name: suggested if parameter.keys else value, **dict.fromkeys(parameter.keys, value)}
+                known |= parameter.known(name, suggested)
                 chosen |= parameter.settings(name, suggested)
         return chosen
 
-    def context(self, parameter: Parameter, given: Mapping[str, Any]) -> dict[str, str] | None:
+    def context(self, parameter: Parameter, given: Mapping[str, Any] | None = None) -> dict[str, str] | None:
         """Values of other parameters with which a parameter is searched; None where it never is.
 
         Args:
             parameter: one of this sweep.
-            given: configuration key -> value of the experiment without a trial.
+            given: configuration key -> value of the experiment without a trial; when absent, that of any experiment.
         """
-        found: dict[str, str] = {}
-        for name, wanted in parameter.when.items():
-            if name in self.parameters:
-                found |= self.parameters[name].settings(name, wanted[0])
-            elif given.get(name) not in wanted:
-                return None
-        return found
+
+        def met(conditions: list[tuple[str, Any]], known: Known, found: dict[str, str]) -> dict[str, str] | None:
+            if not conditions:
+                return found
+            (key, wanted), *rest = conditions
+            if key in known:
+                return met(rest, known, found) if meets(known[key], wanted) else None
+            ways, setters = [], {name: self.parameters[name] for name in self.setters(key)}
+            for name, other in setters.items():
+                for suggested in (s for value in wanted for s in other.suggested_as(value)):
+                    more = known | other.known(name, suggested), found | other.settings(name, suggested)
+                    ways.append(([*other.when.items(), *rest], *more))
+            # Then the experiment's own value, unless a parameter is always searched, or the key is only its name.
+            if all(other.when and not (name == key and other.keys) for name, other in setters.items()):
+                base = wanted if given is None else [given.get(key)] if meets((given.get(key),), wanted) else []
+                ways += [(rest, known | {key: (value,)}, found) for value in base]
+            return next((result for way in ways if (result := met(*way)) is not None), None)
+
+        return met(list(parameter.when.items()), {}, {})
 
     def grid(self, given: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Parameter -> all its values, of those that apply.
@@ -256,13 +362,15 @@ class Sweep(Section):
             if self.context(parameter, given) is not None:
                 found[name] = parameter.grid()
                 if not found[name]:
-                    raise UserError(f"parameters.{name}: a grid needs choices or a step")
+                    raise UserError(f"parameters.{name}: a grid needs choices or a step, and at most {GRID} values")
+        if (size := math.prod(map(len, found.values()))) > GRID:
+            raise UserError(f"parameters: a grid of {size} points, expected at most {GRID}")
         return found
 
 
 def as_text(value: Any) -> str:
     """A value as YAML on one line."""
-    return json.dumps(value)
+    return json.dumps(value, default=str)  # YAML knows dates
 
 
 def sweeps() -> dict[str, Path]:

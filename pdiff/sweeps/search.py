@@ -22,6 +22,7 @@ from pdiff.sweeps.storage import Storage
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 Grid = Mapping[str, list[Any]]
+REHEARSALS = 12  # trials; by then most samplers no longer sample at random
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "gp": optuna.samplers.GPSampler,
@@ -100,6 +101,35 @@ def make_pruner(settings: Pruner) -> optuna.pruners.BasePruner:
         UserError: an option that the pruner does not have, or a value that it does not take.
     """
     return _make("pruner", PRUNERS[settings.kind], {}, settings.options)
+
+
+def rehearse(sweep: Sweep, grid: Grid, given: Mapping[str, Any]) -> None:
+    """Make the sampler and the pruner of a sweep and, where they have options, use them in trials that run nothing.
+
+    Args:
+        sweep: whose options are tried.
+        grid: see `Sweep.grid`.
+        given: configuration key -> value of the experiment without a trial.
+
+    Raises:
+        UserError: an option that the sampler or the pruner does not have, or cannot work with.
+    """
+    directions = [objective.direction for objective in sweep.objectives.values()]
+    sampler, pruner = SeededSampler(sweep.sampler, grid), make_pruner(sweep.pruner)
+    options = {what: part.options for what, part in (("sampler", sweep.sampler), ("pruner", sweep.pruner))}
+    tried = {what: given for what, given in options.items() if given}
+    study = optuna.create_study(directions=directions, sampler=sampler, pruner=pruner)
+    try:
+        for number in range(REHEARSALS if tried else 0):
+            trial = study.ask()
+            sweep.suggest(trial, given)
+            for step in range(3 if sweep.pruner.kind != "none" else 0):
+                trial.report(number, step)
+                trial.should_prune()
+            study.tell(trial, [float(number)] * len(directions))
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        keys = " or ".join(f"{what}.options {values}" for what, values in tried.items())
+        raise UserError(f"{keys}: Optuna cannot work with them: {' '.join(str(error).split())}") from error
 
 
 def _make(what: str, kind: Callable[..., Any], given: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -15,11 +15,13 @@ import pandas as pd
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from pdiff.errors import Failure, UserError
 from pdiff.parallel.liveness import alive, this_process
-from pdiff.sweeps.storage import open_storage
+from pdiff.sweeps.storage import exists, file_of, named, open_storage
 
 HEARTBEAT = 10.0  # seconds between signs of life of a running trial
 GRACE = 90.0  # seconds without one until a trial is stale
+REASON = 400  # characters of the error of a trial in a message
 RETRIES = 3  # of a trial whose worker died; one that kills its worker every time is given up
 
 
@@ -30,7 +32,8 @@ def repeating(call: Callable[[], object], seconds: float) -> Iterator[None]:
 
     def repeat() -> None:
         while not ended.wait(seconds):
-            call()
+            with suppress(Failure):  # the thread that works meets it, too, and says so
+                call()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
@@ -173,6 +176,16 @@ def reason(trial: FrozenTrial) -> str:
     return trial.user_attrs.get("error") or ("interrupted" if "interrupted" in trial.user_attrs else "its worker died")
 
 
+def failure(study: optuna.Study) -> str:
+    """Why a study whose trials have ended found nothing; empty where a trial completed, or all were pruned."""
+    trials = study.get_trials(deepcopy=False)
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL and trial.number not in retried(study)]
+    if not failed or any(trial.state in (TrialState.COMPLETE, TrialState.WAITING) for trial in trials):
+        return ""
+    first = " ".join(reason(failed[0]).split())[:REASON]
+    return f"no trial completed, {len(failed)} of {len(trials)} failed; trial {failed[0].number}: {first}"
+
+
 def table(study: optuna.Study) -> pd.DataFrame:
     """One row per trial: number, state, objectives, parameters, seconds, why it ended early, its run."""
     rows = []
@@ -188,7 +201,15 @@ def table(study: optuna.Study) -> pd.DataFrame:
 
 
 def studies(url: str) -> pd.DataFrame:
-    """One row per study of a storage: its state, its trials, its best value."""
+    """One row per study of a storage: its state, its trials, its best value; none where there is no storage yet.
+
+    Raises:
+        UserError: a storage that cannot be opened; a file in a folder that does not exist.
+    """
+    if not exists(url):
+        if not (folder := file_of(url).absolute().parent).is_dir():
+            raise UserError(f"{named(url)}: there is no folder {folder}")
+        return pd.DataFrame()
     storage = open_storage(url)
     rows = []
     for name in sorted(optuna.get_all_study_names(storage)):

@@ -11,7 +11,7 @@ import optuna
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
-from pdiff.errors import UserError
+from pdiff.errors import Failure, UserError
 from pdiff.sweeps.launchers import Job
 from pdiff.sweeps.trials import StaleTrials, best, best_found, is_late, reason, retry, values_text
 from pdiff.tracking import runs, store
@@ -49,8 +49,7 @@ class Workers:
         for slot in ended:
             self.log = self.jobs.pop(slot).log
         if self.deaths > STARTS + self.size and waiting:
-            reason = f"last line of {self.log}: {last_line(self.log)}"
-            raise UserError(f"workers exited before starting a trial; {reason}")
+            raise Failure(f"workers exited before starting a trial; last line of {self.log}: {last_line(self.log)}")
         for slot in [slot for slot in range(self.size) if slot not in self.jobs][:waiting]:
             self.jobs[slot] = self.start(slot)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
 import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
@@ -16,9 +14,9 @@ from mlflow.utils.rest_utils import http_request
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from tqdm.auto import tqdm
 
 from pdiff.errors import Failure, UserError
+from pdiff.files import make_database
 
 TIMEOUT = 5  # seconds in which a server must answer
 SERVERS = {"postgresql": {"connect_timeout": TIMEOUT}, "mysql": {"connect_timeout": TIMEOUT}, "mssql": {}}
@@ -66,38 +64,37 @@ def create(path: Path) -> None:
     MLflow takes a second to create its tables, step by step, and cannot go on from the middle. So they are created in
     another file, which then gets its name; and what another program left half-made is put aside, if it has no runs.
     """
-    if not path.exists() or not _has_runs(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{path.name}.*"):
-            shutil.rmtree(leftover)
-        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            _create(path, Path(scratch))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_database(path, _make, _is_complete)
     with closing(sqlite3.connect(path, timeout=60)) as database:
         database.execute("PRAGMA journal_mode=WAL")
 
 
-def _create(path: Path, scratch: Path) -> None:
-    """Create a database in a folder for scratch, and move it into place."""
-    if path.exists():
-        _copy(path, scratch / "found.db")
-        if _opens(scratch / "found.db"):
-            return
-        names = (path.with_name(f"{path.name}.half-made-{k}") for k in itertools.count(1))
-        aside = path.rename(next(name for name in names if not name.exists()))
-        tqdm.write(f"warning: {path} has no runs, and a killed process left it half-made; it is now {aside.name}")
-    if not _opens(scratch / "new.db"):
-        raise Failure(f"{place()}: MLflow cannot create its tables")
-    _copy(scratch / "new.db", scratch / "whole.db")  # since MLflow keeps the other one open
-    with suppress(FileExistsError):  # another process was faster
-        os.link(scratch / "whole.db", path)
+def _make(path: Path) -> None:
+    """Make a database without runs; a copy of one, since MLflow keeps open what it has opened."""
+    with TemporaryDirectory() as scratch:
+        if not _opens(Path(scratch, "new.db")):
+            raise Failure(f"{place()}: MLflow cannot create its tables")
+        _copy(Path(scratch, "new.db"), path)
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether there is a database that MLflow can work with; one that has runs is never replaced.
+
+    Raises:
+        sqlite3.DatabaseError: the file is no database.
+    """
+    if not path.exists():
+        return False
+    if _has_runs(path):
+        return True
+    with TemporaryDirectory() as scratch:
+        _copy(path, Path(scratch, "found.db"))
+        return _opens(Path(scratch, "found.db"))
 
 
 def _has_runs(path: Path) -> bool:
-    """Whether a database has runs.
-
-    Raises:
-        sqlite3.DatabaseError: it is none.
-    """
+    """Whether a database has runs."""
     with closing(sqlite3.connect(path, timeout=60)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         return "runs" in tables and database.execute("SELECT 1 FROM runs LIMIT 1").fetchone() is not None

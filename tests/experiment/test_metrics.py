@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from reports import Page, history
+from tracked import TINY
 
 from pdiff.errors import UserError
-from pdiff.experiment import leaderboard, metrics, report, summary
+from pdiff.experiment import config, leaderboard, metrics, report, stages, summary
 from pdiff.experiment.leaderboard import Result
 from pdiff.experiment.metrics import Metric
 from pdiff.method.collection import Collection
@@ -102,6 +103,21 @@ def test_every_group_is_encoded_once_and_every_part_compared_once(groups, result
     compared(groups, results)
     assert encoded == list(SIZES.values())
     assert products == [(sum(SIZES.values()), 4 + 3)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["latent_diffusion", "gaussian"])
+def test_stages_log_what_they_say(tmp_path, kind):
+    """Sweeps refuse every other metric."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    experiment, folders = config.load(str(tmp_path / "tiny.yaml"), {"generator.kind": kind}), {}
+    for name in stages.of(experiment):
+        points, out = [], tmp_path / name
+        out.mkdir()
+        upstream = {other: folders[other] for other in stages.reads(name, experiment)}
+        final = stages.run(name, experiment, out, log=points.append, **upstream)
+        assert {point.name for point in points} | final.keys() == set(stages.STAGES[name].logs(experiment)), name
+        folders[name] = out
 
 
 # -- a new metric is one entry

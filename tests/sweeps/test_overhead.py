@@ -42,8 +42,8 @@ def test_mistakes(workspace, capsys):
     assert pdiff(["overhead", "--trails", "5"]) == 2
     assert "unknown option --trails" in capsys.readouterr().err
     assert not runs("overhead")
-    assert pdiff(["overhead", "--storage", "sqlite:///mlflow.db"]) == 2  # tables of the same name, and not Optuna's
+    assert pdiff(["overhead", "--storage", "sqlite:///mlflow.db"]) == 1  # tables of the same name, and not Optuna's
     assert "--storage sqlite:///mlflow.db: cannot be opened" in capsys.readouterr().err
-    assert [run.info.status for run in runs("overhead")] == ["FAILED"]
+    assert not runs("overhead")
     assert pdiff(["overhead", "--sampler", "grid"]) == 2
     assert "'grid' is not one of 'tpe', 'random'" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_mistakes_in_a_sweep(change, hints, tmp_path):
         ("diffusion.stesp", {"kind": "int", "low": 1, "high": 9}, ["diffusion.stesp: unknown key", "diffusion.steps"]),
         ("diffusion.ema", {"kind": "float", "low": 0.9, "high": 1.5}, ["diffusion.ema", "less than 1", "1.5"]),
         ("diffusion.steps", {"kind": "float", "low": 1, "high": 9.5}, ["diffusion.steps", "9.5"]),
-        ("diffusion.steps", {"kind": "int", "low": 9, "high": 1}, ["low <= high must hold", "(low=9, high=1)"]),
+        ("diffusion.steps", {"kind": "int", "low": 9, "high": 1}, ["low < high must hold", "(low=9, high=1)"]),
         ("diffusion.steps", {"kind": "int", "low": 0, "high": 1, "log": True}, ["log needs low > 0"]),
         ("diffusion.steps", {"kind": "int", "low": 1.5, "high": 2}, ["kind int needs integers"]),
         ("diffusion.denoiser", {"kind": "categorical", "choices": ["mlp", "cnn"]}, ["diffusion.denoiser", "'cnn'"]),

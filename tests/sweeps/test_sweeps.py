@@ -25,7 +25,7 @@ import pytest
 from tracked import runs, start, wait_for
 
 from pdiff.cli.main import main as pdiff
-from pdiff.errors import UserError
+from pdiff.errors import Failure, UserError
 from pdiff.experiment.history import STATE, History
 from pdiff.experiment.stages import STAGES
 from pdiff.files import write_json
@@ -149,14 +149,18 @@ def test_a_failed_trial_says_why_and_the_next_goes_on(workspace, measured):
 
 def test_nan_is_a_failure(workspace, measured):
     measured["evaluate"] = {"val_accuracy/generated_mean": [float("nan")]}
-    study = in_process(1)
+    with pytest.raises(Failure, match=r"1 of 1 failed; trial 0: .* is NaN"):
+        in_process(1)
+    study = loaded()
     assert states(study) == ["FAIL"] and "NaN" in study.get_trials()[0].user_attrs["error"]
+    assert [run.info.status for run in runs("sweep")] == ["FAILED"]
 
 
 @pytest.mark.slow
 def test_a_metric_that_no_stage_measures_stops_the_study(workspace, measured):
+    """One that stages may log, but those of this test do not."""
     with pytest.raises(UserError, match="did you mean val_accuracy/generated_mean"):
-        in_process(5, objectives={"val_accuracy/generatd_mean": "maximize"})
+        in_process(5, objectives={"val_accuracy/generated_min": "maximize"})
     study = loaded()
     assert states(study) == ["FAIL"] + ["WAITING"] * 4
     assert "did you mean val_accuracy/generated_mean" in study.user_attrs["stopped"]
@@ -197,8 +201,11 @@ def test_a_pruned_trial_leaves_nothing_behind(workspace, measured, way):
         assert reported == [[-1.0, -1.0, -1.0], [-2.0], [-3.0]], "losses are reported negated: the objective goes up"
     elif way == "threshold":
         measured["generate"] = worse("autoencoder/reconstruction_val_accuracy", [-0.5])
-        both = {"val_accuracy/generated_mean": "maximize", "seconds": {"sum": ["x"], "direction": "minimize"}}
-        measured["evaluate"] |= {"x": [1.0]}
+        both = {
+            "val_accuracy/generated_mean": "maximize",
+            "seconds": {"sum": ["seconds/evaluate"], "direction": "minimize"},
+        }
+        measured["evaluate"] |= {"seconds/evaluate": [1.0]}
         thresholds = [{"metric": "autoencoder/reconstruction_val_accuracy", "below": -0.9}]
         study = in_process(3, objectives=both, prune_if=thresholds)
     else:
@@ -324,7 +331,10 @@ def test_a_tracking_store_that_is_away_is_not_the_trials_fault(workspace, measur
 @pytest.mark.slow
 def test_a_study_is_not_continued_with_other_settings(workspace, measured):
     in_process(1)
-    for more, hint in (({"prune_if": [{"metric": "m", "below": 1}]}, "prune_if"), ({"set": {"seed": 3}}, "experiment")):
+    for more, hint in (
+        ({"prune_if": [{"metric": "collect/loss", "below": 1}]}, "prune_if"),
+        ({"set": {"seed": 3}}, "experiment"),
+    ):
         with pytest.raises(UserError, match=rf"begun with other settings.*{hint}.*--study NAME"):
             in_process(2, **more)
     assert len(states(in_process(2, sampler={"kind": "tpe"}))) == 2, "another sampler may go on"

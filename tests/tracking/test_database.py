@@ -45,12 +45,12 @@ def test_a_half_made_database_is_put_aside(workspace, capsys, damage):
     shown = (workspace / "mlflow.db").read_bytes()
     with store.connected():
         assert runs() == []
-    assert "warning: " in (printed := capsys.readouterr().out) and "mlflow.db.half-made-1" in printed
-    assert files(workspace) == {"mlflow.db", "mlflow.db.half-made-1"}
-    assert len((workspace / "mlflow.db.half-made-1").read_bytes()) == len(shown)
+    assert "warning: " in (printed := capsys.readouterr().out) and "mlflow.db.damaged-1" in printed
+    assert files(workspace) == {"mlflow.db", "mlflow.db.damaged-1"}
+    assert len((workspace / "mlflow.db.damaged-1").read_bytes()) == len(shown)
     with store.connected():
         pass
-    assert files(workspace) == {"mlflow.db", "mlflow.db.half-made-1"} and not capsys.readouterr().out
+    assert files(workspace) == {"mlflow.db", "mlflow.db.damaged-1"} and not capsys.readouterr().out
 
 
 def test_nothing_that_has_runs_is_put_aside(workspace):

@@ -11,6 +11,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from pdiff.method.autoencoders import AUTOENCODERS, PCAOptions
 from pdiff.method.denoisers import DENOISERS, DenoiserOptions, MLPDenoiserOptions
+from pdiff.method.log import names_of_measured
 from pdiff.method.objectives import OBJECTIVES, Flow, Objective
 from pdiff.method.options import NonNegative, Positive, Rate, Section, TrainingOptions
 
@@ -27,12 +28,14 @@ class GeneratorOptions(Section):
         sampling: the options of its `sample`.
         extras: further options of the stage that samples.
         sections: of a configuration, beside `generator`, that hold its options.
+        logs: the metrics that `fit` and `sizes` may log; a sweep looks at no others.
     """
 
     implementation: ClassVar[Any]
     sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
     extras: ClassVar[tuple[type[Section], ...]] = ()
     sections: ClassVar[tuple[str, ...]] = ()
+    logs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def of(cls, generator: Section) -> GeneratorOptions:
@@ -90,6 +93,10 @@ class LatentDiffusionOptions(GeneratorOptions):
     sampling: ClassVar[type[SamplingOptions]] = DiffusionSampling
     extras: ClassVar[tuple[type[Section], ...]] = (TrajectoryOptions,)
     sections: ClassVar[tuple[str, ...]] = ("autoencoder", "diffusion")
+    logs: ClassVar[tuple[str, ...]] = (
+        *("autoencoder/loss", "diffusion/loss", "diffusion/heldout_loss", "latent_size"),
+        *names_of_measured("autoencoder", "diffusion"),
+    )
 
     autoencoder: SerializeAsAny[Section] = PCAOptions()
     denoiser: SerializeAsAny[DenoiserOptions] = MLPDenoiserOptions()
@@ -114,6 +121,7 @@ class GaussianOptions(GeneratorOptions):
     """
 
     implementation: ClassVar[Any] = "pdiff.method.generators.gaussian:Gaussian"
+    logs: ClassVar[tuple[str, ...]] = ("latent_size", *names_of_measured("gaussian"))
 
     scale: NonNegative = 1.0
     diagonal: bool = False

@@ -83,10 +83,12 @@ class EvaluatorOptions(Section):
         distributed: whether every process of an experiment (`processes`) evaluates its share of the networks; other
             kinds run in one process, which may start workers.
         measures: whether there is something to measure.
+        parts: of the data, on which it may measure.
     """
 
     distributed: ClassVar[bool] = False
     measures: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("validation", "test")
 
     def make(self, context: Context) -> Evaluator:
         """The evaluator with these options."""
@@ -117,6 +119,7 @@ class OnImages(EvaluatorOptions):
 class ByFunction(EvaluatorOptions):
     """`function`, `path/to/file.py:function`, predicts with a state dict; in `workers` processes, 0 for one a core."""
 
+    parts: ClassVar[tuple[str, ...]] = ("test",)
     function: Annotated[str, Field(min_length=1)]
     workers: Annotated[int, Field(ge=0)] = without_effect(0)
 
@@ -135,6 +138,7 @@ class ByCommand(EvaluatorOptions):
     """`command`, run in `folder`, prints an accuracy for the checkpoint file that replaces `{checkpoint}` in it; the
     regular expression `pattern` finds the number. `workers` commands run at a time, 0 for one a core."""
 
+    parts: ClassVar[tuple[str, ...]] = ("test",)
     command: Annotated[str, Field(min_length=1)]
     pattern: str = r"(?i)acc(?!\w*[2-9])\w*(?:@1)?(?!@)\W*?(\d*\.?\d+(?:e[-+]?\d+)?\s*%?)"
     folder: Place = ""
@@ -174,6 +178,7 @@ class NotEvaluated(EvaluatorOptions):
     """Nothing is measured: there are neither images nor a function or command."""
 
     measures: ClassVar[bool] = False
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def make(self, context: Context) -> Evaluator:
         """An evaluator that finds nothing."""

@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 
 class Failure(UserError):
-    """No mistake of the user's, but of the world: a full disk, a database that is away, every trial. One line as well."""
+    """A fault of the world, such as a full disk or a database that is away, not the user's; one line, too."""
 
     exit_code = 1
 

@@ -80,9 +80,9 @@ def connect() -> None:
     if not (sys.stdout and sys.stdout.isatty()):
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
+        database.reach()
         work_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(work_folder() / "store.lock"):
-            database.reach()
             if "MLFLOW_RUN_ID" not in os.environ:
                 mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
             close_dead_runs()

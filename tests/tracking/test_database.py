@@ -72,21 +72,6 @@ def test_an_empty_file_becomes_a_database(empty_workspace, content):
         assert runs() == []
 
 
-def test_two_creations_do_not_replace_each_other(empty_workspace, monkeypatch):
-    """The file appears between the look at the folder and the move: it stays."""
-    path, opens = empty_workspace / "mlflow.db", database._opens
-
-    def appears(other):
-        made = opens(other)
-        path.write_text("another process's")
-        return made
-
-    monkeypatch.setattr(database, "_opens", appears)
-    with pytest.raises(sqlite3.DatabaseError):
-        database.create(path)
-    assert path.read_text() == "another process's" and files(empty_workspace) == {"mlflow.db"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.2, 0.5, 0.9, 1.4])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

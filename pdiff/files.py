@@ -24,6 +24,7 @@ from pdiff.parallel.ranks import rank_zero_only
 if TYPE_CHECKING:
     from torch import Tensor
 
+LOCK_SECONDS = 60  # for which a database may be made by another process
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -66,7 +67,7 @@ def make_database(path: Path, make: Callable[[Path], object], is_complete: Calla
     if is_complete(path):
         return
     lock = path.with_name(f".{path.name}.lock")
-    with FileLock(lock):
+    with FileLock(lock, timeout=LOCK_SECONDS):
         if not is_complete(path):
             for leftover in path.parent.glob(f".{path.name}.*.tmp*"):
                 leftover.unlink()

@@ -47,7 +47,7 @@ TRIES = [
     Try("compare", 1, ("mlflow.db", "unable to open"), folder_named("mlflow.db")),
     Try("main --tag tiny.yaml", 1, (".pdiff", "cannot be written"), written(".pdiff", b"")),
     Try("compare", 2, ("garbage://x", "unsupported URI"), at("garbage://x")),
-    Try("prepare --tag tiny.yaml", 1, ("/proc/mlflow.db",), at("sqlite:////proc/mlflow.db")),
+    Try("prepare --tag tiny.yaml", 1, ("/dev/null/mlflow.db",), at("sqlite:////dev/null/mlflow.db")),
     Try("compare", 1, ("mysql+nothing://me:***@h/x",), at("mysql+nothing://me:pw@h/x")),
     Try("main --tag tiny.yaml", 1, ("postgresql://me:***@127.0.0.1:1/x",), at("postgresql://me:pw@127.0.0.1:1/x")),
     Try("leaderboard", 1, ("http://127.0.0.1:1", "no answer"), at("http://127.0.0.1:1")),

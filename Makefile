@@ -3,7 +3,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 INSTALLED := .venv/.installed
 
-.PHONY: demo quick test lint ui dashboard clean
+.PHONY: demo quick test chaos lint ui dashboard clean
 
 demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how good they are
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
@@ -14,6 +14,9 @@ quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, 
 
 test: $(INSTALLED)  ## the whole suite
 	$(PYTEST)
+
+chaos: $(INSTALLED)  ## 200 kills at random moments of each of two commands; what was killed when is in chaos.csv
+	PDIFF_CHAOS=200 PDIFF_CHAOS_RECORD=$(CURDIR)/chaos.csv $(PYTEST) tests/test_chaos.py
 
 lint: $(INSTALLED)  ## style, and the direction of imports
 	$(BIN)/ruff check .

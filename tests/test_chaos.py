@@ -21,8 +21,8 @@ from tracked import TINY, artifacts, runs
 
 from pdiff.files import append_line
 
-KILLS = int(os.environ.get("PDIFF_CHAOS", "20"))  # of `main`, and a fifth of them of a sweep, which takes longer
-PER_FOLDER = {"main": 10, "sweep": 4}
+KILLS = int(os.environ.get("PDIFF_CHAOS", "20"))  # of `main`, and some of a sweep, which takes longer
+PER_FOLDER = {"main": 10, "sweep": 2 if KILLS == 20 else 4}
 EXPERIMENT = yaml.safe_load(TINY) | {"log_models": True}
 SWEEP = {
     "objectives": {"val_accuracy/generated_mean": "maximize"},

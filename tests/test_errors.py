@@ -27,7 +27,11 @@ def test_memory_that_does_not_suffice(monkeypatch, capfd):
         torch.empty(10**16)
     assert out_of_memory(caught.value) and out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    for error in (caught.value, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")):
+    for error in (
+        caught.value,
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
+    ):
 
         def fails(*_, error=error, **__):
             raise error

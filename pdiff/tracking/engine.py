@@ -43,14 +43,14 @@ class Done:
         metrics: its final metrics.
         fetch: makes its artifacts available in a folder of this machine.
         tags: what else the store knows of it; SEAL among them is the checksum of the manifest of its artifacts.
-        remedy: the command that computes it again.
+        remedy: says which command computes it again; asked only where there is damage.
     """
 
     run_id: str
     metrics: Metrics
     fetch: Callable[[], Path]
     tags: Mapping[str, str] = field(default_factory=dict)
-    remedy: str = ""
+    remedy: Callable[[], str] = str
 
     @cached_property
     def folder(self) -> Path:
@@ -64,7 +64,7 @@ class Done:
             try:
                 verify(folder, sealed)
             except Damaged as error:
-                raise Damaged(error.path, f"{error.reason}; {self.remedy}".removesuffix("; ")) from None
+                raise Damaged(error.path, f"{error.reason}; {self.remedy()}".removesuffix("; ")) from None
         return folder
 
     @property
@@ -161,7 +161,7 @@ class Pipeline:
                 done = self.store.find(identity(name, self.digests[name], upstream))
                 if done is None or (self.repair and not done.sound):  # then what reads it must run, too
                     return None
-                found[name] = replace(done, remedy=self._remedy(name))
+                found[name] = done if self.repair else replace(done, remedy=partial(self._remedy, name))
         return found[stage]
 
     def _remedy(self, stage: str) -> str:

@@ -223,4 +223,4 @@ def artifacts_of(run_id: str) -> tuple[Path, dict[str, Any]]:
     if reused := tags.get("pdiff.reused"):
         return artifacts_of(reused)
     remedy = f"`pdiff {tags.get('pdiff.stage')} --tag {tags.get('pdiff.tag')} --fresh` makes it again"
-    return replace(_done(record), remedy=remedy).folder, tags
+    return replace(_done(record), remedy=lambda: remedy).folder, tags

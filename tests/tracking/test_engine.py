@@ -309,7 +309,7 @@ def test_the_command_that_heals(store):
         Pipeline(changed, store).execute("evaluate")
         done = Pipeline(changed, store)._find(stage)
         words = "--tag digits_mlp --prepare.collect.checkpoints 7 --diffusion.steps 5 --fresh"
-        assert done.remedy.startswith(f"`pdiff {command} {words}` or the same command with --repair")
+        assert done.remedy().startswith(f"`pdiff {command} {words}` or the same command with --repair")
 
 
 def test_a_state_that_cannot_be_read_is_dropped(store, tmp_path, capsys):

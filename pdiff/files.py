@@ -9,9 +9,10 @@ import itertools
 import json
 import os
 import shutil
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from pdiff.parallel.ranks import rank_zero_only
 if TYPE_CHECKING:
     from torch import Tensor
 
+SQLITE_SECONDS = 60.0  # to wait for another process that writes to an SQLite database
 LOCK_SECONDS = 60  # for which a database may be made by another process
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -75,6 +77,12 @@ def make_database(path: Path, make: Callable[[Path], object], is_complete: Calla
                 make(new)
                 _move_aside(path)
         lock.unlink(missing_ok=True)  # those who wait for it, and those who make it anew, will find a complete database
+
+
+def use_write_ahead_log(path: Path) -> None:
+    """Let others read an SQLite database while one process writes to it."""
+    with closing(sqlite3.connect(path, timeout=SQLITE_SECONDS)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
 
 
 def _move_aside(path: Path) -> None:

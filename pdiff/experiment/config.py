@@ -175,7 +175,7 @@ def _read(tag: str, known: Mapping[str, Path]) -> tuple[Tree, dict[str, str]]:
 
 
 def expanded(path: str) -> Path:
-    """A path with its `~`, where that is somebody's home."""
+    """A path with its `~` expanded, where that home folder exists."""
     return Path(os.path.expanduser(path))
 
 

@@ -13,7 +13,8 @@ from optuna.storages.journal import JournalFileSymlinkLock
 from sqlalchemy import inspect
 from sqlalchemy.engine import URL
 
-TIMEOUT = 60.0  # seconds to wait for another process that writes to an SQLite database
+from pdiff.files import SQLITE_SECONDS, use_write_ahead_log
+
 RECORD = b'{"op_code":'  # with which every line of a journal begins
 REMEDY = "restore the file from a copy, or begin a new one under another name"
 
@@ -32,7 +33,7 @@ def is_complete(path: Path) -> bool:
     """
     if not path.exists():
         return False
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=TIMEOUT)) as database:
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=SQLITE_SECONDS)) as database:
         names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
         tables = {name for (name,) in names}
 
@@ -57,12 +58,6 @@ def make(path: Path) -> None:
 def as_template(url: URL) -> str:
     """An address as `RDBStorage` takes it, which reads text in braces as the name of a variable."""
     return url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-
-
-def use_write_ahead_log(path: Path) -> None:
-    """Let others read an SQLite database while one process writes to it."""
-    with closing(sqlite3.connect(path, timeout=TIMEOUT)) as database:
-        database.execute("PRAGMA journal_mode=WAL")
 
 
 def is_journal(path: Path) -> bool:

@@ -33,7 +33,7 @@ from sqlalchemy.exc import (
 )
 
 from pdiff.errors import Failure, UserError
-from pdiff.files import make_database
+from pdiff.files import SQLITE_SECONDS, make_database, use_write_ahead_log
 from pdiff.sweeps import local
 
 STORAGE = "sqlite:///optuna.db"
@@ -206,11 +206,11 @@ def _database(url: str, path: Path | None) -> RDBStorage:
     """A database. SQLite has no SELECT FOR UPDATE: there, every transaction takes the lock for writing at its
     beginning, so that no two workers find the same trial waiting."""
     parsed = _parsed(url)
-    options: dict[str, Any] = {"timeout": local.TIMEOUT, "isolation_level": None} if path else {}
+    options: dict[str, Any] = {"timeout": SQLITE_SECONDS, "isolation_level": None} if path else {}
     if parsed.get_dialect().driver in WITH_CONNECT_TIMEOUT and "connect_timeout" not in parsed.query:
         options["connect_timeout"] = CONNECT_TIMEOUT
     if path:
-        local.use_write_ahead_log(path)
+        use_write_ahead_log(path)
     try:
         storage = RDBStorage(local.as_template(parsed), {"pool_pre_ping": True, "connect_args": options})
     except RuntimeError as error:  # another version of Optuna made it

@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from pdiff.errors import Failure, UserError
-from pdiff.files import make_database
+from pdiff.files import SQLITE_SECONDS, make_database, use_write_ahead_log
 
 TIMEOUT = 5  # seconds in which a server must answer
 SERVERS = {"postgresql": {"connect_timeout": TIMEOUT}, "mysql": {"connect_timeout": TIMEOUT}, "mssql": {}}
@@ -66,8 +66,7 @@ def create(path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     make_database(path, _make, _is_complete)
-    with closing(sqlite3.connect(path, timeout=60)) as database:
-        database.execute("PRAGMA journal_mode=WAL")
+    use_write_ahead_log(path)
 
 
 def _make(path: Path) -> None:
@@ -95,14 +94,15 @@ def _is_complete(path: Path) -> bool:
 
 def _has_runs(path: Path) -> bool:
     """Whether a database has runs."""
-    with closing(sqlite3.connect(path, timeout=60)) as database:
+    with closing(sqlite3.connect(path, timeout=SQLITE_SECONDS)) as database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         return "runs" in tables and database.execute("SELECT 1 FROM runs LIMIT 1").fetchone() is not None
 
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a database that may be in use."""
-    with closing(sqlite3.connect(source, timeout=60)) as reading, closing(sqlite3.connect(target)) as writing:
+    reading = sqlite3.connect(source, timeout=SQLITE_SECONDS)
+    with closing(reading), closing(sqlite3.connect(target)) as writing:
         reading.backup(writing)
 
 

@@ -67,7 +67,7 @@ def _print_evaluation(experiment: Experiment, folder: Path) -> None:
     from pdiff.experiment.published import published
     from pdiff.files import read_json
 
-    print()
+    print(f"\n{(folder / 'verdict.md').read_text(encoding='utf-8')}")
     evaluation = pd.read_csv(folder / "evaluation.csv")
     cells = report.cells(report.table(evaluation))
     if not experiment.evaluator.measures:

@@ -15,7 +15,7 @@ from pdiff.networks import user_code
 from pdiff.networks.datasets import files_state
 from pdiff.networks.imported.files import files_of
 
-BASELINES = ("noise", "noise_count", "baselines")  # keys of `evaluate` that do not concern the originals
+BASELINES = ("noise", "baseline_count", "baselines")  # keys of `evaluate` that do not concern the originals
 
 
 def fingerprint(content: Any) -> str:

@@ -2,24 +2,28 @@
 
 The terminal, the report, the leaderboard, `compare` and sweeps all read METRICS: a new metric is one entry. One with
 `measure` is taken of every network: it becomes a column of `evaluation.csv` and of the evaluation table, and the
-metrics `<name>/<group>_<statistic>` of the run.
+metrics `<name>/<group>_<statistic>` of the run. One with `of_group` is taken of a group as a whole: it becomes the
+metrics `<name>/<group><suffix>`.
 
 This module imports neither torch nor pandas, so that commands which only look up a name start at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
+from math import nan
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pdiff.networks.evaluators import VOTE_SIZES
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from pdiff.experiment.summary import Evaluated
+    from pdiff.experiment.measures import Evaluated
 
 MISSING = "–"  # shown where nothing was measured
 
@@ -38,6 +42,8 @@ class Metric:
         measure: values of the networks of a group, (N,), or None where they cannot be measured.
         statistics: names in STATISTICS, logged of every group.
         columns: names in STATISTICS that the evaluation table shows; "mean ± std" puts two into one column.
+        of_group: suffix -> value of a group as a whole; missing or NaN where it cannot be measured.
+        suffixes: all that it may have.
     """
 
     quantity: str
@@ -49,6 +55,8 @@ class Metric:
     measure: Callable[[Evaluated], Tensor | None] | None = None
     statistics: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    of_group: Callable[[Evaluated], Mapping[str, float]] | None = None
+    suffixes: tuple[str, ...] = ("",)
 
     @property
     def label(self) -> str:
@@ -88,7 +96,29 @@ STATISTICS: dict[str, Callable[[pd.Series], float]] = {
 
 ACCURACY: dict[str, Any] = {"quantity": "accuracy", "unit": "%", "better": "higher", "digits": 2}
 OF_NETWORKS: dict[str, Any] = ACCURACY | {"statistics": tuple(STATISTICS), "columns": ("mean ± std", "max")}
+OF_PROBABILITIES: dict[str, Any] = {"better": "lower", "digits": 4, "statistics": ("mean", "std", "median")}
 LOSS = Metric("loss", better="lower", digits=4)
+TAUS = (0.25, 0.5, 1.0)  # the novelty that a network must have to be called novel
+
+
+def _on_both(name: str, make: Callable[[Literal["validation", "test"]], Metric]) -> dict[str, Metric]:
+    """A metric that is measured on validation images, and on test images."""
+    return {f"val_{name}": make("validation"), name: make("test")}
+
+
+def _of_votes(what: str, **known: Any) -> dict[str, Metric]:
+    """What soft votes of several networks of a group reach."""
+    suffixes = tuple(f"_{size}" for size in VOTE_SIZES)
+    return _on_both(
+        f"vote_{what}",
+        lambda part: Metric(part=part, of_group=lambda group: group.votes(part, what), suffixes=suffixes, **known),
+    )
+
+
+def _of_group(quantity: str, measure: Callable[[Evaluated], float], **known: Any) -> Metric:
+    """A number of a group as a whole."""
+    return Metric(quantity, of_group=lambda group: {"": measure(group)}, **known)
+
 
 METRICS: dict[str, Metric] = {
     "val_accuracy": Metric(
@@ -98,7 +128,53 @@ METRICS: dict[str, Metric] = {
     "max_similarity": Metric(
         "max similarity", unit="IoU", measure=lambda group: group.max_similarity(), columns=("mean",)
     ),
-    "nearest_distance": Metric("nearest distance", measure=lambda group: group.nearest_distance, statistics=("mean",)),
+    "nearest_distance": Metric("nearest distance", measure=lambda group: group.nearest[0], statistics=("mean",)),
+    "novelty": Metric("novelty", measure=lambda group: group.novelty(), statistics=("median",), columns=("median",)),
+    "nearest_ratio": Metric(
+        "nearest ratio",
+        measure=lambda group: group.nearest_ratio(),
+        of_group=lambda group: {"": group.nearest_ratio().nanmedian().item()},
+    ),
+    "outside_span": Metric("outside of the span", measure=lambda group: group.outside_span(), statistics=("mean",)),
+    "disagreement": Metric("disagreement", measure=lambda group: group.disagreement(), statistics=("median",)),
+    **_on_both("nll", lambda part: Metric("NLL", part=part, measure=lambda group: group.nll(part), **OF_PROBABILITIES)),
+    **_on_both(
+        "ece",
+        lambda part: Metric("calibration error", part=part, measure=lambda group: group.ece(part), **OF_PROBABILITIES),
+    ),
+    **_on_both(
+        "novel_performant",
+        lambda part: Metric(
+            "novel and performant",
+            part=part,
+            unit="%",
+            better="higher",
+            digits=1,
+            of_group=lambda group: group.novel_and_performant(part),
+            suffixes=tuple(f"_{tau:g}" for tau in TAUS),
+        ),
+    ),
+    **_of_votes("accuracy", **(ACCURACY | {"quantity": "vote accuracy"})),
+    **_of_votes("nll", quantity="vote NLL", better="lower", digits=4),
+    **_of_votes("ece", quantity="vote calibration error", better="lower", digits=4),
+    "z_u": _of_group("Z_U", lambda group: group.z_u(), digits=1),
+    "z_u_predictions": _of_group("Z_U of predictions", lambda group: group.z_u_predictions(), digits=1),
+    "dispersion": _of_group("dispersion", lambda group: group.dispersion()),
+    "precision": _of_group("precision", lambda group: group.prdc.get("precision", nan), better="higher"),
+    "recall": _of_group("recall", lambda group: group.prdc.get("recall", nan), better="higher"),
+    "density": _of_group("density", lambda group: group.prdc.get("density", nan), better="higher"),
+    "coverage": _of_group("coverage", lambda group: group.prdc.get("coverage", nan), better="higher"),
+    "frechet": _of_group("Fréchet distance", lambda group: group.frechet(), better="lower"),
+    **_on_both(
+        "hypervolume",
+        lambda part: Metric(
+            "hypervolume",
+            part=part,
+            better="higher",
+            of_group=lambda group: group.hypervolume(part),
+            suffixes=("", "_low", "_high"),
+        ),
+    ),
     "val_similarity": Metric("similarity", part="validation", unit="IoU"),
     "similarity": Metric("similarity", part="test", heading="similarity", unit="IoU"),
     "pretrain/loss": LOSS,
@@ -151,6 +227,35 @@ OTHER_COLORS = ("#44AA99", "#999933", "#CC6677", "#88CCEE", "#DDCC77", "#882255"
 """Colours of all other groups, in turn."""
 
 
+class Alarm(NamedTuple):
+    """What a metric of a generator warns of below a limit."""
+
+    tag: str
+    metric: str
+    limit: float
+    remedy: str
+
+
+COLLAPSED = ("collapsed", 0.8, "fewer latents, more steps or a lower learning rate may keep the spread")
+ALARMS = (
+    Alarm(COLLAPSED[0], "diffusion/dispersion", *COLLAPSED[1:]),
+    Alarm(COLLAPSED[0], "dispersion/{group}", *COLLAPSED[1:]),
+    Alarm("memorising", "z_u/{group}", -3.0, "fewer steps, diffusion.stop_on memorising or more checkpoints may help"),
+)
+
+
+def alarms(metrics: Mapping[str, float], generated: Iterable[str] = ("generated",)) -> dict[str, str]:
+    """Tag of a run -> what it warns of, from its metrics: a generator that collapses, or that copies."""
+    found: dict[str, str] = {}
+    for group in generated:
+        for alarm in ALARMS:
+            name = alarm.metric.format(group=group)
+            if metrics.get(name, alarm.limit) < alarm.limit:
+                text = f"{alarm.tag}: {name} is {metrics[name]:.2f}, expected at least {alarm.limit:g}; {alarm.remedy}"
+                found.setdefault(alarm.tag, text)
+    return found
+
+
 def find(name: str) -> Metric:
     """The entry of a metric: that of its whole name, or of its family; a plain number where there is neither."""
     family = name.partition("/")[0]
@@ -166,6 +271,8 @@ def of_evaluation(groups: Iterable[str], parts: Collection[str]) -> list[str]:
     """The metrics of a run that evaluates groups of networks on some parts of the images."""
     measured = {name: metric for name, metric in of_networks().items() if metric.part in ("", *parts)}
     values = [f"{n}/{group}_{s}" for group in groups for n, metric in measured.items() for s in metric.statistics]
+    whole = {name: metric for name, metric in METRICS.items() if metric.of_group and metric.part in ("", *parts)}
+    values += [f"{n}/{group}{suffix}" for group in groups for n, metric in whole.items() for suffix in metric.suffixes]
     return values + [f"{by_part('similarity')[part]}/{pair}" for part in parts for pair in PAIRS]
 
 
@@ -181,7 +288,8 @@ def on_test(name: str) -> bool:
 
 def is_result(name: str) -> bool:
     """Whether a metric says how good or how alike networks are, or what they cost; not how their training went."""
-    return find(name).measure is not None or find(name).quantity in ("similarity", "seconds")
+    metric = find(name)
+    return any((metric.measure, metric.of_group)) or metric.quantity in ("similarity", "seconds")
 
 
 def on_validation(name: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pdiff.networks.inspect import Inspection
 
 FOLDER = Path("experiments") / "own"
+FEW = ["average", "average_4", "gaussian", "mixed"]  # baselines where each network is expensive to evaluate
 SUBFOLDERS = ("checkpoint", "checkpoints")  # beside a script that tests them, as the published code lays it out
 SCRIPT = "test.py"
 MISMATCHES = 6  # tensors that do not fit and are named
@@ -137,7 +138,7 @@ def _evaluation(command: str, function: str, home: Path, *, known: bool) -> dict
     except ValueError as error:
         raise UserError(f"--command: {command!r} cannot be split into words: {error}") from None
     there = any((home / word).is_file() and (word == SCRIPT or not Path(word).is_file()) for word in words)
-    few = {"noise": [0.05], "noise_count": 20} if command else {}  # every network is a run of the command
+    few = {"noise": [0.05], "baselines": FEW, "baseline_count": 5} if command else {}  # each network runs the command
     return {"command": command, "folder": _written(home) if there else "", **few}
 
 

@@ -43,15 +43,21 @@ def base_network(experiment: Experiment, images: Images, folder: Path) -> nn.Mod
 
 
 def original_networks(experiment: Experiment, prepared: Path) -> Collection:
-    """The checkpoints that `prepare` wrote, as many of them as the experiment uses.
+    """The checkpoints that generators are fitted on: those that `prepare` did not hold out, as many as are used.
 
     Raises:
-        UserError: it uses more than there are.
+        UserError: the experiment uses more than the whole collection.
     """
     collection, wanted = Collection.load(prepared / "checkpoints.safetensors"), experiment.generator.checkpoints
-    if wanted > len(collection):
-        raise UserError(f"generator.checkpoints {wanted}: the collection holds {len(collection)}")
-    return collection.select(range(wanted)) if wanted else collection
+    if wanted > len(collection) and wanted > (whole := len(collection) + len(heldout_networks(prepared) or ())):
+        raise UserError(f"generator.checkpoints {wanted}: the collection holds {whole}")
+    return collection.select(slice(wanted)) if wanted else collection
+
+
+def heldout_networks(prepared: Path) -> Collection | None:
+    """The checkpoints that `prepare` held out, if any."""
+    path = prepared / "heldout.safetensors"
+    return Collection.load(path) if path.exists() else None
 
 
 def evenly_spaced(collection: Collection, count: int) -> Collection:

@@ -32,11 +32,13 @@ Tree = dict[str, Any]
 class Prepare(Section):
     """Where the collection comes from: `parameters` are names or patterns of what is generated, or "all";
     `source` is a folder of existing checkpoint files instead of training, `exclude` names or patterns of files
-    there that are left out."""
+    there that are left out. The fraction `heldout` of the collection, in blocks of consecutive checkpoints, is never
+    read by a generator or a baseline: what they make is compared with it."""
 
     parameters: Annotated[tuple[str, ...], Several] = ("all",)
     source: Place = ""
     exclude: Annotated[tuple[str, ...], Several] = ()
+    heldout: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     pretrain: Pretrain = Pretrain()
     collect: Collect = Collect()
 
@@ -49,7 +51,8 @@ class Prepare(Section):
 
 
 class GeneratorSection(Section):
-    """Which generator is fitted, on the first `checkpoints` of the collection, 0 for all."""
+    """Which generator is fitted, on the first `checkpoints` of those that are not held out; 0 for all, which is also the
+    most."""
 
     kind: str = "latent_diffusion"
     checkpoints: Annotated[int, Field(ge=0)] = 0
@@ -80,14 +83,15 @@ class Generate(Section):
 
 
 class Evaluate(Section):
-    """What generated networks are compared with: noise on `noise_count` originals at every scale of `noise`, and the
-    baselines. `kind` is how networks are evaluated; `auto` is by `function` or `command` where one is given, else on
-    images where there is a data set."""
+    """What generated networks are compared with, beside the originals: noise on originals at every scale of `noise`,
+    and the `baselines`, `auto` for all that can be made of these originals; `baseline_count` networks of each. `kind`
+    is how networks are evaluated; `auto` is by `function` or `command` where one is given, else on images where there
+    is a data set."""
 
     kind: str = "auto"
     noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
-    noise_count: Positive = 300
-    baselines: Annotated[tuple[str, ...], Several] = ("average",)
+    baselines: Annotated[tuple[str, ...], Several] = ("auto",)
+    baseline_count: Positive = 50
 
     @field_validator("noise")
     @classmethod
@@ -99,8 +103,8 @@ class Evaluate(Section):
     @field_validator("baselines")
     @classmethod
     def _check_baselines(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in baselines if name not in BASELINES]:
-            raise ValueError(f"unknown {unknown[0]!r}, expected some of {', '.join(BASELINES)}")
+        if baselines != ("auto",) and (unknown := [name for name in baselines if name not in BASELINES]):
+            raise ValueError(f"unknown {unknown[0]!r}, expected auto, or some of {', '.join(BASELINES)}")
         return baselines
 
 

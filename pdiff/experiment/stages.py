@@ -11,6 +11,7 @@ from pdiff.experiment import digests, metrics
 from pdiff.experiment.config import Tree
 from pdiff.experiment.history import Metrics
 from pdiff.experiment.schema import Experiment
+from pdiff.method.baselines import BASELINES
 from pdiff.method.log import Log, names_of_measured
 from pdiff.method.options import resolve
 
@@ -41,6 +42,10 @@ class Stage:
     logs: Callable[[Experiment], Sequence[str]] = lambda experiment: ()
 
 
+SIZES = ("checkpoints", "heldout_checkpoints", "generated_parameters")
+"""Numbers that the stage `prepare` returns."""
+
+
 def collects(experiment: Experiment) -> bool:
     """Whether checkpoints are collected here, and not read from files."""
     return not experiment.prepare.source
@@ -56,9 +61,10 @@ def _fitted(experiment: Experiment) -> list[str]:
 def _evaluated(experiment: Experiment) -> list[str]:
     """The metrics of an evaluation."""
     settings, evaluator = experiment.evaluate, experiment.evaluator
-    groups = ["original", "generated", *(f"noise_{scale:g}" for scale in settings.noise), *settings.baselines]
+    baselines = BASELINES if settings.baselines == ("auto",) else settings.baselines
+    groups = ["original", "heldout", "generated", *(f"noise_{scale:g}" for scale in settings.noise), *baselines]
     parts = [part for part in evaluator.parts if part != "test" or getattr(evaluator, "test", True)]
-    return [*metrics.of_evaluation(groups, parts), *names_of_measured("evaluate", "similarity")]
+    return [*metrics.of_evaluation(groups, parts), *names_of_measured("baselines", "evaluate", "audit")]
 
 
 STAGES = {
@@ -76,7 +82,7 @@ STAGES = {
         reads=("pretrain",),
         decided_by=digests.collected,
         distributed=collects,
-        logs=lambda experiment: ("collect/loss", "checkpoints", "generated_parameters", *names_of_measured("collect")),
+        logs=lambda experiment: (*SIZES, "collect/loss", *names_of_measured("collect")),
     ),
     "train": Stage(
         "pdiff.experiment.train:train",

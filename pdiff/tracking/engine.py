@@ -24,12 +24,14 @@ from pdiff.errors import Damaged, Pruned, UserError
 from pdiff.experiment import config, stages
 from pdiff.experiment.digests import fingerprint
 from pdiff.experiment.history import STATE, Metrics
+from pdiff.experiment.metrics import alarms
 from pdiff.experiment.schema import Experiment
 from pdiff.method.log import Point
 from pdiff.method.options import resolve
 from pdiff.parallel.interrupts import uninterrupted
 from pdiff.tracking.seals import MANIFEST, seal, verify
 
+VERDICT = "verdict.md"  # what an evaluation has found, in three sentences
 SEAL = "pdiff.seal"  # tag with the checksum of the manifest
 LOCK_SECONDS = 0.1  # between two attempts to get a lock
 
@@ -203,6 +205,7 @@ class Pipeline:
                 raise
             for name, value in metrics.items():
                 run.log(Point(name, value))
+            warn(run)
             # The rest is either the state, or what a killed process left half-written.
             written = sorted(path for path in work.iterdir() if path.name != MANIFEST and path.name[0] != ".")
             run.tag({SEAL: seal(work, written)})
@@ -219,6 +222,14 @@ class Pipeline:
         from pdiff.parallel.launch import launch
 
         return partial(launch, function, processes=processes, device=resolve_device(self.experiment.device))
+
+
+def warn(run: Run, *, quiet: bool = False) -> None:
+    """Report what the metrics of a run warn of, and tag the run with it; `quiet` leaves the report to another run."""
+    if found := alarms(run.done().metrics):
+        run.tag({"pdiff.alarm": ", ".join(found)})
+        for text in () if quiet else found.values():
+            tqdm.write(f"warning: {text}")
 
 
 def _undamaged(compute: Callable[[], Metrics], work: Path) -> Metrics:
@@ -281,6 +292,7 @@ def main(experiment: Experiment, store: Store, *, fresh: bool = False, repair: b
             metrics |= done.metrics
         for name, value in metrics.items():
             run.log(Point(name, value))
+        warn(run, quiet=True)
         evaluation = pipeline.known["evaluate"]
-        run.upload([evaluation.folder / "report.html"])
+        run.upload([evaluation.folder / name for name in ("report.html", VERDICT)])
     return Done(run.run_id, metrics, lambda: evaluation.folder)

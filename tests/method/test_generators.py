@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pdiff.files import read_tensors, write_tensors
 from pdiff.method import diffusion, training
 from pdiff.method.autoencoders import AUTOENCODERS, ConvAutoencoderOptions, PCAOptions
-from pdiff.method.collection import Collection
+from pdiff.method.collection import Collection, heldout_split
 from pdiff.method.denoisers import ConvDenoiserOptions, DenoiserOptions, MLPDenoiserOptions
 from pdiff.method.generators import DiffusionOptions, GaussianOptions, LatentDiffusionOptions
 from pdiff.method.generators.base import Generator
 from pdiff.method.generators.gaussian import Gaussian
-from pdiff.method.generators.latent_diffusion import LatentDiffusion, heldout_split, latent_scale
+from pdiff.method.generators.latent_diffusion import LatentDiffusion, latent_scale
 from pdiff.method.log import Log, Point, ignore
 from pdiff.method.objectives import OBJECTIVES, Flow, Sample, Velocity
 from pdiff.method.options import Section, resolve

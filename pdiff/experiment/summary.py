@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pdiff.experiment.metrics import PAIRS, STATISTICS, by_part, of_networks
 from pdiff.method.collection import Collection
-from pdiff.method.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
+from pdiff.method.novelty import nearest_two, squared_distances
+from pdiff.method.similarity import maxima_without_self, mean_between, wrong_iou
 from pdiff.method.standardize import Standardizer
 from pdiff.networks.evaluators import Evaluation, Evaluations
 
@@ -69,12 +70,13 @@ def compare_networks(
     originals, frames = standardizer.encode(groups["original"]), []
     for name, networks in groups.items():
         vectors = originals if name == "original" else standardizer.encode(networks)
+        nearest, _ = nearest_two(squared_distances(vectors, originals), same=name == "original")
         group = Evaluated(
             name=name,
             networks=networks,
             results={part: of[name] for part, of in results.items()},
             similarity=last[name][:, :count] if last else None,
-            nearest_distance=nearest_distance(vectors, originals, same=name == "original"),
+            nearest_distance=(nearest / originals.shape[1]).sqrt().float(),
         )
         values = {metric: entry.measure(group) for metric, entry in of_networks().items()}
         columns = {metric: value.numpy() for metric, value in values.items() if value is not None}

@@ -306,7 +306,7 @@ def test_a_users_own_networks_from_training_to_their_own_test(here, capsys, monk
     source = Path(experiment.prepare.source)
     collection = read_collection(source, experiment.prepare.parameters, experiment.prepare.exclude)
     assert len(collection) == 40 and Standardizer.fit(collection).size == 64 * 16 + 16 + 160 + 10
-    average = baselines.average(collection)
+    average = baselines.BASELINES["average"](collection)
     found = run_command(
         experiment.evaluate.command,
         average,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from torch import Tensor
 
 from pdiff.errors import UserError
 from pdiff.experiment import config, costs, limits, published, report, summary, verdict
@@ -154,10 +155,14 @@ def baselines(
     """
     settings, vectors = experiment.evaluate, standardizer.encode(originals)
     squares = squared_distances(standardizer.encode(generated), vectors) / standardizer.size
-    device, reconstruct = resolve_device(experiment.device), None
-    if generator and generator.compresses:
-        reconstruct = lambda rows: standardizer.encode(generator.reconstruct(standardizer.decode(rows), device=device))
-    fitted = Fitted(vectors, standardizer, reconstruct, distance=nearest_two(squares.sqrt())[0].median().item())
+    device = resolve_device(experiment.device)
+
+    def reconstruct(rows: Tensor) -> Tensor:
+        return standardizer.encode(generator.reconstruct(standardizer.decode(rows), device=device))
+
+    distance = nearest_two(squares.sqrt())[0].median().item()
+    compression = reconstruct if generator and generator.compresses else None
+    fitted = Fitted(vectors, standardizer, compression, distance=distance)
     automatic = settings.baselines == ("auto",)
     chosen = available(len(originals), fitted.parts) if automatic else settings.baselines
     for name in chosen:

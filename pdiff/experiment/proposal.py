@@ -89,7 +89,7 @@ class Proposal:
         most = min(fitted - 1, self.numbers)
         lines = [
             f"the fast generator: latent_size auto, the components of 99.9 % of the variance, at most {most}",
-            f"... and {fast.steps} steps, fewer when the {originals - fitted} checkpoints that it is not trained on say so",
+            f"... and {fast.steps} steps, fewer when the {originals - fitted} checkpoints not trained on say so",
             f"{count - originals} checkpoints are held out from everything, for the evaluation to compare with",
             f"the paper's, for {self.numbers} numbers: latent_size {paper.latent_size}, {paper.autoencoder_steps} "
             f"steps of the autoencoder, {paper.diffusion_steps} of the diffusion",

@@ -51,8 +51,7 @@ class Prepare(Section):
 
 
 class GeneratorSection(Section):
-    """Which generator is fitted, on the first `checkpoints` of those that are not held out; 0 for all, which is also the
-    most."""
+    """Which generator is fitted, on the first `checkpoints` of those that are not held out, 0 for all of them."""
 
     kind: str = "latent_diffusion"
     checkpoints: Annotated[int, Field(ge=0)] = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan, nan
 
 import pandas as pd
@@ -11,7 +11,8 @@ import torch
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import find
 from pdiff.experiment.summary import GENERATED, ORIGINALS
-from pdiff.method.statistics import Replicates, holm, pareto_front, replicates
+from pdiff.method.statistics import Replicates, holm, mean_replicates, median_replicates, pareto_front
+from pdiff.seeds import stream
 
 AS_NEW = 0.95  # a null arm is as new as a generator from this share of its novelty on
 COPIES = 0.25  # networks of less novelty are copies, whatever a test says: it may have few held-out networks
@@ -32,15 +33,14 @@ def front_table(groups: Mapping[str, Evaluated], evaluation: pd.DataFrame, gener
         return pd.DataFrame()
     rows = []
     for name, group in groups.items():
-        accuracy, novelty = _replicates(group, part), group.novelty()
-        middle = replicates(novelty, statistic="median")
+        novelty = median_replicates(group.novelty(), seed=stream(0, name))
         rows.append(
             {
                 "group": name,
                 "networks": len(group.networks),
                 "part": part,
-                **_with_interval("accuracy", accuracy),
-                **_with_interval("novelty", middle),
+                **_with_interval("accuracy", _accuracy(group, part)),
+                **_with_interval("novelty", novelty),
             }
         )
     table = pd.DataFrame(rows)
@@ -66,7 +66,7 @@ def comparisons_table(
     novelty = _medians(evaluation, "novelty")
     rows = []
     for name in generated:
-        ours = _replicates(groups[name], part)
+        ours = _accuracy(groups[name], part)
         against = [("originals", other) for other in ORIGINALS if other in groups]
         as_new = [
             other
@@ -74,7 +74,7 @@ def comparisons_table(
             if isnan(novelty.get(name, nan)) or novelty[other] >= AS_NEW * novelty[name]
         ]
         for question, other in against + [("null arms", other) for other in as_new]:
-            found = ours.compare(_replicates(groups[other], part))
+            found = ours.compare(_accuracy(groups[other], part))
             rows.append((question, name, other, part, found.difference, found.low, found.high, found.p))
     table = pd.DataFrame(rows, columns=columns[:-1])
     table["p"] = holm(table["p"].tolist())
@@ -108,11 +108,10 @@ def _on_originals(groups: Mapping[str, Evaluated], found: pd.DataFrame, name: st
     if rows.empty:
         return "Better than the originals? That cannot be said: accuracy was not measured."
     (row,) = rows.to_dict("records")
-    part = row["part"]
-    ours, theirs = (_mean(groups[group], part) for group in (name, "original"))
+    ours, theirs = (_mean(groups[group], row["part"]) for group in (name, "original"))
     return (
-        f"Better than the originals? {row['verdict'].capitalize()}: on {part} images {subject} reach {ours} on average, "
-        f"the originals {theirs} ({_difference(row)})."
+        f"Better than the originals? {row['verdict'].capitalize()}: on {row['part']} images {subject} reach {ours} on "
+        f"average, the originals {theirs} ({_difference(row)})."
     )
 
 
@@ -157,14 +156,8 @@ def _on_copying(groups: Mapping[str, Evaluated], metrics: Mapping[str, float], n
         f"New, or copied? {subject.capitalize()} are {answer}: their distance to the nearest fitted network is "
         f"{novelty:.2f} of that of held-out ones (Z_U {z_u:.1f})"
     )
-    share = next(
-        (
-            m
-            for key in ("novel_performant", "val_novel_performant")
-            if (m := metrics.get(f"{key}/{name}_0.5")) is not None
-        ),
-        None,
-    )
+    shares = [metrics.get(f"{metric}/{name}_0.5") for metric in ("novel_performant", "val_novel_performant")]
+    share = next((share for share in shares if share is not None), None)
     if share is not None:
         text += f"; {share:.0%} of them are as accurate as held-out networks and at least half as new"
     return text + "."
@@ -175,10 +168,10 @@ def _part(groups: Mapping[str, Evaluated]) -> str | None:
     return next(reversed(groups["original"].results), None)
 
 
-def _replicates(group: Evaluated, part: str) -> Replicates:
-    """Bootstrap replicates of the mean accuracy of a group; the same images in all groups."""
+def _accuracy(group: Evaluated, part: str) -> Replicates:
+    """The mean accuracy of a group, and its bootstrap replicates, on the same images in all groups."""
     result = group.results[part]
-    return replicates(result.accuracy if result.wrong is None else ~result.wrong)
+    return mean_replicates(result.accuracy if result.wrong is None else ~result.wrong, seed=stream(0, group.name))
 
 
 def _with_interval(name: str, found: Replicates) -> dict[str, float]:

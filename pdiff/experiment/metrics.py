@@ -109,10 +109,15 @@ METRICS: dict[str, Metric] = {
     "autoencoder/reconstruction_val_accuracy": Metric(**ACCURACY, part="validation"),
     "diffusion/loss": LOSS,
     "diffusion/heldout_loss": Metric("held-out loss", better="lower", digits=4),
+    "diffusion/dispersion": Metric("dispersion"),
+    "diffusion/nearest_ratio": Metric("nearest ratio"),
     "seconds": Metric("seconds", unit="s", better="lower", digits=1),
     "memory_mb": Metric("memory", unit="MB", better="lower", digits=0),
 }
 """Name of a metric, or of a family (what stands before the first slash) -> what is known of it."""
+
+ALARMS = ("diffusion/dispersion", "diffusion/nearest_ratio")
+"""Metrics of samples during a fit: 1 is expected of the first, about 1 of the second; low values are an alarm."""
 
 PAIRS = ("original_original", "generated_generated", "original_generated", "original_generated_max")
 """Similarities between groups: means over pairs, and the mean of each generated network's maximum."""

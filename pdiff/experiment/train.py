@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection, generated_numbers, is_generated
+from pdiff.method.diffusion import COLLAPSED, MEMORISED, Diagnostics
 from pdiff.method.generators.base import Generator
 from pdiff.method.log import Log, Point, ignore
 from pdiff.method.training import resolve_device
@@ -41,7 +42,24 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     if asked != "auto" and used < asked:
         span = f"the {len(collection)} checkpoints, without those held out, span no more dimensions"
         tqdm.write(f"warning: autoencoder.latent_size {asked}: {used} are used (metric latent_size); {span}")
+    for alarm in alarms(generator.diagnostics):
+        tqdm.write(f"warning: {alarm}")
     return sizes
+
+
+def alarms(found: Diagnostics | None) -> Iterator[str]:
+    """What is wrong with a fitted denoiser: the measure, its value, what is expected, and what may help."""
+    if found and found.collapsed:
+        yield (
+            f"diffusion/dispersion is {found.dispersion:.2f}, expected 1, and at least {COLLAPSED}: samples hardly "
+            "differ; a lower autoencoder.latent_size or diffusion.learning_rate, or more diffusion.steps may help"
+        )
+    if found and found.memorised:
+        yield (
+            f"diffusion/nearest_ratio is {found.nearest_ratio:.2f}, expected {found.expected_ratio:.2f} as among the "
+            f"fitted latents, and at least {MEMORISED:g} of that: samples are near copies; fewer diffusion.steps, "
+            "diffusion.stop_on memorising or more checkpoints may help"
+        )
 
 
 def check_reconstruction(

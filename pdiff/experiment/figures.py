@@ -155,16 +155,16 @@ def loss_curves(history: pd.DataFrame, *, limit: int = 1000) -> go.Figure:
     point are left out.
 
     Args:
-        history: name, step, value; of the names only ALARMS and those that end in "loss", as in "diffusion/heldout_loss",
-            whose part is "diffusion". Values that are not finite are left out.
+        history: name, step, value; of the names only ALARMS and those that end in "loss", as in
+            "diffusion/heldout_loss", whose part is "diffusion". Values that are not finite are left out.
         limit: at most this many points a curve, evenly chosen.
     """
     history = history.astype({"name": str, "step": float, "value": float})
     alarms = history["name"].isin(ALARMS)
     shown = history[(history["name"].str.endswith("loss") | alarms) & np.isfinite(history["value"])]
     shown = shown[shown.groupby("name")["step"].transform("nunique") > 1]
-    part = shown["name"].where(alarms, shown["name"].str.split("/").str[0])
-    parts = dict(sorted(shown.groupby(part, sort=False), key=lambda item: item[0] in ALARMS))
+    plot = shown["name"].where(alarms, shown["name"].str.split("/").str[0])
+    parts = dict(sorted(shown.groupby(plot, sort=False), key=lambda item: item[0] in ALARMS))
     if not parts:
         return _figure()
     heights = [110 if part in ALARMS else 220 for part in parts]

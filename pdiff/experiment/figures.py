@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pdiff.experiment.metrics import COLORS, COMPARED, OTHER_COLORS, by_part, colors, find, of_networks
+from pdiff.experiment.metrics import COLORS, COMPARED, DIAGNOSTICS, OTHER_COLORS, by_part, colors, find, of_networks
 
 # Without this list a button would offer to upload the figure.
 PLOTLY_CONFIG = {
@@ -151,30 +151,35 @@ def accuracy_over_time(trajectory: pd.DataFrame) -> go.Figure:
 
 
 def loss_curves(history: pd.DataFrame, *, limit: int = 1000) -> go.Figure:
-    """Losses over steps, one plot for each part of the training; losses of a single point are left out.
+    """Losses over steps, one plot for each part of the training, and a small one for each of DIAGNOSTICS; curves of a single
+    point are left out.
 
     Args:
-        history: name, step, value; of the names only those that end in "loss", as in "diffusion/heldout_loss", whose
-            part is "diffusion". Values that are not finite are left out.
+        history: name, step, value; of the names only DIAGNOSTICS and those that end in "loss", as in
+            "diffusion/heldout_loss", whose part is "diffusion". Values that are not finite are left out.
         limit: at most this many points a curve, evenly chosen.
     """
     history = history.astype({"name": str, "step": float, "value": float})
-    losses = history[history["name"].str.endswith("loss") & np.isfinite(history["value"])]
-    losses = losses[losses.groupby("name")["step"].transform("nunique") > 1]
-    parts = dict(list(losses.groupby(losses["name"].str.split("/").str[0], sort=False)))
+    alarms = history["name"].isin(DIAGNOSTICS)
+    shown = history[(history["name"].str.endswith("loss") | alarms) & np.isfinite(history["value"])]
+    shown = shown[shown.groupby("name")["step"].transform("nunique") > 1]
+    plot = shown["name"].where(alarms, shown["name"].str.split("/").str[0])
+    parts = dict(sorted(shown.groupby(plot, sort=False), key=lambda item: item[0] in DIAGNOSTICS))
     if not parts:
         return _figure()
-    figure = make_subplots(rows=len(parts), vertical_spacing=0.3 / len(parts))
+    heights = [110 if part in DIAGNOSTICS else 220 for part in parts]
+    figure = make_subplots(rows=len(parts), row_heights=heights, vertical_spacing=0.3 / len(parts))
     line_colors = cycle(COLORS.values())
     for row, (part, curves) in enumerate(parts.items(), 1):
         for name, curve in curves.groupby("name", sort=False):
             shown = curve.sort_values("step", kind="stable").iloc[_evenly(len(curve), limit)]
             line = go.Scatter(x=shown["step"], y=shown["value"], name=name, mode="lines", line_color=next(line_colors))
             figure.add_trace(line, row=row, col=1)
-        scale = "log" if (curves["value"] > 0).all() else "linear"
-        figure.update_yaxes(title=part, type=scale, nticks=3, row=row, col=1)
+        scale = "log" if part not in DIAGNOSTICS and (curves["value"] > 0).all() else "linear"
+        title = find(part).title() if part in DIAGNOSTICS else part
+        figure.update_yaxes(title=title, type=scale, nticks=3, row=row, col=1)
     figure.update_xaxes(title="step", row=len(parts), col=1)
-    return figure.update_layout(template=TEMPLATE, height=100 + 220 * len(parts), showlegend=True)
+    return figure.update_layout(template=TEMPLATE, height=100 + sum(heights), showlegend=True)
 
 
 def dumbbells(board: pd.DataFrame, first: str, second: str) -> go.Figure:

@@ -173,7 +173,7 @@ def _denoiser(experiment: Experiment, options: LatentDiffusionOptions, sizes: Si
     short, length = options.diffusion.model_copy(update={"steps": STEPS}), sizes.latent_size
     make = partial(options.denoiser.build, length)
     train = partial(diffusion.trainer, objective=options.objective, options=short, seed=0)
-    shape, best = (sizes.checkpoints - sizes.heldout, length), short.patience > 0
+    shape, best = (sizes.checkpoints - sizes.heldout, length), short.stop_on != "none"
     fits = _fits("denoiser", make, train, shape, short.batch_size, best=best)
     if sizes.heldout:
         heldout = partial(diffusion.heldout_loss, options.objective)

@@ -185,10 +185,17 @@ METRICS: dict[str, Metric] = {
     "autoencoder/reconstruction_val_accuracy": Metric(**ACCURACY, part="validation"),
     "diffusion/loss": LOSS,
     "diffusion/heldout_loss": Metric("held-out loss", better="lower", digits=4),
+    "diffusion/dispersion": Metric("dispersion"),
+    "diffusion/nearest_ratio": Metric("nearest ratio"),
+    "diffusion/final_dispersion": Metric("dispersion"),
+    "diffusion/final_nearest_ratio": Metric("nearest ratio over that of fitted latents"),
     "seconds": Metric("seconds", unit="s", better="lower", digits=1),
     "memory_mb": Metric("memory", unit="MB", better="lower", digits=0),
 }
 """Name of a metric, or of a family (what stands before the first slash) -> what is known of it."""
+
+DIAGNOSTICS = ("diffusion/dispersion", "diffusion/nearest_ratio")
+"""Metrics of a few samples during a fit; low values are an alarm."""
 
 PAIRS = ("original_original", "generated_generated", "original_generated", "original_generated_max")
 """Similarities between groups: means over pairs, and the mean of each generated network's maximum."""
@@ -228,7 +235,7 @@ OTHER_COLORS = ("#44AA99", "#999933", "#CC6677", "#88CCEE", "#DDCC77", "#882255"
 
 
 class Alarm(NamedTuple):
-    """What a metric of a generator warns of below a limit."""
+    """What a metric of a generator warns of below a limit, and what may help."""
 
     tag: str
     metric: str
@@ -236,12 +243,15 @@ class Alarm(NamedTuple):
     remedy: str
 
 
-COLLAPSED = ("collapsed", 0.8, "fewer latents, more steps or a lower learning rate may keep the spread")
+FEWER = "a lower autoencoder.latent_size or diffusion.learning_rate, or more diffusion.steps may help"
+NEWER = "fewer diffusion.steps, diffusion.stop_on memorising or more checkpoints may help"
 ALARMS = (
-    Alarm(COLLAPSED[0], "diffusion/dispersion", *COLLAPSED[1:]),
-    Alarm(COLLAPSED[0], "dispersion/{group}", *COLLAPSED[1:]),
-    Alarm("memorising", "z_u/{group}", -3.0, "fewer steps, diffusion.stop_on memorising or more checkpoints may help"),
+    Alarm("collapsed", "diffusion/final_dispersion", 0.8, FEWER),
+    Alarm("collapsed", "dispersion/{group}", 0.8, FEWER),
+    Alarm("memorising", "diffusion/final_nearest_ratio", 0.5, NEWER),
+    Alarm("memorising", "z_u/{group}", -3.0, NEWER),
 )
+"""What a run is tagged with: samples hardly differ from each other; samples are near copies of fitted networks."""
 
 
 def alarms(metrics: Mapping[str, float], generated: Iterable[str] = ("generated",)) -> dict[str, str]:

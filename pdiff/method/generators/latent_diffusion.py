@@ -38,6 +38,7 @@ class LatentDiffusion(Generator):
         latent_std: latents are then divided by it, (L,).
         denoiser: predicts in latent space; None: latents are sampled from N(0, 1).
         objective: what the denoiser predicts.
+        diagnostics: of the denoiser, as fitted; not saved.
     """
 
     compresses: ClassVar[bool] = True
@@ -48,6 +49,7 @@ class LatentDiffusion(Generator):
     latent_std: Tensor
     denoiser: nn.Module | None
     objective: Objective
+    diagnostics: diffusion.Diagnostics | None = None
 
     @classmethod
     def fit(
@@ -72,15 +74,17 @@ class LatentDiffusion(Generator):
         z = encode(autoencoder, x, device)  # (N, L)
         mean, std = latent_scale(z[kept], standardize=options.diffusion.standardize_latents)
         z = ((z - mean) / std).to(device)
-        denoiser = None
+        denoiser = diagnostics = None
         if steps:
+            preview = diffusion.Preview(options.objective, z[kept], seed=stream(seed, "denoiser"))
             with measured(log, "diffusion"):
                 resume = {"log": log, "path": state and state / "diffusion.pt"}
                 torch.manual_seed(stream(seed, "denoiser"))
                 denoiser = options.denoiser.build(z.shape[1]).to(device)
                 data = (options.objective, z[kept], z[heldout], options.diffusion)
-                denoiser = diffusion.fit(denoiser, *data, seed=stream(seed, "denoiser"), **resume)
-        return cls(standardizer, autoencoder, mean, std, denoiser, options.objective)
+                denoiser = diffusion.fit(denoiser, *data, seed=stream(seed, "denoiser"), preview=preview, **resume)
+            diagnostics = preview(denoiser)
+        return cls(standardizer, autoencoder, mean, std, denoiser, options.objective, diagnostics)
 
     def sample_vectors(
         self, seeds: list[int], *, device: torch.device | str, label: str = "sample", **options: Any

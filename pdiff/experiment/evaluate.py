@@ -11,12 +11,12 @@ from torch import Tensor
 
 from pdiff.errors import UserError
 from pdiff.experiment import config, costs, limits, published, report, summary, verdict
-from pdiff.experiment.history import HISTORY, STATE, History, Metrics
+from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
 from pdiff.experiment.prepared import evaluator, heldout_networks, original_networks
 from pdiff.experiment.schema import Experiment
-from pdiff.files import copy_file, write_json, write_tensors, write_text
+from pdiff.files import copy_file, read_json, write_json, write_tensors, write_text
 from pdiff.method.baselines import BASELINES, Fitted, available, noise
 from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.generators.base import Generator
@@ -128,6 +128,7 @@ def write_audit(
         published=published.published(experiment.tag),
         changes=config.changes(experiment),
         config=config.to_yaml(experiment),
+        lineage=[(stage, of["run"], of["link"]) for stage, of in read_json(out / LINEAGE).items()],
     )
     write_text(out / "report.html", html)
     return metrics

@@ -151,8 +151,9 @@ def accuracy_over_time(trajectory: pd.DataFrame) -> go.Figure:
 
 
 def loss_curves(history: pd.DataFrame, *, limit: int = 1000) -> go.Figure:
-    """Losses over steps, one plot for each part of the training, and a small one for each of DIAGNOSTICS; curves of a single
-    point are left out.
+    """Losses over steps, one plot for each part of the training, and a small one for each of DIAGNOSTICS.
+
+    Curves of a single point are left out.
 
     Args:
         history: name, step, value; of the names only DIAGNOSTICS and those that end in "loss", as in

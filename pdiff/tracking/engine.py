@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 from pdiff.errors import Damaged, Pruned, UserError
 from pdiff.experiment import config, stages
 from pdiff.experiment.digests import fingerprint
-from pdiff.experiment.history import STATE, Metrics
+from pdiff.experiment.history import LINEAGE, STATE, Metrics
 from pdiff.experiment.metrics import alarms
 from pdiff.experiment.schema import Experiment
+from pdiff.files import write_json
 from pdiff.method.log import Point
 from pdiff.method.options import resolve
 from pdiff.parallel.interrupts import uninterrupted
@@ -105,6 +106,9 @@ class Store(Protocol):
 
     def open(self, stage: str, experiment: Experiment, digest: str) -> AbstractContextManager[Run]:
         """A new run, inside the one that is open; an exception in the block makes it a failed one."""
+
+    def link(self, run_id: str) -> str:
+        """Where a run can be looked at in a browser."""
 
     def reuse(self, stage: str, experiment: Experiment, done: Done) -> None:
         """Take note that a finished run serves an experiment instead of a new one."""
@@ -193,6 +197,8 @@ class Pipeline:
             folders = {name: done.folder for name, done in upstream.items()}
             tqdm.write(f"{stage}: run {run.run_id}" + (", resuming" if work.exists() else ""))
             work.mkdir(parents=True, exist_ok=True)
+            read = {name: {"run": done.run_id, "link": self.store.link(done.run_id)} for name, done in upstream.items()}
+            write_json(work / LINEAGE, read)
             compute = partial(self._compute(stage), self.experiment, work, log=run.log, **folders)
             try:
                 metrics = _undamaged(compute, work)

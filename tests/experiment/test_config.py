@@ -50,12 +50,12 @@ def test_defaults_then_extended_files_then_the_file_then_overrides(write):
 
 
 def test_of_several_extended_the_last_wins_and_lists_are_replaced(write):
-    write("a", BASE + "seed: 1\nevaluate: {noise: [0.1, 0.2], noise_count: 5}")
+    write("a", BASE + "seed: 1\nevaluate: {noise: [0.1, 0.2], baseline_count: 5}")
     write("b", "seed: 2\nevaluate: {noise: [0.3]}")
     write("c", "extends: [a, b]\ngenerate: {count: 7}")
     write("d", "extends: [b, a]\nextends_nothing: 1")
     found = config.load("c")
-    assert (found.seed, found.evaluate.noise, found.evaluate.noise_count) == (2, (0.3,), 5)
+    assert (found.seed, found.evaluate.noise, found.evaluate.baseline_count) == (2, (0.3,), 5)
     assert (found.generate.count, found.dataset.name, found.tag) == (7, "digits", "c")
     assert "d.yaml: extends_nothing: unknown key" in message("d")
 

@@ -41,11 +41,11 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
         assert (artifacts(run) / "config.yaml").exists()
     written = {
         "pretrain": {"network.safetensors", "history.csv"},
-        "prepare": {"checkpoints.safetensors", "checkpoints.json", "network.safetensors"},
+        "prepare": {"checkpoints.safetensors", "heldout.safetensors", "heldout.json", "network.safetensors"},
         "train": {"generator"},
         "generate": {"generated.safetensors", "generated.json"},
-        "originals": {"original.safetensors"},
-        "evaluate": {"evaluation.csv", "similarity.safetensors", "report.html", "summary.json"},
+        "originals": {"original.safetensors", "heldout.safetensors"},
+        "evaluate": {"evaluation.csv", "similarity.safetensors", "report.html", "summary.json", "verdict.md", "tables"},
     }
     for stage, names in written.items():
         there = {path.name for path in artifacts(runs(stage)[0]).iterdir()}
@@ -59,10 +59,12 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
 
     evaluation = pd.read_csv(artifacts(runs("evaluate")[0]) / "evaluation.csv")
     assert evaluation.groupby("group").size().to_dict() == {
-        "original": 20,
+        "original": 18,
+        "heldout": 2,
         "generated": 8,
         "noise_0.05": 4,
         "average": 1,
+        "gaussian": 4,
     }
     generated = evaluation[evaluation.group == "generated"]
     assert parent.data.metrics["test_accuracy/generated_mean"] == pytest.approx(generated.test_accuracy.mean())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from pdiff.errors import UserError
@@ -115,17 +116,18 @@ def write_audit(
     if matrices:
         write_tensors(out / "similarity.safetensors", matrices)
     write_json(out / "summary.json", {n: v if math.isfinite(v) else None for n, v in metrics.items()})
-    matrix = next(reversed(matrices.values()), None)
+    matrix = next(reversed(matrices.values()), torch.zeros(0, 0))
+    there = published.published(experiment.tag)
     trajectory, histories = out / "trajectory.csv", [pd.read_csv(folder / HISTORY) for folder in upstream.values()]
     html = report.report(
         title=experiment.tag,
         verdict=sentences,
         tables=tables,
-        similarity=None if matrix is None else matrix.numpy(),
-        groups=[name for name in ("original", *generated) for _ in range(len(groups[name].networks))],
+        similarity=matrix.numpy(),
+        groups=[name for name in ("original", *generated) for _ in range(len(groups[name].networks))][: len(matrix)],
         history=pd.concat(histories, ignore_index=True),
         trajectory=pd.read_csv(trajectory) if trajectory.exists() else None,
-        published=published.published(experiment.tag),
+        published=report.published_table(metrics, there) if there else None,
         changes=config.changes(experiment),
         config=config.to_yaml(experiment),
         lineage=[(stage, of["run"], of["link"]) for stage, of in read_json(out / LINEAGE).items()],

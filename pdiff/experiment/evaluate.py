@@ -73,14 +73,14 @@ def evaluate(
         write_text(out / "trajectory.csv", _trajectory_table(extra["trajectory"], results).to_csv(index=False))
     folders = {"pretrain": pretrain, "prepare": prepare, "train": train, "generate": generate, "originals": originals}
     upstream = {name: folder for name, folder in folders.items() if folder}
-    with measured(history, "audit"):
-        found = summary.evaluated(groups, results, standardizer)
-        return write_audit(experiment, out, found, summary.GENERATED, upstream)
+    found = summary.evaluated(groups, results, standardizer)
+    return write_audit(experiment, out, history, found, summary.GENERATED, upstream)
 
 
 def write_audit(
     experiment: Experiment,
     out: Path,
+    log: Log,
     groups: Mapping[str, Evaluated],
     generated: tuple[str, ...],
     upstream: Mapping[str, Path],
@@ -90,24 +90,26 @@ def write_audit(
     Args:
         experiment: what was compared.
         out: folder to write to.
+        log: receives seconds and memory.
         groups: what `summary.evaluated` returns.
         generated: the groups that come from generators.
         upstream: stage -> its folder, of those whose training and costs the report shows.
     """
-    evaluation, matrices = summary.evaluation_table(groups), summary.similarity_matrices(groups, generated)
-    metrics = summary.summary(groups, evaluation, matrices, generated)
-    tables = {
-        "evaluation": evaluation,
-        "front": verdict.front_table(groups, evaluation, generated),
-        "comparisons": verdict.comparisons_table(groups, evaluation, generated),
-        "votes": summary.votes_table(groups),
-        "calibration": summary.calibration_table(groups),
-        "latents": summary.latents_table(groups),
-        "spectrum": summary.spectrum_table(groups),
-        "layers": summary.layers_table(groups),
-        "costs": costs.costs_table({**upstream, "evaluate": out}, _networks(groups, generated)),
-    }
-    sentences = verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated)
+    with measured(log, "audit"):
+        evaluation, matrices = summary.evaluation_table(groups), summary.similarity_matrices(groups, generated)
+        metrics = summary.summary(groups, evaluation, matrices, generated)
+        tables = {
+            "evaluation": evaluation,
+            "front": verdict.front_table(groups, evaluation, generated),
+            "comparisons": verdict.comparisons_table(groups, evaluation, generated),
+            "votes": summary.votes_table(groups),
+            "calibration": summary.calibration_table(groups),
+            "latents": summary.latents_table(groups),
+            "spectrum": summary.spectrum_table(groups),
+            "layers": summary.layers_table(groups),
+        }
+        sentences = verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated)
+    tables["costs"] = costs.costs_table({**upstream, "evaluate": out}, _networks(groups, generated))
     write_text(out / "verdict.md", "\n\n".join(sentences) + "\n")
     write_text(out / "evaluation.csv", evaluation.to_csv(index=False))
     for name, table in tables.items():

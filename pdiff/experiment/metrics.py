@@ -134,7 +134,7 @@ METRICS: dict[str, Metric] = {
     "nearest_ratio": Metric(
         "nearest ratio",
         measure=lambda group: group.nearest_ratio(),
-        of_group=lambda group: {"": group.nearest_ratio().nanmedian().item()},
+        of_group=lambda group: {"": group.nearest_ratio().nanquantile(0.5).item()},
     ),
     "outside_span": Metric("outside of the span", measure=lambda group: group.outside_span(), statistics=("mean",)),
     "disagreement": Metric(
@@ -293,7 +293,7 @@ def alarms(metrics: Mapping[str, float], generated: Iterable[str] = ("generated"
         for alarm in ALARMS:
             name = alarm.metric.format(group=group)
             if metrics.get(name, alarm.limit) < alarm.limit:
-                text = f"{alarm.tag}: {name} is {metrics[name]:.2f}, expected at least {alarm.limit:g}; {alarm.remedy}"
+                text = f"{alarm.tag}: {name} is {metrics[name]:.3g}, expected at least {alarm.limit:g}; {alarm.remedy}"
                 found.setdefault(alarm.tag, text)
     return found
 

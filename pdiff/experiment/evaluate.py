@@ -123,15 +123,17 @@ def _report(
     histories = [pd.read_csv(folder / HISTORY) for folder in upstream]
     matrix = next(reversed(matrices.values()), torch.zeros(0, 0))
     trajectory = out / "trajectory.csv"
+    known = published.published(experiment.tag)
     html = report.report(
         title=experiment.tag,
-        summary={**metrics, "config": config.to_yaml(experiment)},
-        evaluation=evaluation,
+        verdict=[],
+        tables={"evaluation": evaluation},
         similarity=matrix.numpy(),
         groups=evaluation["group"][: len(matrix)].tolist(),
         history=pd.concat(histories, ignore_index=True),
         trajectory=pd.read_csv(trajectory) if trajectory.exists() else None,
-        published=published.published(experiment.tag),
+        published=report.published_table(metrics, known) if known else None,
         changes=config.changes(experiment),
+        config=config.to_yaml(experiment),
     )
     write_text(out / "report.html", html)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -61,7 +61,7 @@ VERDICTS = {"better": Style("#4477AA", "triangle-right"), "worse": Style("#EE667
 """Verdict of a comparison -> how it looks, with colour and without."""
 NO_DIFFERENCE = Style("#808080", "circle-open")
 SHOWN_ARMS = ("noise_matched", "average_16", "gaussian", "mixed", "recombined_2")
-"""Null arms that are drawn in crowded figures; the other ones wait in the legend."""
+"""The null arms of figures in which twenty groups would hide each other: one of each family, none of them trivial."""
 
 Styles = Mapping[str, Style]
 
@@ -99,17 +99,9 @@ def front(points: pd.DataFrame, networks: pd.DataFrame, *, looks: Styles | None 
         )
     if figure.data:
         figure.add_vline(1, line={"color": "#808080", "width": 1})
-        figure.update_yaxes(range=_window(points))
+        figure.update_yaxes(range=_window(points["accuracy"]))
     figure.update_xaxes(title="novelty (1: as far as held-out networks)", rangemode="tozero")
     return figure.update_yaxes(title=f"{part} accuracy", tickformat=".4~%")
-
-
-def _window(points: pd.DataFrame) -> list[float] | None:
-    """The range of accuracies that decides, where some arms are far below it: the upper four fifths of the groups."""
-    low, high = points["accuracy"].quantile([0.2, 1])
-    if not low < high or points["accuracy"].min() >= high - 3 * (high - low):
-        return None
-    return [high - 1.5 * (high - low), high + 0.3 * (high - low)]
 
 
 def distances(networks: pd.DataFrame) -> go.Figure:
@@ -118,15 +110,21 @@ def distances(networks: pd.DataFrame) -> go.Figure:
     Args:
         networks: one row a network: group, nearest_distance.
     """
-    return _rows(networks, {"": "nearest_distance"}).update_xaxes(
+    return _rows(networks, {"distance": "nearest_distance"}).update_xaxes(
         title=find("nearest_distance").label, rangemode="tozero"
     )
 
 
 def accuracy_distributions(evaluation: pd.DataFrame) -> go.Figure:
     """Boxes of test accuracy by group, and of validation accuracy above in grey, with a point for every network."""
-    parts = {part: name for part, name in by_part("accuracy").items() if _has(evaluation, name)}
-    return _rows(evaluation, parts).update_xaxes(title="accuracy", tickformat=".4~%")
+    figure = _rows(evaluation, by_part("accuracy"))
+    return figure.update_xaxes(title="accuracy", tickformat=".4~%", range=_around_groups(evaluation))
+
+
+def _around_groups(evaluation: pd.DataFrame) -> list[float] | None:
+    """The range of accuracies of single networks that holds all but the groups far below."""
+    name = next((name for name in reversed(by_part("accuracy").values()) if _has(evaluation, name)), None)
+    return _window(evaluation.groupby("group")[name].median()) if name else None
 
 
 def accuracy_against_similarity(evaluation: pd.DataFrame) -> go.Figure:
@@ -147,12 +145,11 @@ def accuracy_against_similarity(evaluation: pd.DataFrame) -> go.Figure:
                 **_xy(rows, "max_similarity", accuracy),
                 **_look(group, style, size=14 if len(rows) == 1 else 7),
                 opacity=0.7,
-                zorder=-len(rows),  # small groups on top, where they can be seen
                 customdata=rows[["index", *measured]].to_numpy(np.float32),
                 hovertemplate="<br>".join(["<b>%{fullData.name} %{customdata[0]}</b>", *hover]) + "<extra></extra>",
             )
     figure.update_xaxes(title=f"{find('max_similarity').label} to an original")
-    return figure.update_yaxes(title=find(accuracy).label, tickformat=".4~%")
+    return figure.update_yaxes(title=find(accuracy).label, tickformat=".4~%", range=_around_groups(evaluation))
 
 
 # -- latents, votes, calibration, tensors
@@ -166,7 +163,7 @@ def latents(table: pd.DataFrame) -> go.Figure:
     """
     figure = _figure(height=560)
     for group, style, rows in _by_group(table, ["component_1", "component_2"]):
-        look = _look(group, style, size=7, crowded=True)
+        look = _look(group, style, size=7, waits=is_null_arm(group))
         figure.add_scatter(**_xy(rows, "component_1", "component_2"), **look, opacity=0.7)
     figure.update_xaxes(title="component 1")
     return figure.update_yaxes(title="component 2")
@@ -179,7 +176,9 @@ def spectrum(table: pd.DataFrame) -> go.Figure:
         table: group, component (from 1), rms_ratio, variance_share.
     """
     figure = _curves(table, "component", ["rms_ratio"])
-    figure.update_xaxes(title="component", type="log")
+    if figure.data:
+        figure.add_hline(1, line={"color": "#808080", "width": 1, "dash": "dot"})
+    figure.update_xaxes(title="component", type="log", tickvals=[d * 10**k for k in range(7) for d in (1, 2, 5)])
     return figure.update_yaxes(title="rms over that of the fitted", rangemode="tozero")
 
 
@@ -205,7 +204,7 @@ def calibration(table: pd.DataFrame) -> go.Figure:
         table: group, part, confidence (mean of the bin), accuracy, count. Empty bins are left out.
     """
     part, table = _one_part(table)
-    figure = _curves(table[table["count"] > 0], "confidence", ["accuracy"])
+    figure = _curves(table[table["count"] > 0], "confidence", ["accuracy"], waits=is_null_arm)
     if figure.data:
         figure.add_shape(_diagonal(0, 1))
     figure.update_xaxes(title="confidence", tickformat=".4~%")
@@ -213,26 +212,22 @@ def calibration(table: pd.DataFrame) -> go.Figure:
 
 
 def layers(table: pd.DataFrame) -> go.Figure:
-    """Mean and standard deviation of each tensor, those of a group over those of the originals.
+    """Mean and standard deviation of the numbers of each tensor, against those of the originals.
 
     Args:
-        table: group, tensor, mean, std.
+        table: group, tensor, mean, std; tensors in the order of the network.
     """
-    columns = {"mean": "mean", "std": "standard deviation"}
-    fitted = table.query("group == 'original'").set_index("tensor")[list(columns)]
-    pairs = table.query("group != 'original'").join(fitted, on="tensor", rsuffix="_original", how="inner")
-    figure = _panels(len(columns), height=380) if len(pairs) else _figure()
-    for group, style, rows in _by_group(pairs):
-        for row, column in enumerate(columns, 1):
-            look = _look(group, style, size=8, crowded=True) | {"showlegend": row == 1, "customdata": rows["tensor"]}
-            hover = f"<b>%{{customdata}}</b><br>original %{{x:.4g}}<br>{group} %{{y:.4g}}<extra></extra>"
-            figure.add_scatter(**_xy(rows, f"{column}_original", column), **look, hovertemplate=hover, row=row, col=1)
-    for row, (column, title) in enumerate(columns.items() if len(pairs) else (), 1):
-        both = pairs[[column, f"{column}_original"]]
-        figure.add_shape(_diagonal(both.min(axis=None), both.max(axis=None)), row=row, col=1)
-        figure.update_xaxes(title=f"{title}, originals", row=row, col=1)
-        figure.update_yaxes(title=f"{title}, group", row=row, col=1)
-    return figure
+    fitted = table[table["group"] == "original"].set_index("tensor")[["mean", "std"]]
+    pairs = table[table["group"] != "original"].join(fitted, on="tensor", rsuffix="_original", how="inner")
+    pairs["place"] = pairs["tensor"].map({tensor: place for place, tensor in enumerate(fitted.index, 1)})
+    pairs["shift"] = (pairs["mean"] - pairs["mean_original"]) / pairs["std_original"]
+    pairs["ratio"] = pairs["std"] / pairs["std_original"]
+    figure = _curves(pairs, "place", ["shift", "ratio"], mode="markers", hover="tensor", waits=is_null_arm)
+    for row, title in enumerate(("shift of the mean, in std", "ratio of std") if figure.data else (), 1):
+        figure.update_yaxes(title=title, zeroline=True, zerolinecolor="#808080", row=row, col=1)
+    return figure.update_xaxes(
+        title="tensor, in the order of the network", row=2 if figure.data else None, col=1 if figure.data else None
+    )
 
 
 # -- comparisons and costs
@@ -260,6 +255,7 @@ def forest(comparisons: pd.DataFrame) -> go.Figure:
         bars = {"error_x": _interval(rows, "difference", low="low", high="high")}
         figure.add_scatter(**_xy(rows, "difference", "y"), **look, **bars, hovertemplate=hover)
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, range=[len(labels) - 0.4, -0.6])
+    figure.update_xaxes(range=_window(shown["difference"], (0.2, 0.8)))
     return figure.update_xaxes(
         title=f"difference of {part} accuracy, points", zeroline=True, zerolinecolor="#808080", rangemode="tozero"
     )
@@ -428,13 +424,34 @@ def _panels(count: int, *, height: int = 260) -> go.Figure:
     return figure.update_layout(template=TEMPLATE, showlegend=True, height=120 + height * count)
 
 
-def _curves(table: pd.DataFrame, x: str, columns: Sequence[str], *, looks: Styles | None = None) -> go.Figure:
-    """A line for each group, in a plot for each of the columns."""
+def _curves(
+    table: pd.DataFrame,
+    x: str,
+    columns: Sequence[str],
+    *,
+    mode: str = "lines+markers",
+    hover: str = "",
+    looks: Styles | None = None,
+    waits: Callable[[str], bool] = lambda group: False,
+) -> go.Figure:
+    """A line for each group, in a plot for each of the columns.
+
+    Args:
+        table: group, x and the columns.
+        x: column of the horizontal axis.
+        columns: those of the vertical axes.
+        mode: of the traces: lines, markers, or both.
+        hover: a column that says what a point is.
+        looks: style of each group; that of `metrics.styles` by default.
+        waits: which groups are hidden until they are clicked in the legend.
+    """
     figure = _panels(len(columns), height=420 if len(columns) == 1 else 260)
     for row, column in enumerate(columns, 1):
         for group, style, rows in _by_group(table, [x, column], looks):
-            look = _look(group, style, size=6, crowded=True, mode="lines+markers") | {"showlegend": row == 1}
-            figure.add_scatter(**_xy(rows.sort_values(x, kind="stable"), x, column), **look, row=row, col=1)
+            rows = rows.sort_values(x, kind="stable")
+            look = _look(group, style, size=6, mode=mode, waits=waits(group)) | {"showlegend": row == 1}
+            text = {"text": rows[hover]} if hover else {}
+            figure.add_scatter(**_xy(rows, x, column), **look, **text, row=row, col=1)
     return figure
 
 
@@ -461,13 +478,13 @@ def _rows(networks: pd.DataFrame, columns: Mapping[str, str]) -> go.Figure:
     return figure.update_yaxes(type="category", autorange="reversed")
 
 
-def _look(group: str, style: Style, *, size: int, crowded: bool = False, mode: str = "markers") -> dict[str, Any]:
-    """What the traces of a group have in common; in a crowded figure most null arms wait in the legend."""
-    waits = crowded and is_null_arm(group) and group not in SHOWN_ARMS
+def _look(group: str, style: Style, *, size: int, mode: str = "markers", waits: bool = False) -> dict[str, Any]:
+    """What the traces of a group have in common; one that waits is hidden until it is clicked in the legend."""
     return {
         "name": group,
         "legendgroup": group,
         "visible": "legendonly" if waits else True,
+        "zorder": 1 - is_null_arm(group),
         "mode": mode,
         "marker": {"color": style.color, "symbol": style.symbol, "size": size},
         "line": {"color": style.color, "width": 1.5},
@@ -484,6 +501,13 @@ def _interval(rows: pd.DataFrame, column: str, *, low: str = "", high: str = "")
     middle = rows[column]
     ends = {"array": rows[high or f"{column}_high"] - middle, "arrayminus": middle - rows[low or f"{column}_low"]}
     return {name: end.to_numpy(np.float32) for name, end in ends.items()} | {"thickness": 1.5, "width": 3}
+
+
+def _window(values: pd.Series, ends: tuple[float, float] = (0.2, 1)) -> list[float] | None:
+    """The range around these two quantiles, where a few values lie so far off that they would squeeze all others."""
+    low, high = values.quantile(list(ends)) if len(values) else (0, 0)
+    room = high - low
+    return [low - room / 2, high + room / 3] if values.max() - values.min() > 3 * room > 0 else None
 
 
 def _diagonal(low: float, high: float) -> dict[str, Any]:
@@ -513,6 +537,11 @@ def _by_group(
             rows = table[table["group"] == group].dropna(subset=needed)
             if len(rows):
                 yield group, style, rows
+
+
+def less_crowded(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of all groups but most null arms, so that a figure of curves or clouds can be read."""
+    return table[[not is_null_arm(group) or group in SHOWN_ARMS for group in table["group"]]]
 
 
 def thinned(table: pd.DataFrame, limit: int = 120, *, by: str = "group") -> pd.DataFrame:

@@ -49,7 +49,7 @@ READING = {
     ),
     "Latent space": (
         "The networks on the two main axes of the fitted ones. Generated networks should fill the same region, "
-        "neither gather in its middle nor sit on single points. Other arms wait in the legend."
+        "neither gather in its middle nor sit on single points. Click a null arm in the legend to show it."
     ),
     "Spread by component": (
         "At 1 a group varies as much along an axis as the fitted networks do; below, it has collapsed towards their "
@@ -60,12 +60,13 @@ READING = {
     ),
     "Calibration": "On the dotted line confidence equals accuracy; below it, networks are too sure of themselves.",
     "Statistics of each tensor": (
-        "Each point is a tensor. On the dotted line its numbers have the mean, or the standard deviation, that they "
-        "have in the originals."
+        "Each point is a tensor; hover over it for its name. Where its numbers are spread as in the originals, the "
+        "shift of their mean is 0 and the ratio of their standard deviations 1."
     ),
     "Accuracy against similarity": (
         "Similarity is the overlap (IoU) of a network's mistakes with those of the most similar original; compare it "
-        "at equal accuracy. Click a name to hide a group, double-click to show it alone."
+        "at equal accuracy. Click a name to hide a group, double-click to show it alone; double-click the plot to see "
+        "groups far below."
     ),
     "Accuracy by group": (
         "A box holds the middle half of a group, its line is the median, and each point is a network. "
@@ -336,9 +337,9 @@ def _about_groups(figures: Any, tables: Mapping[str, pd.DataFrame]) -> Iterator[
     )
     for heading, name in OF_GROUPS.items():
         if name in tables:
-            frame = {"latents": figures.thinned, "spectrum": figures.thinned_components}.get(name, pd.DataFrame)(
-                tables[name]
-            )
+            frame = figures.less_crowded(tables[name])
+            frame = figures.thinned(frame) if name == "latents" else frame
+            frame = figures.thinned_components(frame) if name == "spectrum" else frame
             yield Shown(heading, getattr(figures, name)(frame), frame)
 
 

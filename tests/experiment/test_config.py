@@ -138,7 +138,7 @@ def test_all_problems_in_one_message(write):
         (BASE + "autoencoder: {kind: conv}", "t.yaml: autoencoder: latent_size 'auto' needs kind pca"),
         (BASE + "diffusion: {prediction: epsilon, beta_start: 0.3}", "t.yaml: diffusion: beta_start <= beta_end must"),
         (BASE + "diffusion: {prediction: sample, beta_start: 0.3}", "but got (0.3, 0.02)"),
-        (BASE + "diffusion: {heldout_fraction: 0}", "t.yaml: diffusion: stop_on heldout_loss needs heldout_fraction > 0"),
+        (BASE + "diffusion: {heldout_fraction: 0}", "t.yaml: diffusion: stop_on heldout_loss needs heldout"),
         (BASE + "diffusion: {patience: 0}", "and patience > 0, but got (0.1, 0); stop_on none runs all steps"),
         (BASE + "generate: {sampler: ddpm}", "generate.sampler 'ddpm' cannot follow diffusion.prediction 'flow'"),
         (BASE + "generate: {sampling_steps: 9}\ndiffusion: {timesteps: 8}", "must hold, but got (9, 8)"),

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 from reports import ACCURACIES, AUDITED, audit, evaluation, history, trajectory
 
-from pdiff.experiment import figures
+from pdiff.experiment import figures, metrics
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,19 @@ def test_loss_curves_are_thinned_and_keep_their_ends():
         assert len(curve.x) == len(curve.y) == 100
         assert (curve.x[0], curve.x[-1]) == (0, 4999)
         assert np.all(np.diff(curve.x) > 0)
+
+
+def test_each_alarm_has_a_small_plot_below_the_losses():
+    rows = [(name, step, 0.5 + step / 10) for name in metrics.ALARMS for step in (1, 2, 3)]
+    alarms = pd.DataFrame(rows, columns=["name", "step", "value"])
+    figure = figures.loss_curves(pd.concat([alarms, history()]))
+    axes = {trace.name: figure.layout[trace.yaxis.replace("y", "yaxis")] for trace in figure.data}
+    assert [axis.title.text for axis in axes.values()] == [
+        *("diffusion", "diffusion", "autoencoder", "dispersion", "nearest ratio")
+    ]
+    assert [axes[name].type for name in metrics.ALARMS] == ["linear"] * 2
+    heights = {name: high - low for name, (low, high) in ((name, axis.domain) for name, axis in axes.items())}
+    assert all(heights[name] == pytest.approx(heights["diffusion/loss"] / 2) for name in metrics.ALARMS)
 
 
 def test_accuracy_over_time_has_mean_and_band():

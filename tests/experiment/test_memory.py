@@ -204,7 +204,7 @@ def test_a_network_too_large_for_this_machine():
 
 
 def test_without_diffusion_there_is_no_denoiser():
-    experiment = config.load("digits_mlp", {"diffusion.steps": "0", "diffusion.patience": "0"})
+    experiment = config.load("digits_mlp", {"diffusion.steps": "0"})
     assert {need.part for need in memory.needs(experiment, memory.sizes(experiment))} == {"autoencoder"}
 
 

@@ -144,7 +144,7 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage, capsys, monke
     """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
     longer = {
         "pretrain": ["--prepare.pretrain.epochs", "150"],
-        "train": ["--diffusion.steps", "1500", "--diffusion.patience", "0"],
+        "train": ["--diffusion.steps", "1500", "--diffusion.stop_on", "none"],
     }
     command = {"pretrain": "prepare", "train": "train"}[stage]
     words = [command, "--tag", "tiny.yaml", *longer[stage]]
@@ -190,7 +190,7 @@ def test_two_at_once_on_a_fresh_database(empty_workspace):
 
 @pytest.mark.slow
 def test_terminated_runs_are_closed(workspace):
-    process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.patience", "0")
+    process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.stop_on", "none")
     wait_for(lambda: any(stage == "train" for stage, _ in statuses()), process)
     process.terminate()
     printed = process.communicate()[0]

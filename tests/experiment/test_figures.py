@@ -101,7 +101,7 @@ def test_tensors_are_compared_with_those_of_the_originals():
 def test_null_arms_wait_in_the_legend_of_the_latent_space(tables):
     figure = figures.latents(figures.less_crowded(tables["latents"]))
     shown = {trace.name: trace.visible for trace in figure.data}
-    assert shown == {group: True for group in ("original", "heldout", "generated")} | dict.fromkeys(
+    assert shown == dict.fromkeys(("original", "heldout", "generated"), True) | dict.fromkeys(
         figures.SHOWN_ARMS, "legendonly"
     )
 
@@ -209,16 +209,16 @@ def test_loss_curves_are_thinned_and_keep_their_ends():
 
 
 def test_each_alarm_has_a_small_plot_below_the_losses():
-    rows = [(name, step, 0.5 + step / 10) for name in metrics.ALARMS for step in (1, 2, 3)]
+    rows = [(name, step, 0.5 + step / 10) for name in metrics.DIAGNOSTICS for step in (1, 2, 3)]
     alarms = pd.DataFrame(rows, columns=["name", "step", "value"])
     figure = figures.loss_curves(pd.concat([alarms, history()]))
     axes = {trace.name: figure.layout[trace.yaxis.replace("y", "yaxis")] for trace in figure.data}
     assert [axis.title.text for axis in axes.values()] == [
         *("diffusion", "diffusion", "autoencoder", "dispersion", "nearest ratio")
     ]
-    assert [axes[name].type for name in metrics.ALARMS] == ["linear"] * 2
+    assert [axes[name].type for name in metrics.DIAGNOSTICS] == ["linear"] * 2
     heights = {name: high - low for name, (low, high) in ((name, axis.domain) for name, axis in axes.items())}
-    assert all(heights[name] == pytest.approx(heights["diffusion/loss"] / 2) for name in metrics.ALARMS)
+    assert all(heights[name] == pytest.approx(heights["diffusion/loss"] / 2) for name in metrics.DIAGNOSTICS)
 
 
 def test_accuracy_over_time_has_mean_and_band():

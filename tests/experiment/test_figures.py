@@ -101,7 +101,7 @@ def test_tensors_are_compared_with_those_of_the_originals():
 def test_null_arms_wait_in_the_legend_of_the_latent_space(tables):
     figure = figures.latents(figures.less_crowded(tables["latents"]))
     shown = {trace.name: trace.visible for trace in figure.data}
-    assert shown == {group: True for group in ("original", "heldout", "generated")} | dict.fromkeys(
+    assert shown == dict.fromkeys(("original", "heldout", "generated"), True) | dict.fromkeys(
         figures.SHOWN_ARMS, "legendonly"
     )
 

@@ -329,7 +329,8 @@ def _about_groups(figures: Any, tables: Mapping[str, pd.DataFrame]) -> Iterator[
     if len(networks):
         board = table(tables["evaluation"])
         text = cells(board)
-        yield Shown("Groups", data=board, table=text.loc[:, (text != MISSING).any()])
+        first = ["group", "networks", *(metric.title(metric.columns[0]) for metric in in_tables().values())]
+        yield Shown("Groups", data=board, table=text[[name for name in first if (text[name] != MISSING).any()]])
     if "front" in tables:
         yield Shown("Accuracy against novelty", figures.front(tables["front"], networks), tables["front"])
     yield Shown(

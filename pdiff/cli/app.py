@@ -74,7 +74,7 @@ class Command(TyperCommand):
             else:
                 values = [] if equals else rest[:1]
                 del rest[: len(values)]
-                if option and not ctx.resilient_parsing:
+                if option and not (option.multiple or ctx.resilient_parsing):
                     _put_once(given, name[2:], value if equals else "".join(values))
                 (words if option else keys).extend([word, *values])
         return words, keys

@@ -26,6 +26,28 @@ def files_of(folder: Path, exclude: Sequence[str] = ()) -> list[Path]:
     return sorted((path for path in found if path.name not in out), key=by_value)
 
 
+def files_at(place: Path) -> list[Path]:
+    """The checkpoint files of a folder, see `files_of`; or a single file."""
+    return [place] if place.is_file() else files_of(place)
+
+
+def some_files(place: Path, *, key: str) -> list[Path]:
+    """As `files_at`, but at least one file.
+
+    Args:
+        place: a folder, or a file.
+        key: of the configuration, for messages.
+
+    Raises:
+        UserError: there is no such place, or no checkpoint file.
+    """
+    if not place.exists():
+        raise UserError(f"{key}: {place} is neither a folder nor a file")
+    if place.is_file() and place.suffix not in SUFFIXES or not files_at(place):
+        raise UserError(f"{key}: {place} holds no file {'/'.join(SUFFIXES)}")
+    return files_at(place)
+
+
 def checkpoint_files(folder: Path, exclude: Sequence[str] = ()) -> list[Path]:
     """As `files_of`, but at least two files.
 

@@ -16,7 +16,6 @@ from pdiff.method.novelty import (
     Span,
     data_copying,
     disagreement,
-    dispersion,
     frechet_distance,
     nearest_two,
     novel_and_performant,
@@ -32,7 +31,7 @@ FRONT_SIZE = 20  # networks of which a hypervolume is taken
 COMPONENTS = 32  # principal components of the Fréchet distance, at most: Gaussians of more need more networks
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Evaluated:
     """N networks of one group after their evaluation. What is expensive is computed once, and only if asked for.
 
@@ -42,7 +41,7 @@ class Evaluated:
         vectors: the same, standardised, float32 (N, D); of independent seeds, aligned.
         results: part of the images -> what was measured there.
         originals: the group of originals that generators and baselines are fitted on; None for that group itself.
-        heldout: the group of held-out originals; None where there is none, and for the two groups of originals.
+        heldout: the group of held-out originals; None where there is none, and for that group itself.
     """
 
     name: str
@@ -60,7 +59,7 @@ class Evaluated:
     @property
     def reference(self) -> Evaluated | None:
         """The held-out originals; for themselves, they are their own reference."""
-        return self.heldout or (self if self.originals and self.name == "heldout" else None)
+        return self.heldout or (self if self.name == "heldout" else None)
 
     @property
     def part(self) -> str | None:
@@ -150,7 +149,7 @@ class Evaluated:
 
     @property
     def _comparable(self) -> bool:
-        return self.heldout is not None and len(self.vectors) > 1
+        return None not in (self.originals, self.heldout) and len(self.vectors) > 1
 
     @cached_property
     def span(self) -> Span:
@@ -167,8 +166,13 @@ class Evaluated:
         return self.span.outside(self.vectors)
 
     def dispersion(self) -> float:
-        """Spread of the latents over that of the fitted networks' latents: under 1 for a generator that collapses."""
-        return dispersion(self.coordinates, self.fitted.coordinates)[0]
+        """Spread over that of the fitted networks: root mean square distances of two networks; near 0 if all are alike.
+
+        In the whole space: held-out networks of independent seeds lie mostly outside of the span of the fitted ones.
+        """
+        spread, theirs = self.own_distances.sum().item(), self.fitted.own_distances.sum().item()
+        n, m = len(self.vectors), len(self.fitted.vectors)
+        return (spread / (n * (n - 1)) / theirs * m * (m - 1)) ** 0.5 if n > 1 and theirs > 0 else nan
 
     def frechet(self) -> float:
         """Fréchet distance to the fitted networks on their first principal axes: a diagnostic, not a score."""

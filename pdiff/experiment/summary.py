@@ -38,7 +38,7 @@ def evaluated(
         return Evaluated(name, groups[name], standardizer.encode(groups[name]), of, **beside)
 
     original = group("original")
-    heldout = group("heldout", originals=original) if "heldout" in groups else None
+    original.heldout = heldout = group("heldout", originals=original) if "heldout" in groups else None
     found = {"original": original} | ({"heldout": heldout} if heldout else {})
     others = [name for name in groups if name not in found]
     return found | {name: group(name, originals=original, heldout=heldout) for name in others}

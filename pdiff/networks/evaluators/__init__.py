@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pdiff.networks.imported.template import Template
 
 CHECKPOINT = "{checkpoint}"
+VOTE_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 class Evaluation(NamedTuple):
@@ -39,6 +40,11 @@ class Evaluation(NamedTuple):
 
     accuracy: Tensor
     wrong: Tensor | None = None
+    predicted: Tensor | None = None
+    nll: Tensor | None = None
+    ece: Tensor | None = None
+    reliability: Tensor | None = None
+    votes: dict | None = None
 
     @classmethod
     def of(cls, wrong: Tensor) -> Evaluation:

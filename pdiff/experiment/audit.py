@@ -17,9 +17,7 @@ from pdiff.networks.imported.plain import read_like
 from pdiff.parallel import ranks
 
 
-def audit(
-    experiment: Experiment, out: Path, log: Log, *, prepare: Path, originals: Path | None = None
-) -> Metrics:
+def audit(experiment: Experiment, out: Path, log: Log, *, prepare: Path, originals: Path | None = None) -> Metrics:
     """Compare networks from files with the originals, and with baselines that are made of those.
 
     Writes what the stage `evaluate` writes.

@@ -27,7 +27,8 @@ def board(metrics: Mapping[str, float], groups: Collection[str], generated: Sequ
         groups: the groups of networks.
         generated: those that come from generators.
     """
-    part = next((part for part in ("test", "validation") if f"{by_part('accuracy')[part]}/original_mean" in metrics), "")
+    accuracies = by_part("accuracy")
+    part = next((part for part in ("test", "validation") if f"{accuracies[part]}/original_mean" in metrics), "")
     rows = []
     for name in groups:
         kind = KINDS.get(name, "generator" if name in generated else "null arm")

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from os.path import exists, expanduser
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def audit(
     Raises:
         UserError: an option that cannot be used, or a place without checkpoint files.
     """
-    source, places = Path(originals).expanduser(), by_name(generated)
+    source, places = config.expanded(originals), by_name(generated)
     others = {**{f"--generated {name}": place for name, place in places.items()}, "--heldout": heldout}
     given = {
         "dataset": {"name": dataset},
@@ -114,17 +115,17 @@ def audit(
         "prepare": {"source": written(source), **({"heldout": 0} if heldout else {})},
         "evaluate": evaluation(command, function),
         "audit": {
-            "generated": {name: written(Path(place).expanduser()) for name, place in places.items()},
-            "heldout": written(Path(heldout).expanduser()) if heldout else "",
+            "generated": {name: written(config.expanded(place)) for name, place in places.items()},
+            "heldout": written(config.expanded(heldout)) if heldout else "",
             "align": align,
         },
     }
     tag = "audit_" + re.sub(r"[^A-Za-z0-9_.-]", "_", source.resolve().name)
     found = experiment(tag, tree(given, overrides or {}), place=config.COMMAND_LINE)
-    checkpoint_files(source, found.prepare.exclude)
+    checkpoint_files(source, found.prepare.exclude, key="--originals")
     for option, place in others.items():
         if place:
-            some_files(Path(place).expanduser(), key=option)
+            some_files(config.expanded(place), key=option)
     return found
 
 
@@ -136,22 +137,28 @@ def by_name(generated: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: none, one without a name among several, or two of one name.
     """
-    parts = [part for text in generated for part in ([text] if _exists(text) else text.split(",")) if part]
+    parts = [part for text in generated for part in _places(text) if part]
     found: dict[str, str] = {}
     for part in parts:
-        match = None if _exists(part) else NAMED.fullmatch(part)
-        name, place = match.groups() if match else (ALONE, part)
-        if not match and len(parts) > 1:
+        name, place = _split(part)
+        if not name and len(parts) > 1:
             raise UserError(f"--generated {part}: expected NAME=DIR, since there are several")
         if not place:
             raise UserError(f"--generated {part}: expected a folder after {name}=")
         if name in found:
             raise UserError(f"--generated {part}: {name} is given twice, as {found[name]} and {place}")
-        found[name] = place
+        found[name or ALONE] = place
     if not found:
         raise UserError("--generated: expected a folder of networks")
     return found
 
 
-def _exists(text: str) -> bool:
-    return Path(text).expanduser().exists()
+def _places(text: str) -> list[str]:
+    """The texts [NAME=]PLACE in a text that holds several of them, or one whose place may have commas in its name."""
+    return [text] if exists(expanduser(_split(text)[1])) else text.split(",")
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Name and place of a text NAME=PLACE; no name where the whole is the path of something that exists."""
+    match = None if exists(expanduser(text)) else NAMED.fullmatch(text)
+    return match.groups() if match else ("", text)

@@ -139,9 +139,7 @@ def write_audit(
     return metrics
 
 
-def _networks(
-    groups: Mapping[str, Evaluated], generated: tuple[str, ...], stages: Sequence[str]
-) -> dict[str, int]:
+def _networks(groups: Mapping[str, Evaluated], generated: tuple[str, ...], stages: Sequence[str]) -> dict[str, int]:
     """Stage -> how many networks it deals with, of some stages."""
     counts = {name: len(group.networks) for name, group in groups.items()}
     originals, every = sum(counts.get(name, 0) for name in summary.ORIGINALS), sum(counts.values())

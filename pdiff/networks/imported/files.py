@@ -48,14 +48,19 @@ def some_files(place: Path, *, key: str) -> list[Path]:
     return files_at(place)
 
 
-def checkpoint_files(folder: Path, exclude: Sequence[str] = ()) -> list[Path]:
+def checkpoint_files(folder: Path, exclude: Sequence[str] = (), *, key: str = "prepare.source") -> list[Path]:
     """As `files_of`, but at least two files.
+
+    Args:
+        folder: of the files.
+        exclude: names or patterns of files to leave out.
+        key: of the configuration that names the folder, for messages.
 
     Raises:
         UserError: there is no such folder, too few files, or a name or pattern in `exclude` that matches none.
     """
     if not folder.is_dir():
-        raise UserError(f"prepare.source: {folder} is not a folder")
+        raise UserError(f"{key}: {folder} is not a folder")
     paths = files_of(folder)
     for pattern in exclude:
         if not matching([path.name for path in paths], [pattern]):
@@ -64,5 +69,5 @@ def checkpoint_files(folder: Path, exclude: Sequence[str] = ()) -> list[Path]:
     if len(kept) < 2:
         left = f" beside {len(paths) - len(kept)} excluded ones" if exclude else ""
         suffixes = "/".join(SUFFIXES)
-        raise UserError(f"prepare.source: {folder} holds {len(kept)} files {suffixes}{left}, expected at least 2")
+        raise UserError(f"{key}: {folder} holds {len(kept)} files {suffixes}{left}, expected at least 2")
     return kept

@@ -48,9 +48,7 @@ def read_collection(folder: Path, patterns: Sequence[str] = ("all",), exclude: S
     return collection
 
 
-def read_like(
-    place: Path, like: StateDict, *, named: str, key: str, patterns: Sequence[str] = ("all",)
-) -> Collection:
+def read_like(place: Path, like: StateDict, *, named: str, key: str, patterns: Sequence[str] = ("all",)) -> Collection:
     """Read a folder of checkpoint files, or a single file, whose networks have the layout of other ones.
 
     As `read_collection`, but one file is enough, and files may be equal.

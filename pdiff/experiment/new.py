@@ -70,9 +70,7 @@ def new(
         "diffusion": {"steps": DiffusionOptions().steps},
         "evaluate": _evaluation(command, function, home, known=bool(dataset)),
     }
-    tree = command_options.tree(
-        given, overrides or {}
-    )  # mistakes are reported before the files are read, which may take long
+    tree = command_options.tree(given, overrides or {})  # mistakes are reported before reading, which may take long
     command_options.experiment(tag, tree, place="pdiff new")
     from pdiff.networks.inspect import inspect_folder
 

@@ -192,7 +192,7 @@ class Experiment(Section):
             raise ValueError("audit: needs prepare.source, the originals")
         if audit.heldout and self.prepare.heldout:
             raise ValueError(
-                f"prepare.heldout must be 0 where audit.heldout names held-out originals, but got {self.prepare.heldout}"
+                f"prepare.heldout must be 0 where audit.heldout gives the held-out ones, but got {self.prepare.heldout}"
             )
         if audit.align == "weights" and not self.network:
             raise ValueError("audit.align weights: needs dataset and network, whose units are matched")

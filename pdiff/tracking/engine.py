@@ -176,9 +176,8 @@ class Pipeline:
         if tag not in config.tags() or self.experiment.audit:
             return same
         changes = [word for key, value in config.changes(self.experiment).items() for word in (f"--{key}", str(value))]
-        command = shlex.join(
-            ["pdiff", next(iter(stages.STAGES[stage].part_of), stage), "--tag", tag, *changes, "--fresh"]
-        )
+        whole = next(iter(stages.STAGES[stage].part_of), stage)
+        command = shlex.join(["pdiff", whole, "--tag", tag, *changes, "--fresh"])
         return f"`{command}` or {same}"
 
     def _run(self, stage: str, *, fresh: bool) -> Done:

@@ -43,7 +43,7 @@ def some_files(place: Path, *, key: str) -> list[Path]:
     """
     if not place.exists():
         raise UserError(f"{key}: {place} is neither a folder nor a file")
-    if place.is_file() and place.suffix not in SUFFIXES or not files_at(place):
+    if (place.is_file() and place.suffix not in SUFFIXES) or not files_at(place):
         raise UserError(f"{key}: {place} holds no file {'/'.join(SUFFIXES)}")
     return files_at(place)
 

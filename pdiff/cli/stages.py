@@ -73,8 +73,8 @@ def _print_evaluation(experiment: Experiment, folder: Path) -> None:
     from pdiff.files import read_json
 
     print(f"\n{(folder / 'verdict.md').read_text(encoding='utf-8')}")
-    if experiment.audit:
-        print_frame(board.cells(pd.read_csv(folder / "tables" / "board.csv", keep_default_na=False, na_values=[""])))
+    if len(experiment.generators) > 1:
+        print_frame(board.cells(pd.read_csv(folder / "tables" / "board.csv")))
     else:
         print_frame(_table(experiment, pd.read_csv(folder / "evaluation.csv")))
     if not experiment.evaluator.measures:

@@ -49,9 +49,8 @@ def audit(experiment: Experiment, out: Path, log: Log, *, prepare: Path, origina
         return {}
     upstream = {"prepare": prepare} | ({"originals": originals} if originals else {})
     notes = [cost_of_a_split(len(fitted), len(apart))] if apart else []
-    with measured(history, "audit"):
-        found = summary.evaluated(groups, results, standardizer)
-        return write_audit(experiment, out, found, experiment.generators, upstream, notes)
+    found = summary.evaluated(groups, results, standardizer)
+    return write_audit(experiment, out, history, found, experiment.generators, upstream, notes)
 
 
 def read(experiment: Experiment, place: str, originals: Collection, key: str) -> Collection:

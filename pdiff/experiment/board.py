@@ -1,4 +1,4 @@
-"""The board of an audit: every group of networks in one row, the best generator or null arm first."""
+"""The leaderboard of an audit of several generators: a row for every group of networks, null arms among them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _numbers(metrics: Mapping[str, float], name: str, part: str) -> dict[str, fl
 
 def cells(table: pd.DataFrame) -> pd.DataFrame:
     """The board as text for people; columns without any number are left out."""
-    part = str(table["part"].iloc[0] if len(table) else "")
+    (part,) = table["part"].fillna("").unique()
     headings = {
         "accuracy": f"{part} %",
         "novelty": "novelty",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from pdiff.errors import UserError
@@ -72,14 +73,14 @@ def evaluate(
         write_text(out / "trajectory.csv", _trajectory_table(extra["trajectory"], results).to_csv(index=False))
     folders = {"pretrain": pretrain, "prepare": prepare, "train": train, "generate": generate, "originals": originals}
     upstream = {name: folder for name, folder in folders.items() if folder}
-    with measured(history, "audit"):
-        found = summary.evaluated(groups, results, standardizer)
-        return write_audit(experiment, out, found, summary.GENERATED, upstream)
+    found = summary.evaluated(groups, results, standardizer)
+    return write_audit(experiment, out, history, found, summary.GENERATED, upstream)
 
 
 def write_audit(
     experiment: Experiment,
     out: Path,
+    log: Log,
     groups: Mapping[str, Evaluated],
     generated: tuple[str, ...],
     upstream: Mapping[str, Path],
@@ -90,27 +91,30 @@ def write_audit(
     Args:
         experiment: what was compared.
         out: folder to write to.
+        log: receives seconds and memory.
         groups: what `summary.evaluated` returns.
         generated: the groups that come from generators.
         upstream: stage -> its folder, of those whose training and costs the report shows.
         notes: what the reader of the verdict must know beside it.
     """
     stage = "audit" if experiment.audit else "evaluate"
-    evaluation, matrices = summary.evaluation_table(groups), summary.similarity_matrices(groups, generated)
-    metrics = summary.summary(groups, evaluation, matrices, generated)
-    tables = {
-        "evaluation": evaluation,
-        "front": verdict.front_table(groups, evaluation, generated),
-        "comparisons": verdict.comparisons_table(groups, evaluation, generated),
-        "votes": summary.votes_table(groups),
-        "calibration": summary.calibration_table(groups),
-        "latents": summary.latents_table(groups),
-        "spectrum": summary.spectrum_table(groups),
-        "layers": summary.layers_table(groups),
-        "costs": costs.costs_table({**upstream, stage: out}, _networks(groups, generated, [*upstream, stage])),
-        "board": board.board(metrics, groups, generated),
-    }
-    sentences = [*verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated), *notes]
+    with measured(log, "audit"):
+        evaluation, matrices = summary.evaluation_table(groups), summary.similarity_matrices(groups, generated)
+        metrics = summary.summary(groups, evaluation, matrices, generated)
+        tables = {
+            "evaluation": evaluation,
+            "front": verdict.front_table(groups, evaluation, generated),
+            "comparisons": verdict.comparisons_table(groups, evaluation, generated),
+            "votes": summary.votes_table(groups),
+            "calibration": summary.calibration_table(groups),
+            "latents": summary.latents_table(groups),
+            "spectrum": summary.spectrum_table(groups),
+            "layers": summary.layers_table(groups),
+            "board": board.board(metrics, groups, generated) if len(generated) > 1 else pd.DataFrame(),
+        }
+        sentences = [*verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated), *notes]
+    of_stages = {**upstream, stage: out}
+    tables["costs"] = costs.costs_table(of_stages, _networks(groups, generated, of_stages))
     write_text(out / "verdict.md", "\n\n".join(sentences) + "\n")
     write_text(out / "evaluation.csv", evaluation.to_csv(index=False))
     for name, table in tables.items():
@@ -119,18 +123,19 @@ def write_audit(
     if matrices:
         write_tensors(out / "similarity.safetensors", matrices)
     write_json(out / "summary.json", {n: v if math.isfinite(v) else None for n, v in metrics.items()})
-    matrix = next(reversed(matrices.values()), None)
+    matrix = next(reversed(matrices.values()), torch.zeros(0, 0))
+    there = published.published(experiment.tag)
     lineage = read_json(out / LINEAGE) if (out / LINEAGE).exists() else {}  # the engine writes it
     trajectory, histories = out / "trajectory.csv", [pd.read_csv(folder / HISTORY) for folder in upstream.values()]
     html = report.report(
         title=experiment.tag,
         verdict=sentences,
         tables=tables,
-        similarity=None if matrix is None else matrix.numpy(),
-        groups=[name for name in ("original", *generated) for _ in range(len(groups[name].networks))],
+        similarity=matrix.numpy(),
+        groups=[name for name in ("original", *generated) for _ in range(len(groups[name].networks))][: len(matrix)],
         history=pd.concat(histories, ignore_index=True),
         trajectory=pd.read_csv(trajectory) if trajectory.exists() else None,
-        published=published.published(experiment.tag),
+        published=report.published_table(metrics, there) if there else None,
         changes=config.changes(experiment),
         config=config.to_yaml(experiment),
         lineage=[(stage, of["run"], of["link"]) for stage, of in lineage.items()],
@@ -139,7 +144,7 @@ def write_audit(
     return metrics
 
 
-def _networks(groups: Mapping[str, Evaluated], generated: tuple[str, ...], stages: Sequence[str]) -> dict[str, int]:
+def _networks(groups: Mapping[str, Evaluated], generated: tuple[str, ...], stages: Iterable[str]) -> dict[str, int]:
     """Stage -> how many networks it deals with, of some stages."""
     counts = {name: len(group.networks) for name, group in groups.items()}
     originals, every = sum(counts.get(name, 0) for name in summary.ORIGINALS), sum(counts.values())

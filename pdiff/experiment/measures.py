@@ -111,10 +111,10 @@ class Evaluated:
 
     def disagreement(self) -> Tensor | None:
         """`nearest_disagreement` over its median among held-out networks, (N,): novelty of the function."""
-        reference = self.reference and self.reference.nearest_disagreement
-        if reference is None or self.nearest_disagreement is None or not reference.median() > 0:
+        theirs = self.reference and self.reference.nearest_disagreement
+        if theirs is None or self.nearest_disagreement is None or not theirs.quantile(0.5) > 0:
             return None
-        return self.nearest_disagreement / reference.median()
+        return self.nearest_disagreement / theirs.quantile(0.5)
 
     # -- weights
 
@@ -129,7 +129,7 @@ class Evaluated:
 
     def novelty(self) -> Tensor | None:
         """Distance to the nearest fitted network over the median of the held-out networks' distances, (N,)."""
-        reference = self.reference and self.reference.nearest[0].median()
+        reference = self.reference and self.reference.nearest[0].quantile(0.5)
         return self.nearest[0] / reference if reference is not None and reference > 0 else None
 
     def nearest_ratio(self) -> Tensor:

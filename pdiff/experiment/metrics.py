@@ -10,9 +10,9 @@ This module imports neither torch nor pandas, so that commands which only look u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import cycle
 from math import nan
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pdiff.experiment.measures import Evaluated
 
 MISSING = "–"  # shown where nothing was measured
+_SIZE = re.compile(r"_[\d.e+-]+$")  # the size or scale at the end of the name of a null arm
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,12 @@ METRICS: dict[str, Metric] = {
     "nearest_ratio": Metric(
         "nearest ratio",
         measure=lambda group: group.nearest_ratio(),
-        of_group=lambda group: {"": group.nearest_ratio().nanmedian().item()},
+        of_group=lambda group: {"": group.nearest_ratio().nanquantile(0.5).item()},
     ),
     "outside_span": Metric("outside of the span", measure=lambda group: group.outside_span(), statistics=("mean",)),
-    "disagreement": Metric("disagreement", measure=lambda group: group.disagreement(), statistics=("median",)),
+    "disagreement": Metric(
+        "disagreement", measure=lambda group: group.disagreement(), statistics=("median",), columns=("median",)
+    ),
     **_on_both("nll", lambda part: Metric("NLL", part=part, measure=lambda group: group.nll(part), **OF_PROBABILITIES)),
     **_on_both(
         "ece",
@@ -220,18 +223,47 @@ OFF_BOARD = ("original max", "original min", "generated min", "average")
 FIT_SECONDS = ("seconds/autoencoder", "seconds/diffusion", "seconds/gaussian")
 """How long the parts of a fit took; no generator has all of them."""
 
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "original": ("original",),
+    "heldout": ("heldout",),
+    "generated": ("generated",),
+    "named": (),
+    "noise": ("noise_0.001", "noise_0.05", "noise_0.15", "noise_matched"),
+    "averages": ("average", "average_2", "average_4", "average_16", "midpoint", "convex"),
+    "gaussians": ("gaussian_diagonal", "gaussian", "swag", "kde"),
+    "mixtures": ("mixed", "recombined_2", "recombined_4", "recombined_32"),
+    "reconstruction": ("reconstruction",),
+}
+"""Family -> its groups, in the order of tables and figures; "named" are the generators that a user gave names to."""
+_FAMILY = {
+    key: name for name, members in FAMILIES.items() for group in members for key in (group, _SIZE.sub("_", group))
+}
+
 # The "bright" and "muted" schemes of Paul Tol, which colour-blind readers can tell apart.
 COLORS = {
     "original": "#4477AA",
+    "heldout": "#228833",
     "generated": "#EE6677",
-    "noise_0.001": "#66CCEE",
-    "noise_0.05": "#228833",
-    "noise_0.15": "#CCBB44",
-    "average": "#AA3377",
+    "noise": "#999999",
+    "averages": "#999933",
+    "gaussians": "#44AA99",
+    "mixtures": "#AA4499",
+    "reconstruction": "#882255",
 }
-"""Group -> colour, in the order of figures."""
-OTHER_COLORS = ("#44AA99", "#999933", "#CC6677", "#88CCEE", "#DDCC77", "#882255")
-"""Colours of all other groups, in turn."""
+"""Family -> colour."""
+OTHER_COLORS = ("#CCBB44", "#66CCEE", "#AA3377", "#EE7733", "#009988", "#332288")
+"""Colours of generators with names, in turn."""
+SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "+", "x": "×", "star": "★"}
+"""Symbol of a figure -> the character that looks like it, for tables. The groups of a family take them in turn."""
+FIRST_SYMBOL = {"heldout": 1, "generated": 2, "named": 3}
+"""Family -> where its turn begins, so that these four differ without colour, too."""
+
+
+class Style(NamedTuple):
+    """How a group looks in every figure: its colour, and a key of SYMBOLS."""
+
+    color: str
+    symbol: str
 
 
 class Alarm(NamedTuple):
@@ -270,7 +302,7 @@ def alarms(
         for alarm in ALARMS:
             name = alarm.metric.format(group=group)
             if metrics.get(name, alarm.limit) < alarm.limit:
-                text = f"{alarm.tag}: {name} is {metrics[name]:.2f}, expected at least {alarm.limit:g}"
+                text = f"{alarm.tag}: {name} is {metrics[name]:.3g}, expected at least {alarm.limit:g}"
                 of_group.setdefault(alarm.tag, f"{text}; {alarm.remedy}" if remedies else text)
         found |= {tag: f"{found[tag]}; {text}" if tag in found else text for tag, text in of_group.items()}
     return found
@@ -285,6 +317,11 @@ def find(name: str) -> Metric:
 def of_networks() -> dict[str, Metric]:
     """Name -> metric of those that are measured of every network."""
     return {name: metric for name, metric in METRICS.items() if metric.measure}
+
+
+def in_tables() -> dict[str, Metric]:
+    """Name -> metric of those that have a column in the table of groups."""
+    return {name: metric for name, metric in METRICS.items() if metric.columns}
 
 
 def of_evaluation(
@@ -334,9 +371,24 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**cells).rename(columns=labels)
 
 
-def colors(groups: Iterable[str]) -> dict[str, str]:
-    """Group -> colour, in the order of figures."""
-    groups = list(dict.fromkeys(groups))
-    others = [group for group in groups if group not in COLORS]
-    known = {group: color for group, color in COLORS.items() if group in groups}
-    return known | dict(zip(others, cycle(OTHER_COLORS), strict=False))
+def family(group: str) -> str:
+    """The family of a group. Arms of other sizes, such as average_8 or noise_0.3, belong to that of their like."""
+    return _FAMILY.get(group) or _FAMILY.get(_SIZE.sub("_", group), "named")
+
+
+def is_null_arm(group: str) -> bool:
+    """Whether the networks of a group need no generator, and were not trained."""
+    return family(group) not in ("original", "heldout", "generated", "named")
+
+
+def styles(groups: Iterable[str]) -> dict[str, Style]:
+    """Group -> style, in the order of tables and figures; a group that pdiff knows always has the same style."""
+    present = {group: family(group) for group in groups}
+    found = {}
+    for name, known in FAMILIES.items():
+        members = [*known, *(group for group, its in present.items() if its == name and group not in known)]
+        for k, group in enumerate(members):
+            if group in present:
+                color = COLORS.get(name) or OTHER_COLORS[k % len(OTHER_COLORS)]
+                found[group] = Style(color, list(SYMBOLS)[(k + FIRST_SYMBOL.get(name, 0)) % len(SYMBOLS)])
+    return found

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, create_model, field_validator, model_validator
 
+from pdiff.experiment.metrics import family
 from pdiff.method.autoencoders import AUTOENCODERS
 from pdiff.method.baselines import BASELINES
 from pdiff.method.denoisers import DENOISERS
@@ -110,7 +111,6 @@ class Evaluate(Section):
 
 RESERVED = ("original", "heldout", "trajectory", *BASELINES)
 """Groups of networks that no generator can be called."""
-SIZED = ("noise_", "average_", "recombined_")  # the beginning of the names of null arms of any size
 ENDS = ("_max", "_low", "_high")  # of metrics, which follow the name of a group
 GENERATOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,59}")
 
@@ -139,7 +139,7 @@ class Audit(Section):
         for name in generated:
             if not GENERATOR_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a generator, expected at most 60 letters, digits, _ and -")
-            if name in RESERVED or name.startswith(SIZED):
+            if name in RESERVED or family(name) not in ("generated", "named"):
                 raise ValueError(f"{name!r} cannot name a generator, it is the name of another group")
             if name in taken:
                 raise ValueError(f"{name!r} cannot name a generator beside {name.rpartition('_')[0]!r}")

@@ -156,7 +156,11 @@ def _on_copying(groups: Mapping[str, Evaluated], metrics: Mapping[str, float], n
     elif z_u < COPYING:
         answer = "nearer to the fitted networks than held-out ones are"
     else:
-        answer = "as new as held-out networks" if z_u <= -COPYING else "further from the fitted networks than held-out"
+        answer = (
+            "as new as held-out networks"
+            if z_u <= -COPYING
+            else "further from the fitted networks than held-out ones are"
+        )
     text = (
         f"New, or copied? {subject.capitalize()} are {answer}: their distance to the nearest fitted network is "
         f"{novelty:.2f} of that of held-out ones (Z_U {z_u:.1f})"

@@ -161,9 +161,13 @@ class Preview:
         objective: what the denoiser predicts.
         z: the fitted latents (N, L), on the denoiser's device.
         seed: of the noise.
+        samples: how many latents.
+        calls: denoiser calls, at most.
     """
 
-    def __init__(self, objective: Objective, z: Tensor, *, seed: int) -> None:
+    def __init__(
+        self, objective: Objective, z: Tensor, *, seed: int, samples: int = PREVIEWED, calls: int = PREVIEW_CALLS
+    ) -> None:
         self.objective, self.known = objective, len(z.unique(dim=0)) >= FEWEST
         if self.known:
             std = z.std(0)
@@ -171,8 +175,8 @@ class Preview:
             self.fitted = z / self.scale
             some = self.fitted[:: -(-len(z) // COMPARED)]
             self.expected_ratio = ranks.mean(nearest_ratio(some, self.fitted, skipped=1))
-            self.steps = min(PREVIEW_CALLS, objective.timesteps)
-            self.seeds = [stream(stream(seed, "preview"), k) for k in range(PREVIEWED)]
+            self.steps = min(calls, objective.timesteps)
+            self.seeds = [stream(stream(seed, "preview"), k) for k in range(samples)]
             SAMPLERS[PREVIEW_SAMPLER].prepared(
                 objective, self.steps, z.device
             )  # imports diffusers, which takes seconds

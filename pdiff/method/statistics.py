@@ -76,7 +76,7 @@ def median_replicates(values: Tensor, *, seed: int) -> Replicates:
     """The median of a number of each network, (N,)."""
     generator = torch.Generator().manual_seed(stream(seed, "networks"))
     drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    return Replicates(values.median().item(), values[drawn].median(dim=1).values.double())
+    return Replicates(values.quantile(0.5).item(), values[drawn].quantile(0.5, dim=1).double())
 
 
 def _counts(n: int, seed: int) -> Tensor:

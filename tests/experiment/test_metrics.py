@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from reports import Page, history
+from reports import AUDITED, Page, history
 from tracked import TINY
 
 from pdiff.errors import UserError
@@ -155,12 +155,12 @@ def test_a_new_metric_is_measured_and_shown(groups, results, loudness):
     page = Page(
         report.report(
             title="tag",
-            summary=found,
-            evaluation=evaluation,
+            verdict=[],
+            tables={"evaluation": evaluation},
             similarity=matrices["test"].numpy(),
             groups=["original"] * 4 + ["generated"] * 3,
             history=history(),
-            published={"loudness/generated_mean": 0.5},
+            published=report.published_table(found, {"loudness/generated_mean": 0.5}),
         )
     )
     assert {"loud %", "min loud"} <= set(page.texts["th"]) and expected in page.texts["td"]
@@ -195,6 +195,39 @@ def test_the_parts_of_the_table_agree():
     for metric in metrics.METRICS.values():
         columns = {statistic for column in metric.columns for statistic in column.split(" ± ")}
         assert columns | set(metric.statistics) <= set(metrics.STATISTICS)
+
+
+# -- styles of groups
+
+
+def test_groups_keep_their_style_whatever_stands_beside_them():
+    everything = metrics.styles([*AUDITED, "theirs", "noise_0.3", "average_8"])
+    for group, style in everything.items():
+        if group not in ("theirs", "noise_0.3", "average_8"):
+            assert metrics.styles([group, "another"])[group] == style
+    assert len(set(everything.values())) == len(everything), "no two look the same"
+    assert {style.symbol for style in everything.values()} <= set(metrics.SYMBOLS)
+
+
+def test_arms_share_the_colour_of_their_family_and_stand_together():
+    found = metrics.styles(["average_8", "theirs", "recombined_2", "noise_0.3", "average", "generated", "original"])
+    assert list(found) == ["original", "generated", "theirs", "noise_0.3", "average", "average_8", "recombined_2"]
+    assert found["average_8"].color == found["average"].color and found["average_8"] != found["average"]
+    assert [group for group in found if metrics.is_null_arm(group)] == list(found)[3:]
+
+
+@pytest.mark.parametrize(
+    ("group", "family"),
+    [
+        ("gaussian", "gaussians"),
+        ("gaussian_2", "named"),
+        ("noise_1e-05", "noise"),
+        ("originals", "named"),
+        ("", "named"),
+    ],
+)
+def test_families(group, family):
+    assert metrics.family(group) == family
 
 
 IMPORTS = """

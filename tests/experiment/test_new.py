@@ -210,7 +210,7 @@ def test_the_published_layout(here, tmp_path):
     assert experiment.evaluate.folder == str(home)
     asked = config.load(str(new("asked", home, command="python test.py {checkpoint} --fast"))).evaluate
     assert (asked.command, asked.folder) == ("python test.py {checkpoint} --fast", str(home))
-    assert (asked.noise, asked.noise_count) == ((0.05,), 20)
+    assert (asked.noise, asked.baseline_count) == ((0.05,), 5)
     folder_of({f"{k:02d}.pth": perceptron(k) for k in range(12)}, home / "checkpoint")
     known = config.load(str(new("known", home, dataset="digits", architecture="mlp"))).evaluate
     assert known.kind == "images" and not hasattr(known, "command")

@@ -14,7 +14,7 @@ from torch import Tensor
 from pdiff.method import null_arms
 from pdiff.method.baselines import BASELINES, Fitted, available, noise, noisy
 from pdiff.method.collection import Collection
-from pdiff.method.similarity import nearest_distance
+from pdiff.method.novelty import nearest_two, squared_distances
 from pdiff.method.standardize import Standardizer
 
 ALL = [*BASELINES.values(), noise(0.05)]
@@ -102,6 +102,7 @@ def test_baselines_have_streams_of_their_own() -> None:
 
 def test_names_are_keys() -> None:
     assert all(name == baseline.name for name, baseline in BASELINES.items())
+    assert BASELINES["swag"].options == {"rank": 20}  # K of the paper
     assert noise(0.001).name == "noise_0.001" and noise(0.15).name == "noise_0.15"
 
 
@@ -246,16 +247,16 @@ def test_gaussian_diagonal_has_variances_alone() -> None:
     of_moments(samples, x.mean(0), x.var(0).diag())
 
 
-@pytest.mark.parametrize("n", [12, 30])  # fewer and more than the rank
-def test_swag_against_its_equation(n: int) -> None:
+@pytest.mark.parametrize(("n", "rank"), [(12, 20), (30, 20), (30, 2)])
+def test_swag_against_its_equation(n: int, rank: int) -> None:
     x = correlated(n, 6).double()
     first, second, deviations = torch.zeros(6).double(), torch.zeros(6).double(), []
     for i, theta in enumerate(x):  # algorithm 1 of the paper
         first, second = (i * first + theta) / (i + 1), (i * second + theta**2) / (i + 1)
-        deviations = [*deviations, theta - first][-20:]
+        deviations = [*deviations, theta - first][-rank:]
     d = torch.stack(deviations, dim=1)
     covariance = (second - first**2).diag() / 2 + d @ d.T / (2 * (d.shape[1] - 1))
-    samples = BASELINES["swag"].make(fitted_on(x.float()), 4000, 0)
+    samples = null_arms.swag(fitted_on(x.float()), 4000, 0, rank=rank)
     of_moments(samples, x.mean(0), covariance)
 
 
@@ -290,10 +291,11 @@ def test_kde_without_bandwidth_is_the_originals() -> None:
 def test_kde_has_the_kernels_of_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     x = correlated(30, 4)
-    kernel = torch.as_tensor(stats.gaussian_kde(x.T.double().numpy(), "scott").covariance)
-    assert torch.allclose(kernel, x.T.cov().double() * 30 ** (-2 / 8), rtol=1e-4)
-    samples = null_arms.kde(fitted_on(x), 4000, 0, variance=1.0)
-    of_moments(samples, x.mean(0), x.T.cov(correction=0) + kernel)
+    scott = stats.gaussian_kde(x.T.double().numpy(), "scott").factor
+    default, same = (null_arms.kde(fitted_on(x), 50, 0, variance=1.0, bandwidth=h) for h in (None, scott))
+    assert torch.allclose(default, same, atol=1e-5)
+    samples = null_arms.kde(fitted_on(x), 4000, 0, variance=1.0, bandwidth=1.0)
+    of_moments(samples, x.mean(0), x.T.cov(correction=0) + x.T.cov())
 
 
 def test_kde_noise_is_independent_in_every_dimension() -> None:
@@ -344,7 +346,8 @@ def test_noise_follows_its_seed(mixed: Collection) -> None:
 def test_matched_noise_has_the_median_nearest_distance(distance: float, spread: float) -> None:
     x = spread * random(30, 4000)
     networks = BASELINES["noise_matched"].make(fitted_on(x, distance=distance), 60, 0)
-    assert nearest_distance(networks, x).median().item() == pytest.approx(distance, rel=0.03)
+    distances = (squared_distances(networks, x) / x.shape[1]).sqrt()
+    assert nearest_two(distances)[0].median().item() == pytest.approx(distance, rel=0.03)
 
 
 def test_reconstructions_are_of_different_originals() -> None:

@@ -56,7 +56,7 @@ EXPERIMENTS = {
         "prepare": PREPARE,
         "autoencoder": CONV | {"kl_weight": 0.1},
         "diffusion": {
-            **{"denoiser": "conv", "prediction": "epsilon", "steps": 5, "patience": 0, "batch_size": 7},
+            **{"denoiser": "conv", "prediction": "epsilon", "steps": 5, "stop_on": "none", "batch_size": 7},
             **GENTLY,
         },
     },

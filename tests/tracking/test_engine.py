@@ -63,6 +63,9 @@ class ListStore:
         yield run
         run.status = "finished"
 
+    def link(self, run_id) -> str:
+        return f"runs/{run_id}"
+
     def reuse(self, stage, experiment, done) -> None:
         self.reused.append(stage)
 
@@ -101,6 +104,7 @@ def generator(experiment, out, log, *, collection):
 
 def evaluate(experiment, out, log, *, collection, generator):
     (out / "report.html").write_text("report")
+    (out / "verdict.md").write_text("verdict")
     return write("evaluate", experiment, out, log, {"collection": collection, "generator": generator})
 
 

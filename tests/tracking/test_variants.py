@@ -55,7 +55,7 @@ def test_without_diffusion_latents_are_gaussian(workspace):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7])
 def test_only_the_first_checkpoints_are_used(workspace, count):
-    words = ["--generator.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
+    words = ["--generator.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.stop_on", "none"]
     evaluated(*words)
     assert table().groupby("group").size()["original"] == count
     generator = Generator.load(artifacts(runs("train")[0]) / "generator")
@@ -153,7 +153,7 @@ def test_networks_that_a_function_or_a_command_of_the_user_measures(workspace, h
     np.savez("digits.npz", images=images.astype(np.float32), labels=labels)
     Path("measures.py").write_text(MEASURES)
     Path("own.yaml").write_text(OWN.replace("evaluate: {noise: [0.05]}", f"evaluate: {{noise: [], {how}}}"))
-    words = ["main", "--tag", "own.yaml", "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
+    words = ["main", "--tag", "own.yaml", "--diffusion.heldout_fraction", "0", "--diffusion.stop_on", "none"]
     assert pdiff(words) == 0
     calls = Path("calls").read_text()
     assert len(calls) == 3 + 3 + 1, "originals, generated networks, the average"

@@ -24,6 +24,7 @@ from pdiff.method.samplers import samplers_of
 from pdiff.method.standardize import Standardizer
 from pdiff.seeds import stream
 
+CHECKED, CHECKED_CALLS = 128, 20  # samples of the fitted denoiser that are looked at, and their denoiser calls
 ENCODED = 256  # vectors that the autoencoder encodes at a time
 
 
@@ -83,7 +84,8 @@ class LatentDiffusion(Generator):
                 denoiser = options.denoiser.build(z.shape[1]).to(device)
                 data = (options.objective, z[kept], z[heldout], options.diffusion)
                 denoiser = diffusion.fit(denoiser, *data, seed=stream(seed, "denoiser"), preview=preview, **resume)
-            diagnostics = preview(denoiser)
+            of_samples = {"seed": stream(seed, "denoiser"), "samples": CHECKED, "calls": CHECKED_CALLS}
+            diagnostics = diffusion.Preview(options.objective, z[kept], **of_samples)(denoiser)
         return cls(standardizer, autoencoder, mean, std, denoiser, options.objective, diagnostics)
 
     def sample_vectors(

@@ -70,7 +70,10 @@ def _evaluated(experiment: Experiment) -> list[str]:
     generators, arms = experiment.generators, [*(f"noise_{scale:g}" for scale in settings.noise), *baselines]
     parts = [part for part in evaluator.parts if part != "test" or getattr(evaluator, "test", True)]
     found = metrics.of_evaluation(["original", "heldout", *generators, *arms], parts, generators)
-    return [*found, *names_of_measured("baselines", "evaluate", "audit")]
+    measured = ["baselines", "evaluate", "audit"]
+    if experiment.audit and experiment.audit.align != "none":
+        measured.append("align")
+    return [*found, *names_of_measured(*measured)]
 
 
 STAGES = {

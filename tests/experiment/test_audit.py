@@ -19,6 +19,7 @@ from pdiff.experiment import board, command_options, config, stages
 from pdiff.experiment.audit import cost_of_a_split
 from pdiff.experiment.metrics import alarms
 from pdiff.method.collection import Collection
+from pdiff.networks.imported.plain import read_collection
 
 FUNCTION = """
 import torch
@@ -190,6 +191,41 @@ def test_a_tenth_is_set_apart_and_the_cost_is_said(zoo, tmp_path):
     assert note == cost_of_a_split(27, 3) and "3 of the 30 originals were set apart" in note
     assert not (out / "tables" / "board.csv").exists()
     assert Collection.load(tmp_path / "prepare" / "checkpoints.safetensors").tensors.keys() == {"0.weight", "2.weight"}
+
+
+def test_permuted_copies_are_found_once_they_are_aligned(zoo, tmp_path):
+    """In weights they look as new as any network; aligned, they are what they are, and predict what they predicted."""
+    pytest.importorskip("pdiff.method.alignment")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def flat():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 10))\n"
+    )
+    copies, g = trained(60, 0).select(slice(12)), torch.Generator().manual_seed(2)
+    orders = torch.stack([torch.randperm(6, generator=g) for _ in range(12)])[:, :, None]
+    tensors = copies.tensors
+    tensors["0.weight"] = tensors["0.weight"].gather(1, orders.expand_as(tensors["0.weight"]))
+    tensors["0.bias"] = tensors["0.bias"].gather(1, orders[:, :, 0])
+    tensors["2.weight"] = tensors["2.weight"].gather(2, orders[:, None, :, 0].expand_as(tensors["2.weight"]))
+    write(Collection({renamed(n): t for n, t in tensors.items()}), tmp_path / "permuted")
+    for name in ("originals", "heldout"):
+        group = read_collection(zoo / name)
+        write(Collection({renamed(n): t for n, t in group.tensors.items()}), tmp_path / name)
+    options = {"dataset": "digits", "architecture": f"{tmp_path}/net.py:flat", "heldout": str(tmp_path / "heldout")}
+    found = {}
+    for align in ("none", "weights"):
+        words = str(tmp_path / "originals"), [str(tmp_path / "permuted")]
+        out = audited(tmp_path / f"align_{align}", *words, align=align, overrides=SMALL, **options)
+        found[align] = json.loads((out / "summary.json").read_text())
+    assert found["none"]["novelty/generated_median"] > 0.5
+    assert found["weights"]["novelty/generated_median"] < 1e-3
+    accuracies = [values["test_accuracy/generated_mean"] for values in found.values()]
+    assert accuracies[0] == pytest.approx(accuracies[1])
+
+
+def renamed(name: str) -> str:
+    """The name of a tensor in a network that begins with nn.Flatten."""
+    index, _, rest = name.partition(".")
+    return f"{int(index) + 1}.{rest}"
 
 
 # -- files that cannot be compared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, costs, limits, published, report, summary, verdict
+from pdiff.experiment import board, config, costs, limits, published, report, summary, verdict
 from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
@@ -66,7 +66,7 @@ def evaluate(
     intermediate = generate / "trajectory.safetensors"
     extra = {"trajectory": Collection.load(intermediate)} if intermediate.exists() else {}
     with measured(history, "evaluate"):
-        results = _evaluated(experiment, groups | extra, out / STATE, prepare, originals)
+        results = results_of(experiment, groups | extra, out / STATE, prepare, originals)
     if ranks.rank():  # rank 0 has the results of all
         return {}
     if extra:
@@ -84,6 +84,7 @@ def write_audit(
     groups: Mapping[str, Evaluated],
     generated: tuple[str, ...],
     upstream: Mapping[str, Path],
+    notes: Sequence[str] = (),
 ) -> Metrics:
     """Measure groups of networks, and write what was found: numbers, tables, the verdict, and the report.
 
@@ -94,7 +95,9 @@ def write_audit(
         groups: what `summary.evaluated` returns.
         generated: the groups that come from generators.
         upstream: stage -> its folder, of those whose training and costs the report shows.
+        notes: what the reader of the verdict must know beside it.
     """
+    stage = "audit" if experiment.audit else "evaluate"
     with measured(log, "audit"):
         evaluation, matrices = summary.evaluation_table(groups), summary.similarity_matrices(groups, generated)
         metrics = summary.summary(groups, evaluation, matrices, generated)
@@ -107,9 +110,11 @@ def write_audit(
             "latents": summary.latents_table(groups),
             "spectrum": summary.spectrum_table(groups),
             "layers": summary.layers_table(groups),
+            "board": board.board(metrics, groups, generated) if len(generated) > 1 else pd.DataFrame(),
         }
-        sentences = verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated)
-    tables["costs"] = costs.costs_table({**upstream, "evaluate": out}, _networks(groups, generated))
+        sentences = [*verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated), *notes]
+    of_stages = {**upstream, stage: out}
+    tables["costs"] = costs.costs_table(of_stages, _networks(groups, generated, of_stages))
     write_text(out / "verdict.md", "\n\n".join(sentences) + "\n")
     write_text(out / "evaluation.csv", evaluation.to_csv(index=False))
     for name, table in tables.items():
@@ -120,6 +125,7 @@ def write_audit(
     write_json(out / "summary.json", {n: v if math.isfinite(v) else None for n, v in metrics.items()})
     matrix = next(reversed(matrices.values()), torch.zeros(0, 0))
     there = published.published(experiment.tag)
+    lineage = read_json(out / LINEAGE) if (out / LINEAGE).exists() else {}  # the engine writes it
     trajectory, histories = out / "trajectory.csv", [pd.read_csv(folder / HISTORY) for folder in upstream.values()]
     html = report.report(
         title=experiment.tag,
@@ -132,18 +138,18 @@ def write_audit(
         published=report.published_table(metrics, there) if there else None,
         changes=config.changes(experiment),
         config=config.to_yaml(experiment),
-        lineage=[(stage, of["run"], of["link"]) for stage, of in read_json(out / LINEAGE).items()],
+        lineage=[(stage, of["run"], of["link"]) for stage, of in lineage.items()],
     )
     write_text(out / "report.html", html)
     return metrics
 
 
-def _networks(groups: Mapping[str, Evaluated], generated: tuple[str, ...]) -> dict[str, int]:
-    """Stage -> how many networks it deals with."""
+def _networks(groups: Mapping[str, Evaluated], generated: tuple[str, ...], stages: Iterable[str]) -> dict[str, int]:
+    """Stage -> how many networks it deals with, of some stages."""
     counts = {name: len(group.networks) for name, group in groups.items()}
-    originals = sum(counts.get(name, 0) for name in summary.ORIGINALS)
+    originals, every = sum(counts.get(name, 0) for name in summary.ORIGINALS), sum(counts.values())
     of = {"prepare": originals, "originals": originals, "generate": sum(counts[name] for name in generated)}
-    return of | {"evaluate": sum(counts.values())}
+    return {name: count for name, count in (of | {"evaluate": every, "audit": every}).items() if name in stages}
 
 
 def baselines(
@@ -151,9 +157,16 @@ def baselines(
     originals: Collection,
     standardizer: Standardizer,
     generated: Collection,
-    generator: Generator,
+    generator: Generator | None = None,
 ) -> dict[str, Collection]:
     """Name -> networks that need no generator: noise at every scale, and the baselines that are asked for.
+
+    Args:
+        experiment: which, and how many.
+        originals: what they are made of.
+        standardizer: of the originals.
+        generated: networks of a generator, to whose distance from the originals one baseline is matched.
+        generator: through whose compression originals are reconstructed, if there is one.
 
     Raises:
         UserError: a baseline that is asked for by name cannot be made of these originals.
@@ -177,7 +190,7 @@ def baselines(
     return {arm.name: standardizer.decode(arm.make(fitted, settings.baseline_count, experiment.seed)) for arm in arms}
 
 
-def _evaluated(
+def results_of(
     experiment: Experiment, groups: Mapping[str, Collection], state: Path, prepare: Path, originals: Path | None
 ) -> Evaluations:
     """Results of all groups; those of the originals are read from where their stage wrote them."""

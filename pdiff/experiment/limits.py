@@ -107,7 +107,8 @@ def bounds(experiment: Experiment, size: int, device: str) -> Iterator[Bound]:
     if evaluate.kind == "images":  # similarities of errors
         yield Bound("evaluate", f"{key} generate.count", VECTOR * (used + generate.count) ** 2)
     arms = len(evaluate.noise) + len(evaluate.baselines)
-    yield Bound("evaluate", "evaluate.baseline_count", STORED * arms * evaluate.baseline_count * size)
+    stage = "audit" if experiment.audit else "evaluate"
+    yield Bound(stage, "evaluate.baseline_count", STORED * arms * evaluate.baseline_count * size)
 
 
 def _latent_diffusion(

@@ -286,15 +286,25 @@ ALARMS = (
 """What a run is tagged with: samples hardly differ from each other; samples are near copies of fitted networks."""
 
 
-def alarms(metrics: Mapping[str, float], generated: Iterable[str] = ("generated",)) -> dict[str, str]:
-    """Tag of a run -> what it warns of, from its metrics: a generator that collapses, or that copies."""
+def alarms(
+    metrics: Mapping[str, float], generated: Iterable[str] = ("generated",), *, remedies: bool = True
+) -> dict[str, str]:
+    """Tag of a run -> what it warns of, from its metrics: a generator that collapses, or that copies.
+
+    Args:
+        metrics: of the run.
+        generated: the groups of networks that come from generators.
+        remedies: whether to say what may help, if the generator is one of pdiff.
+    """
     found: dict[str, str] = {}
     for group in generated:
+        of_group: dict[str, str] = {}
         for alarm in ALARMS:
             name = alarm.metric.format(group=group)
             if metrics.get(name, alarm.limit) < alarm.limit:
-                text = f"{alarm.tag}: {name} is {metrics[name]:.3g}, expected at least {alarm.limit:g}; {alarm.remedy}"
-                found.setdefault(alarm.tag, text)
+                text = f"{alarm.tag}: {name} is {metrics[name]:.3g}, expected at least {alarm.limit:g}"
+                of_group.setdefault(alarm.tag, f"{text}; {alarm.remedy}" if remedies else text)
+        found |= {tag: f"{found[tag]}; {text}" if tag in found else text for tag, text in of_group.items()}
     return found
 
 
@@ -314,13 +324,16 @@ def in_tables() -> dict[str, Metric]:
     return {name: metric for name, metric in METRICS.items() if metric.columns}
 
 
-def of_evaluation(groups: Iterable[str], parts: Collection[str]) -> list[str]:
-    """The metrics of a run that evaluates groups of networks on some parts of the images."""
+def of_evaluation(
+    groups: Iterable[str], parts: Collection[str], generated: Iterable[str] = ("generated",)
+) -> list[str]:
+    """The metrics of a run that evaluates groups of networks, some of them of generators, on parts of the images."""
     measured = {name: metric for name, metric in of_networks().items() if metric.part in ("", *parts)}
     values = [f"{n}/{group}_{s}" for group in groups for n, metric in measured.items() for s in metric.statistics]
     whole = {name: metric for name, metric in METRICS.items() if metric.of_group and metric.part in ("", *parts)}
     values += [f"{n}/{group}{suffix}" for group in groups for n, metric in whole.items() for suffix in metric.suffixes]
-    return values + [f"{by_part('similarity')[part]}/{pair}" for part in parts for pair in PAIRS]
+    pairs = [pair.replace("generated", name) for name in generated for pair in PAIRS]
+    return values + [f"{by_part('similarity')[part]}/{pair}" for part in parts for pair in dict.fromkeys(pairs)]
 
 
 def by_part(quantity: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
+from pdiff.experiment import board
 from pdiff.experiment.metrics import (
     MISSING,
     STATISTICS,
@@ -34,6 +35,11 @@ STD = " ± "  # between the two statistics of one column
 
 PUBLISHED_READING = "Published results chose their settings on test images; ours choose on validation images alone."
 READING = {
+    "Leaderboard": (
+        "The first has the largest share of networks that are novel and performant: as accurate as held-out networks, "
+        "and at least half as far from the nearest fitted one; at equal shares accuracy decides. A generator below "
+        "a null arm is not worth its cost. Z_U far below 0 means copies."
+    ),
     "Groups": (
         "A row for each group of networks; hover over a heading for what it measures. The arms below the generated "
         "networks need no generator: a generator has to be better than all of them at the same novelty."
@@ -267,6 +273,7 @@ def report(
             spectrum: group, component, variance_share, rms_ratio.
             layers: group, tensor, mean, std.
             costs: stage, seconds, memory_mb, networks, seconds_per_network, note.
+            board: as of `board.board`, where several generators are compared.
         similarity: IoU of errors of every two networks, (N, N).
         groups: the group of each of these networks, N names, equal ones side by side.
         history: name, step, value of everything that was logged while training.
@@ -325,12 +332,14 @@ OF_GROUPS = {
 
 def _about_groups(figures: Any, tables: Mapping[str, pd.DataFrame]) -> Iterator[Shown]:
     """What decides: the table of groups, the front, distances, and how groups differ in kind."""
+    if "board" in tables:
+        yield Shown("Leaderboard", data=tables["board"], table=board.cells(tables["board"]))
     networks = figures.thinned(tables.get("evaluation", NOTHING))
     if len(networks):
-        board = table(tables["evaluation"])
-        text = cells(board)
+        wide = table(tables["evaluation"])
+        text = cells(wide)
         first = ["group", "networks", *(metric.title(metric.columns[0]) for metric in in_tables().values())]
-        yield Shown("Groups", data=board, table=text[[name for name in first if (text[name] != MISSING).any()]])
+        yield Shown("Groups", data=wide, table=text[[name for name in first if (text[name] != MISSING).any()]])
     if "front" in tables:
         yield Shown("Accuracy against novelty", figures.front(tables["front"], networks), tables["front"])
     yield Shown(

@@ -96,7 +96,7 @@ def verdict(
         found = comparisons[comparisons["group"] == name]
         sentences += [
             _on_originals(groups, found, name, subject),
-            _on_null_arms(groups, evaluation, found, name, subject),
+            _on_null_arms(groups, evaluation, found, name, subject, generated),
             _on_copying(groups, metrics, name, subject),
         ]
     return sentences
@@ -116,7 +116,12 @@ def _on_originals(groups: Mapping[str, Evaluated], found: pd.DataFrame, name: st
 
 
 def _on_null_arms(
-    groups: Mapping[str, Evaluated], evaluation: pd.DataFrame, found: pd.DataFrame, name: str, subject: str
+    groups: Mapping[str, Evaluated],
+    evaluation: pd.DataFrame,
+    found: pd.DataFrame,
+    name: str,
+    subject: str,
+    generated: Sequence[str],
 ) -> str:
     """Whether a generator is better than the best of the null arms that are as new."""
     begin = "Better than the best null arm that is as new?"
@@ -124,7 +129,7 @@ def _on_null_arms(
     if found.empty:
         return f"{begin} That cannot be said: accuracy was not measured."
     if arms.empty:
-        newest = max((novelty[arm] for arm in null_arms(groups, (name,)) if arm in novelty), default=nan)
+        newest = max((novelty[arm] for arm in null_arms(groups, generated) if arm in novelty), default=nan)
         if isnan(newest):
             return f"{begin} That cannot be said: no null arm was evaluated."
         return (

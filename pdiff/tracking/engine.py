@@ -173,10 +173,11 @@ class Pipeline:
     def _remedy(self, stage: str) -> str:
         """How a user heals the damaged artifacts of a stage."""
         tag, same = self.experiment.tag, "the same command with --repair computes it again"
-        if tag not in config.tags():
+        if tag not in config.tags() or self.experiment.audit:
             return same
         changes = [word for key, value in config.changes(self.experiment).items() for word in (f"--{key}", str(value))]
-        command = shlex.join(["pdiff", stages.STAGES[stage].part_of or stage, "--tag", tag, *changes, "--fresh"])
+        whole = next(iter(stages.STAGES[stage].part_of), stage)
+        command = shlex.join(["pdiff", whole, "--tag", tag, *changes, "--fresh"])
         return f"`{command}` or {same}"
 
     def _run(self, stage: str, *, fresh: bool) -> Done:
@@ -186,7 +187,7 @@ class Pipeline:
             resolve(stages.STAGES[stage].run)
         with self.store.open(stage, self.experiment, digest) as run:
             upstream = {
-                name: self.execute(name, fresh=fresh and stages.STAGES[name].part_of == stage)
+                name: self.execute(name, fresh=fresh and stage in stages.STAGES[name].part_of)
                 for name in stages.reads(stage, self.experiment)
             }
             run.tag(identity(stage, digest, upstream))
@@ -211,7 +212,7 @@ class Pipeline:
                 raise
             for name, value in metrics.items():
                 run.log(Point(name, value))
-            warn(run)
+            warn(run, self.experiment)
             # The rest is either the state, or what a killed process left half-written.
             written = sorted(path for path in work.iterdir() if path.name != MANIFEST and path.name[0] != ".")
             run.tag({SEAL: seal(work, written)})
@@ -230,9 +231,9 @@ class Pipeline:
         return partial(launch, function, processes=processes, device=resolve_device(self.experiment.device))
 
 
-def warn(run: Run, *, quiet: bool = False) -> None:
+def warn(run: Run, experiment: Experiment, *, quiet: bool = False) -> None:
     """Report what the metrics of a run warn of, and tag the run with it; `quiet` leaves the report to another run."""
-    if found := alarms(run.done().metrics):
+    if found := alarms(run.done().metrics, experiment.generators, remedies=stages.fits(experiment)):
         run.tag({"pdiff.alarm": ", ".join(found)})
         for text in () if quiet else found.values():
             tqdm.write(f"warning: {text}")
@@ -287,10 +288,10 @@ def main(experiment: Experiment, store: Store, *, fresh: bool = False, repair: b
     """Run all stages under one parent run, to which their metrics are copied, so that parents compare.
 
     Returns:
-        The parent run, with all metrics and the artifacts of `evaluate`.
+        The parent run, with all metrics and the artifacts of `evaluate` or `audit`.
     """
     pipeline = Pipeline(experiment, store, repair=repair)
-    with store.open("main", experiment, pipeline.digests["evaluate"]) as run:
+    with store.open("main", experiment, pipeline.digests[stages.evaluation(experiment)]) as run:
         metrics: Metrics = {}
         for stage in stages.of(experiment):
             done = pipeline.execute(stage, fresh=fresh)
@@ -298,7 +299,7 @@ def main(experiment: Experiment, store: Store, *, fresh: bool = False, repair: b
             metrics |= done.metrics
         for name, value in metrics.items():
             run.log(Point(name, value))
-        warn(run, quiet=True)
-        evaluation = pipeline.known["evaluate"]
+        warn(run, experiment, quiet=True)
+        evaluation = pipeline.known[stages.evaluation(experiment)]
         run.upload([evaluation.folder / name for name in ("report.html", VERDICT)])
     return Done(run.run_id, metrics, lambda: evaluation.folder)

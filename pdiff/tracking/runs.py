@@ -214,7 +214,7 @@ def around(
     """
     if parent:
         mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
-    digest = stages.all_digests(experiment)["evaluate"] if experiment else ""
+    digest = stages.all_digests(experiment)[stages.evaluation(experiment)] if experiment else ""
     with tracked(kind, experiment, digest=digest, label=label, parent=parent, tags=tags) as run:
         token = _inherited.set({name: value for name, value in (tags or {}).items() if name.startswith("pdiff.")})
         try:

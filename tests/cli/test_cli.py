@@ -105,6 +105,9 @@ def test_overrides() -> None:
         ("export --run r --out o", {"run_id": "r", "form": "pth"}),
         ("new t --parameters a.* b --checkpoints c --force", {"tag": "t", "parameters": ["a.*", "b"], "force": True}),
         ("work --study s --role final", {"role": "final"}),
+        ("audit --originals o --generated a=x b=y --fresh", {"generated": ["a=x", "b=y"], "fresh": True}),
+        ("audit --originals o --generated=a=x --generated=b=y --align weights", {"generated": ["a=x", "b=y"]}),
+        ("audit --originals o --generated x --heldout '' --command ''", {"generated": ["x"], "command": ""}),
         ("tags main cifar10", {"words": ["main", "cifar10"]}),
     ],
 )  # fmt: skip

@@ -118,7 +118,7 @@ def toys(monkeypatch, tmp_path):
         return Stage(f"{__name__}:{name}", reads, **{"decided_by": digests.sections("seed"), **options})
 
     table = {
-        "network": toy("network", exists=lambda experiment: not experiment.prepare.source, part_of="collection"),
+        "network": toy("network", exists=lambda experiment: not experiment.prepare.source, part_of=("collection",)),
         "collection": toy("collection", "network"),
         "generator": toy("generator", "collection", decided_by=digests.sections("diffusion")),
         "evaluate": toy("evaluate", "collection", "generator", decided_by=digests.sections("evaluate")),

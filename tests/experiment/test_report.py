@@ -200,3 +200,20 @@ def test_published_numbers_stand_beside_ours():
 def test_report_shows_what_was_published_and_what_was_done_otherwise(whole):
     assert any("dataset.name=<digits>" in text for text in Page(whole).texts["p"])
     assert "Published" not in Page(page()).texts["h2"]
+
+
+def test_runs_are_compared_by_their_generators_and_their_best_arms():
+    runs = {"a <1>": audit(), "b": audit(seed=5) | {"costs": audit()["costs"][:0]}}
+    differences = pd.DataFrame({"key": ["diffusion.steps"], "a <1>": ["1000"], "b": ["2000"]})
+    html = report.compare_page(runs, differences)
+    parsed = Page(html)
+    assert parsed.texts["h2"] == list(report.COMPARING) and {"diffusion.steps", "2000"} <= set(parsed.texts["td"])
+    front, votes, costs, _ = (pd.read_csv(StringIO(text)) for text in downloads(parsed))
+    best = {"generated", *audit()["front"].query("on_front").group}
+    assert 1 < len(best) < 10
+    assert set(front.group) == {f"{label}: {group}" for label in runs for group in best}
+    assert set(votes.group) <= set(front.group) and set(costs.group) == {"a <1>"}
+
+
+def test_runs_of_which_nothing_is_known():
+    assert "h2" not in Page(report.compare_page({"a": {}, "b": {}}, pd.DataFrame())).texts

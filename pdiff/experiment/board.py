@@ -53,7 +53,7 @@ def _numbers(metrics: Mapping[str, float], name: str, part: str) -> dict[str, fl
 
 def cells(table: pd.DataFrame) -> pd.DataFrame:
     """The board as text for people; columns without any number are left out."""
-    (part,) = table["part"].fillna("").unique()
+    part = next((part for part in table["part"] if isinstance(part, str)), "")  # NaN in a file
     headings = {
         "accuracy": f"{part} %",
         "novelty": "novelty",

@@ -245,7 +245,7 @@ def forest(comparisons: pd.DataFrame) -> go.Figure:
         for index, row in rows.iterrows():
             places[index] = len(labels)
             labels.append(f"{row['group']} – {row['against']}")
-    figure = _figure(height=150 + 24 * len(labels))
+    figure = _figure(height=150 + 19 * len(labels))
     shown = comparisons.loc[list(places)].assign(y=list(places.values()))
     shown[["difference", "low", "high"]] *= 100
     for verdict, rows in shown.groupby("verdict", sort=False):

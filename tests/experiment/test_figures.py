@@ -52,6 +52,9 @@ def test_arms_far_below_do_not_squeeze_the_others(tables):
     low, high = figures.front(tables["front"], tables["evaluation"]).layout.yaxis.range
     inside = tables["front"].query("part == 'test'").accuracy.between(low, high)
     assert 0.65 < low < 0.88 and high > 0.91 and inside.mean() > 0.7
+    failed = tables["front"].assign(accuracy=lambda f: f["accuracy"].where(f["group"] != "generated", 0.1))
+    window = figures.front(failed, tables["evaluation"]).layout.yaxis.range
+    assert window is None or window[0] < 0.1, "a generator that fails is seen"
     alike = tables["front"].query("group in ['original', 'generated', 'heldout']")
     assert figures.front(alike, tables["evaluation"]).layout.yaxis.range is None
 

@@ -503,6 +503,7 @@ def _window(values: pd.Series, ends: tuple[float, float] = (0.2, 1)) -> list[flo
         values: one for each group, which is its index; all but null arms are in the range, however far they lie.
         ends: the two quantiles.
     """
+    values = values.dropna()
     needed = [*values.quantile(list(ends)), *(v for group, v in values.items() if not is_null_arm(str(group)))]
     low, high = min(needed, default=0), max(needed, default=0)
     room = high - low

@@ -99,7 +99,7 @@ def front(points: pd.DataFrame, networks: pd.DataFrame, *, looks: Styles | None 
         )
     if figure.data:
         figure.add_vline(1, line={"color": "#808080", "width": 1})
-        figure.update_yaxes(range=_window(points["accuracy"]))
+        figure.update_yaxes(range=_window(points.set_index("group")["accuracy"]))
     figure.update_xaxes(title="novelty (1: as far as held-out networks)", rangemode="tozero")
     return figure.update_yaxes(title=f"{part} accuracy", tickformat=".4~%")
 
@@ -246,7 +246,7 @@ def forest(comparisons: pd.DataFrame) -> go.Figure:
         for index, row in rows.iterrows():
             places[index] = len(labels)
             labels.append(f"{row['group']} – {row['against']}")
-    figure = _figure(height=150 + 24 * len(labels))
+    figure = _figure(height=150 + 19 * len(labels))
     shown = comparisons.loc[list(places)].assign(y=list(places.values()))
     shown[["difference", "low", "high"]] *= 100
     for verdict, rows in shown.groupby("verdict", sort=False):
@@ -255,7 +255,7 @@ def forest(comparisons: pd.DataFrame) -> go.Figure:
         bars = {"error_x": _interval(rows, "difference", low="low", high="high")}
         figure.add_scatter(**_xy(rows, "difference", "y"), **look, **bars, hovertemplate=hover)
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, range=[len(labels) - 0.4, -0.6])
-    figure.update_xaxes(range=_window(shown["difference"], (0.2, 0.8)))
+    figure.update_xaxes(range=_window(shown.set_index("group")["difference"], (0.2, 0.8)))
     return figure.update_xaxes(
         title=f"difference of {part} accuracy, points", zeroline=True, zerolinecolor="#808080", rangemode="tozero"
     )
@@ -504,8 +504,15 @@ def _interval(rows: pd.DataFrame, column: str, *, low: str = "", high: str = "")
 
 
 def _window(values: pd.Series, ends: tuple[float, float] = (0.2, 1)) -> list[float] | None:
-    """The range around these two quantiles, where a few values lie so far off that they would squeeze all others."""
-    low, high = values.quantile(list(ends)) if len(values) else (0, 0)
+    """The range around these two quantiles, where a few values lie so far off that they would squeeze all others.
+
+    Args:
+        values: one for each group, which is its index; all but null arms are in the range, however far they lie.
+        ends: the two quantiles.
+    """
+    values = values.dropna()
+    needed = [*values.quantile(list(ends)), *(v for group, v in values.items() if not is_null_arm(str(group)))]
+    low, high = min(needed, default=0), max(needed, default=0)
     room = high - low
     return [low - room / 2, high + room / 3] if values.max() - values.min() > 3 * room > 0 else None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -141,11 +142,10 @@ def published_table(summary: Mapping[str, float], published: Mapping[str, float]
 
 def comparisons_table(comparisons: pd.DataFrame) -> pd.DataFrame:
     """The comparisons as text: differences with their intervals in points."""
-    accuracy = find("test_accuracy")
-    texts = {end: comparisons[end].map(lambda value: accuracy.text(value, sign="+")) for end in ("low", "high")}
-    difference = comparisons["difference"].map(lambda value: accuracy.text(value, sign="+"))
+    text = partial(find("test_accuracy").text, sign="+")
+    numbers = comparisons[["difference", "low", "high"]].itertuples(index=False)
     shown = comparisons[["group", "against", "question", "part"]].astype(str)
-    shown["difference, points"] = difference.astype(str) + " [" + texts["low"] + ", " + texts["high"] + "]"
+    shown["difference, points"] = [f"{text(middle)} [{text(low)}, {text(high)}]" for middle, low, high in numbers]
     shown["p"] = comparisons["p"].map(lambda p: MISSING if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}")
     return shown.assign(verdict=comparisons["verdict"])
 
@@ -200,20 +200,15 @@ def section(
 
         from pdiff.experiment.figures import PLOTLY_CONFIG
 
-        figure_html = figure.to_html(
+        html = figure.to_html(
             full_html=False,
             include_plotlyjs=False,
             config=PLOTLY_CONFIG,
             div_id=key,
             default_height="min(35rem, 115vw)",  # where the figure has none: as a heat map, which is square
         )
-        html = Markup(figure_html)
+        html = Markup(html)
     return Section(heading, reading, key, html, table, "" if data is None else csv_link(data))
-
-
-def plot(heading: str, reading: str, figure: go.Figure, *, key: str = "") -> Section:
-    """A figure for a page; `key` is its identifier there, the heading by default."""
-    return section(heading, reading, figure, key=key)
 
 
 def csv_link(frame: pd.DataFrame) -> str:

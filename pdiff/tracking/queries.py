@@ -69,13 +69,15 @@ def audits(run_ids: Sequence[str]) -> tuple[dict[str, dict[str, pd.DataFrame]], 
             raise UserError(f"RUN {run_id}: given twice, expected each run once")
         files = [folder / "evaluation.csv", *sorted((folder / "tables").glob("*.csv"))]
         tables[label] = {path.stem: pd.read_csv(path) for path in files}
-        values = {
-            key.removeprefix(CONFIG): value for key, value in record.data.params.items() if key.startswith(CONFIG)
-        }
-        parameters[label] = values
+        parameters[label] = configuration(record)
     frame = pd.DataFrame(parameters).fillna(MISSING)
     differing = frame[frame.nunique(axis=1) > 1]
     return tables, differing.rename_axis("key").reset_index()
+
+
+def configuration(run: Run) -> dict[str, str]:
+    """The configuration of a run, dotted key -> value as text."""
+    return {key.removeprefix(CONFIG): value for key, value in run.data.params.items() if key.startswith(CONFIG)}
 
 
 def log_comparison(tables: Mapping[str, Mapping[str, pd.DataFrame]], differing: pd.DataFrame) -> Done:
@@ -116,9 +118,8 @@ def evaluations() -> dict[str, Result]:
     known, results = config.tags(), {}
     as_it_stands = cache(config.load)
     for run in finished("main", "evaluate"):
-        tag, parameters = run.data.tags["pdiff.tag"], run.data.params
-        values = {key.removeprefix(CONFIG): value for key, value in parameters.items() if key.startswith(CONFIG)}
-        changed = config.changed(as_it_stands(tag), values) if tag in known else {}
+        tag = run.data.tags["pdiff.tag"]
+        changed = config.changed(as_it_stands(tag), configuration(run)) if tag in known else {}
         if tag not in results or (results[tag].changed and not changed):
             results[tag] = Result(tag, published.published(tag), run.data.metrics, changed, run.info.run_id)
     return results

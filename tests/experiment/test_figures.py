@@ -52,6 +52,9 @@ def test_arms_far_below_do_not_squeeze_the_others(tables):
     low, high = figures.front(tables["front"], tables["evaluation"]).layout.yaxis.range
     inside = tables["front"].query("part == 'test'").accuracy.between(low, high)
     assert 0.65 < low < 0.88 and high > 0.91 and inside.mean() > 0.7
+    failed = tables["front"].assign(accuracy=lambda f: f["accuracy"].where(f["group"] != "generated", 0.1))
+    window = figures.front(failed, tables["evaluation"]).layout.yaxis.range
+    assert window is None or window[0] < 0.1, "a generator that fails is seen"
     alike = tables["front"].query("group in ['original', 'generated', 'heldout']")
     assert figures.front(alike, tables["evaluation"]).layout.yaxis.range is None
 
@@ -75,9 +78,9 @@ def test_distances_have_a_row_for_each_group(tables):
 def test_curves_hold_the_numbers_of_their_table(tables, name, x, columns):
     table = tables[name]
     figure = getattr(figures, name)(table)
-    rows = table.query("group == 'generated'")
-    rows = rows.query("part == 'test'") if "part" in rows else rows
-    rows = rows.query("count > 0") if "count" in rows else rows
+    rows = table[table["group"] == "generated"]
+    rows = rows[rows["part"] == "test"] if "part" in rows else rows
+    rows = rows[rows["count"] > 0] if "count" in rows else rows
     traces = [trace for trace in figure.data if trace.name == "generated"]
     assert len(traces) == len(columns) and [trace.showlegend for trace in traces] == [True] + [False] * (
         len(columns) - 1

@@ -65,6 +65,8 @@ AUDITED = {
     "recombined_32": (200, -6.0, 1.05, 1.0),
     "reconstruction": (300, -0.2, 0.15, 0.95),
 }
+FEW = {name: (4, *AUDITED[name][1:]) for name in ("original", "heldout", "generated", "average_16", "gaussian", "swag")}
+"""The same, of few networks."""
 PARTS = {"validation": "val_", "test": ""}
 
 

@@ -348,10 +348,10 @@ def loss_curves(history: pd.DataFrame, *, limit: int = 1000) -> go.Figure:
         limit: at most this many points a curve, evenly chosen.
     """
     history = history.astype({"name": str, "step": float, "value": float})
-    alarms = history["name"].isin(DIAGNOSTICS)
-    shown = history[(history["name"].str.endswith("loss") | alarms) & np.isfinite(history["value"])]
+    curves = history["name"].str.endswith("loss") | history["name"].isin(DIAGNOSTICS)
+    shown = history[curves & np.isfinite(history["value"])]
     shown = shown[shown.groupby("name")["step"].transform("nunique") > 1]
-    plot = shown["name"].where(alarms, shown["name"].str.split("/").str[0])
+    plot = shown["name"].where(shown["name"].isin(DIAGNOSTICS), shown["name"].str.split("/").str[0])
     parts = dict(sorted(shown.groupby(plot, sort=False), key=lambda item: item[0] in DIAGNOSTICS))
     if not parts:
         return _figure()

@@ -27,7 +27,7 @@ from pdiff.method.statistics import hypervolume_interval
 from pdiff.networks.evaluators import Evaluation
 
 BAR = 0.1  # the quantile of the held-out networks' accuracy that a network must reach to be called performant
-FRONT_SIZE = 20  # networks of which a hypervolume is taken
+FRONT_SIZE = 10  # networks of which a hypervolume is taken
 COMPONENTS = 32  # principal components of the Fréchet distance, at most: Gaussians of more need more networks
 
 

@@ -16,12 +16,17 @@ import pandas as pd
 
 from pdiff.experiment import board
 from pdiff.experiment.metrics import (
+    COLORS,
     MISSING,
+    OTHER_COLORS,
     STATISTICS,
     SYMBOLS,
+    Style,
     by_part,
+    family,
     find,
     in_tables,
+    is_null_arm,
     label,
     styles,
 )
@@ -338,7 +343,8 @@ def _about_groups(figures: Any, tables: Mapping[str, pd.DataFrame]) -> Iterator[
     if len(networks):
         wide = table(tables["evaluation"])
         text = cells(wide)
-        yield Shown("Groups", data=wide, table=text.loc[:, (text != MISSING).any()])
+        first = ["group", "networks", *(metric.title(metric.columns[0]) for metric in in_tables().values())]
+        yield Shown("Groups", data=wide, table=text[[name for name in first if (text[name] != MISSING).any()]])
     if "front" in tables:
         yield Shown("Accuracy against novelty", figures.front(tables["front"], networks), tables["front"])
     yield Shown(
@@ -392,3 +398,77 @@ def _about_the_run(
 def some(networks: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Group, index, and those of some columns that there are."""
     return networks[[name for name in ("group", "index", *columns) if name in networks]]
+
+
+# -- several runs
+
+
+COMPARING = {
+    "Accuracy against novelty": (
+        "A colour for each run; generators and the null arms on the front of their run. Bars are 95 % intervals, faint "
+        "points single generated networks. Runs on other data or other originals compare by their distance to their "
+        "own null arms alone."
+    ),
+    "Votes": "Networks that differ gain from voting: compare how much each curve rises, and where it ends.",
+    "Costs": "Seconds of every stage, on a logarithmic axis, a colour for each run.",
+    "Configurations": "The keys in which the runs differ.",
+}
+"""Heading of a section of `compare_page` -> how to read it."""
+
+
+def compare_page(runs: Mapping[str, Mapping[str, pd.DataFrame]], differences: pd.DataFrame) -> str:
+    """Several audits on one page: their fronts, votes and costs, and what differs in their configurations.
+
+    Args:
+        runs: label of a run -> its tables, as `report` takes them; any may be absent or empty.
+        differences: as text, a row for each key that differs, whose name is in the first column, a column for each run.
+    """
+    from pdiff.experiment import figures
+
+    decisive = {label: _decisive(tables) for label, tables in runs.items()}
+    colors = [*COLORS.values(), *OTHER_COLORS]
+    looks = {
+        f"{label}: {group}": Style(colors[k % len(colors)], style.symbol)
+        for k, (label, groups) in enumerate(decisive.items())
+        for group, style in styles(groups).items()
+    }
+    of_runs = {label: Style(colors[k % len(colors)], "circle") for k, label in enumerate(runs)}
+    front, votes, networks = (_joined(runs, name, decisive) for name in ("front", "votes", "evaluation"))
+    networks = networks[~networks["arm"]] if len(networks) else networks
+    spent = [tables["costs"].assign(group=label) for label, tables in runs.items() if "costs" in tables]
+    costs = pd.concat(spent) if spent else NOTHING.assign(stage=[], seconds=[])
+    found = [
+        Shown("Accuracy against novelty", figures.front(front, figures.thinned(networks), looks=looks), front),
+        Shown("Votes", figures.votes(votes, looks=looks), votes),
+        Shown("Costs", figures.costs(costs, looks=of_runs), costs),
+        Shown("Configurations", data=differences, table=differences if len(differences) else None),
+    ]
+    return page(
+        "evaluation",
+        title=f"Comparison of {len(runs)} runs",
+        findings=", ".join(runs),
+        plots=[section(shown.heading, COMPARING[shown.heading], *shown[1:]) for shown in found if shown.something()],
+        config="",
+        lineage=(),
+    )
+
+
+def _decisive(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """The groups of a run that are compared with those of other runs: generators, and the arms on its front."""
+    front = tables.get("front", NOTHING)
+    best = set(front["group"][front["on_front"].astype(bool)]) if "on_front" in front else set()
+    groups = {group for name in ("front", "votes") for group in tables.get(name, NOTHING)["group"]}
+    return sorted(group for group in groups if group in best or family(group) in ("generated", "named"))
+
+
+def _joined(
+    runs: Mapping[str, Mapping[str, pd.DataFrame]], name: str, decisive: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
+    """One table of all runs: rows of their decisive groups, "<label>: <group>", and whether it is a null arm."""
+    parts = []
+    for run, tables in runs.items():
+        rows = tables.get(name, NOTHING)
+        rows = rows[rows["group"].isin(decisive[run])].drop(columns="on_front", errors="ignore")
+        arms = [is_null_arm(group) for group in rows["group"]]
+        parts.append(rows.assign(group=run + ": " + rows["group"].astype(str), arm=arms))
+    return pd.concat([part for part in parts if len(part)] or [NOTHING], ignore_index=True)

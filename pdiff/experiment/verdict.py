@@ -11,13 +11,12 @@ import torch
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import find
 from pdiff.experiment.summary import GENERATED, ORIGINALS
-from pdiff.method.statistics import Replicates, holm, mean_replicates, median_replicates, pareto_front
+from pdiff.method.statistics import Comparison, Replicates, holm, mean_replicates, median_replicates, pareto_front
 from pdiff.seeds import stream
 
 AS_NEW = 0.95  # a null arm is as new as a generator from this share of its novelty on
 COPIES = 0.25  # networks of less novelty are copies, whatever a test says: it may have few held-out networks
 COPYING = -3.0  # Z_U below it: nearer to the fitted networks than held-out ones, beyond chance
-ALPHA = 0.05  # of all comparisons of one audit together (Holm)
 UNJUDGED = ("reconstruction", "trajectory")  # neither generators nor null arms
 
 
@@ -78,7 +77,8 @@ def comparisons_table(
             rows.append((question, name, other, part, found.difference, found.low, found.high, found.p))
     table = pd.DataFrame(rows, columns=columns[:-1])
     table["p"] = holm(table["p"].tolist())
-    table["verdict"] = [_word(p, d) for p, d in zip(table["p"], table["difference"], strict=True)]
+    adjusted = table[list(Comparison._fields)].itertuples(index=False, name=None)
+    table["verdict"] = [Comparison(*row).verdict() for row in adjusted]
     return table
 
 
@@ -191,10 +191,6 @@ def _with_interval(name: str, found: Replicates) -> dict[str, float]:
 def _medians(evaluation: pd.DataFrame, column: str) -> dict[str, float]:
     """Group -> median of a column; nothing where that was not measured."""
     return evaluation.groupby("group")[column].median().dropna().to_dict() if column in evaluation else {}
-
-
-def _word(p: float, difference: float) -> str:
-    return "no difference" if not p < ALPHA else "better" if difference > 0 else "worse"
 
 
 def _mean(group: Evaluated, part: str) -> str:

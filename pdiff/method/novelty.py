@@ -298,28 +298,6 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
     return 1 - agreeing / a.shape[1]
 
 
-def calibration_error(confidence: Tensor, right: Tensor, *, bins: int = 15) -> Tensor:
-    """Expected calibration error of each network.
-
-    sum over bins of |bin| / I |accuracy(bin) - confidence(bin)|, bins ((m - 1)/M, m/M] (Guo et al. 2017, arXiv
-    1706.04599, eq. 3).
-
-    Args:
-        confidence: the probability of the predicted class, in [0, 1], (N, I).
-        right: whether that class is the true one, bool (N, I).
-        bins: M, of equal width.
-
-    Returns:
-        Errors in [0, 1], float64 (N,); NaN without images.
-    """
-    edges = torch.arange(1, bins, dtype=torch.float64, device=confidence.device) / bins
-    sums = torch.zeros(len(confidence), bins, dtype=torch.float64, device=confidence.device)
-    for part in blocks(len(confidence), bytes_each=24 * confidence.shape[1]):
-        probability = confidence[part].double()
-        sums[part].scatter_add_(1, torch.bucketize(probability, edges), right[part].double() - probability)
-    return sums.abs().sum(dim=1) / confidence.shape[1]
-
-
 def novel_and_performant(accuracy: Tensor, novelty: Tensor, *, bar: float, tau: float) -> float:
     """Share of networks that are both good and new (field, section 4): accuracy >= bar and novelty >= tau.
 

@@ -125,7 +125,7 @@ def test_the_yaml_loads_and_says_what_was_asked_for(here, tmp_path, capsys):
     assert experiment == config.load(str(path))
     printed = capsys.readouterr().out
     assert printed.endswith("next        pdiff main --tag mine\n")
-    assert "29 of 46 numbers" in printed and "at most 10" in printed
+    assert "29 of 46 numbers" in printed and "at most 9" in printed
     for row in ("head.weight 4 x 5 float32 20 generated", "temperature 1 float32 1 single"):
         assert row in [" ".join(line.split()) for line in printed.splitlines()]
     text = path.read_text()

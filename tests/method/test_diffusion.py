@@ -238,11 +238,11 @@ def test_a_preview_tells_new_samples_from_copies_and_from_a_collapse(prediction:
     state = torch.get_rng_state()
     good = preview(Ideal(objective, gaussian(1.0, scale)))
     assert good.dispersion == pytest.approx(1, abs=0.15) and good.nearest_ratio == pytest.approx(0.93, abs=0.06)
-    assert good.expected_ratio == pytest.approx(0.93, abs=0.03) and not (good.collapsed or good.memorised)
+    assert good.expected_ratio == pytest.approx(0.93, abs=0.03) and not good.memorised
     copies = preview(Ideal(objective, among(z[:20])))
-    assert copies.nearest_ratio < 0.2 and copies.memorised and not copies.collapsed
+    assert copies.nearest_ratio < 0.2 and copies.memorised and copies.dispersion > 0.8
     collapsed = preview(Ideal(objective, gaussian(1.0, 0.3 * scale)))
-    assert collapsed.dispersion == pytest.approx(0.3, abs=0.1) and collapsed.collapsed and not collapsed.memorised
+    assert 0.1 < collapsed.dispersion < 0.5 and not collapsed.memorised
     assert preview(Ideal(objective, gaussian(1.0, scale))) == good  # the same noise
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -250,9 +250,8 @@ def test_a_preview_tells_new_samples_from_copies_and_from_a_collapse(prediction:
 @pytest.mark.parametrize("z", [torch.randn(1, 3), torch.randn(2, 3), torch.ones(9, 3)])
 def test_too_few_distinct_latents_have_no_diagnostics(z: Tensor) -> None:
     found = Preview(made("flow"), z, seed=0)(Ideal(made("flow"), gaussian(0.0, 1.0)))
-    assert found.metrics() == {} and not (found.collapsed or found.memorised)
+    assert found.metrics() == found.final() == {} and not found.memorised
 
 
-def test_the_limits_of_the_alarms() -> None:
-    assert [Diagnostics(d, 0.9, 0.9).collapsed for d in (0.79, 0.81)] == [True, False]
+def test_copies_are_nearer_than_half_of_what_is_expected() -> None:
     assert [Diagnostics(1.0, r, 0.8).memorised for r in (0.39, 0.41)] == [True, False]

@@ -11,7 +11,6 @@ from torch import Tensor
 from pdiff.method import novelty
 from pdiff.method.novelty import (
     Span,
-    calibration_error,
     data_copying,
     disagreement,
     dispersion,
@@ -271,32 +270,6 @@ def test_disagreement_at_the_edges() -> None:
     assert disagreement(a, a + 255).tolist() == [[1, 1], [1, 1]]
     assert disagreement(a[:, :0], a[:, :0]).isnan().all()
     assert disagreement(a[:0], a).shape == (0, 2)
-
-
-@pytest.mark.parametrize("block", [1, 1 << 26])
-@pytest.mark.parametrize("bins", [1, 10, 15])
-def test_calibration_error_against_a_loop(bins: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(novelty, "BLOCK_BYTES", block)
-    g = torch.Generator().manual_seed(0)
-    confidence, right = torch.rand(3, 200, generator=g).sqrt(), torch.rand(3, 200, generator=g) < 0.6
-    for n, found in enumerate(calibration_error(confidence, right, bins=bins).tolist()):
-        error = 0.0
-        for m in range(bins):
-            inside = [i for i in range(200) if m / bins < confidence[n, i] <= (m + 1) / bins]
-            if inside:
-                mean = confidence[n, inside].double().mean() - right[n, inside].double().mean()
-                error += len(inside) / 200 * abs(mean.item())
-        assert found == pytest.approx(error)
-
-
-def test_calibration_error_of_the_sure_and_of_the_calibrated() -> None:
-    g = torch.Generator().manual_seed(0)
-    right = torch.rand(1, 1000, generator=g) < 0.7
-    share = right.double().mean().item()
-    assert calibration_error(torch.ones(1, 1000), right).item() == pytest.approx(1 - share)
-    assert calibration_error(torch.zeros(1, 1000), right).item() == pytest.approx(share)
-    confidence = torch.rand(1, 100_000, generator=g)
-    assert calibration_error(confidence, torch.rand(1, 100_000, generator=g) < confidence).item() < 0.01
 
 
 def test_novel_and_performant_counts_both() -> None:

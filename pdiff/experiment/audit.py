@@ -55,7 +55,8 @@ def audit(experiment: Experiment, out: Path, log: Log, *, prepare: Path, origina
     if ranks.rank():  # rank 0 has the results of all
         return {}
     upstream = {"prepare": prepare} | ({"originals": originals} if originals else {})
-    notes = [cost_of_a_split(len(fitted), len(apart))] if apart else []
+    largest = max(len(groups[name]) for name in experiment.generators)
+    notes = [cost_of_a_split(len(fitted), len(apart), largest)] if apart else []
     found = summary.evaluated(groups, results, standardizer)
     return write_audit(experiment, out, history, found, experiment.generators, upstream, notes)
 
@@ -91,11 +92,21 @@ def aligned(experiment: Experiment, prepare: Path, groups: Mapping[str, Collecti
     return {name: align(networks, reference, units, seed=seed)[0] for name, networks in groups.items()}
 
 
-def cost_of_a_split(fitted: int, apart: int) -> str:
-    """What it costs that held-out networks were taken from the originals: a sentence for the reader of the verdict."""
-    return (
+def cost_of_a_split(fitted: int, apart: int, generated: int) -> str:
+    """What it costs that held-out networks were taken from the originals, for the reader of the verdict.
+
+    Args:
+        fitted: originals that are left.
+        apart: originals that were set apart.
+        generated: networks of the largest generator.
+    """
+    text = (
         f"Held out: none were given, so {apart} of the {fitted + apart} originals were set apart. A generator that was "
         f"fitted on all of them is flattered: its copies of those {apart} count as new, and the null arms are made of "
-        f"{apart} originals fewer than it has seen. And {apart} networks are few: Z_U and novelty are coarse. "
-        f"Originals that no generator has seen, given as audit.heldout, avoid all of this."
+        f"{apart} originals fewer than it has seen."
     )
+    if generated > 1:
+        pairs = generated * apart
+        least = -pairs / 2 / (pairs * (generated + apart + 1) / 12) ** 0.5  # all distances below those of held-out ones
+        text += f" With {apart} held-out networks Z_U cannot fall below {least:.1f}, whatever was copied."
+    return f"{text} Originals that no generator has seen, given as audit.heldout, avoid this."

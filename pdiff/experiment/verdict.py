@@ -162,8 +162,8 @@ def _on_copying(groups: Mapping[str, Evaluated], metrics: Mapping[str, float], n
             else "further from the fitted networks than held-out ones are"
         )
     text = (
-        f"New, or copied? {subject[0].upper()}{subject[1:]} are {answer}: their distance to the nearest fitted network is "
-        f"{novelty:.2f} of that of held-out ones (Z_U {z_u:.1f})"
+        f"New, or copied? {subject[0].upper()}{subject[1:]} are {answer}: their distance to the nearest fitted network "
+        f"is {novelty:.2f} of that of held-out ones (Z_U {z_u:.1f})"
     )
     shares = [metrics.get(f"{metric}/{name}_0.5") for metric in ("novel_performant", "val_novel_performant")]
     share = next((share for share in shares if share is not None), None)

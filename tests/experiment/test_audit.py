@@ -19,6 +19,7 @@ from pdiff.experiment import board, command_options, config, stages
 from pdiff.experiment.audit import cost_of_a_split
 from pdiff.experiment.metrics import alarms
 from pdiff.method.collection import Collection
+from pdiff.method.novelty import data_copying
 from pdiff.networks.imported.plain import read_collection
 
 FUNCTION = """
@@ -188,7 +189,7 @@ def test_a_tenth_is_set_apart_and_the_cost_is_said(zoo, tmp_path):
     assert "test_accuracy" not in evaluation
     *three, note = (out / "verdict.md").read_text().strip().split("\n\n")
     assert "accuracy was not measured" in three[0] and len(three) == 3
-    assert note == cost_of_a_split(27, 3) and "3 of the 30 originals were set apart" in note
+    assert note == cost_of_a_split(27, 3, 1) and "3 of the 30 originals were set apart" in note
     assert not (out / "tables" / "board.csv").exists()
     assert Collection.load(tmp_path / "prepare" / "checkpoints.safetensors").tensors.keys() == {"0.weight", "2.weight"}
 
@@ -226,6 +227,12 @@ def renamed(name: str) -> str:
     """The name of a tensor in a network that begins with nn.Flatten."""
     index, _, rest = name.partition(".")
     return f"{int(index) + 1}.{rest}"
+
+
+def test_the_smallest_z_u_is_that_of_copies_alone():
+    """With 3 held-out networks it is -2.7, however many copies there are in 20."""
+    least = data_copying(torch.zeros(20), torch.ones(3))
+    assert f"Z_U cannot fall below {least:.1f}," in cost_of_a_split(27, 3, 20)
 
 
 # -- files that cannot be compared

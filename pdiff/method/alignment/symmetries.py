@@ -523,6 +523,8 @@ def _labelled(nested: Any) -> list[_Value]:
 
 def _checked(groups: Groups, network: nn.Module, inputs: Sequence[Any]) -> Groups:
     """Leave alone the groups whose permutation changes the outputs."""
+    if not len(groups):
+        return groups
     state = _random_state(network)
     inputs = [x.double() if _is_tensor(x) and x.is_floating_point() else x for x in inputs]
     before = _outputs(network, state, inputs)
@@ -537,7 +539,7 @@ def _checked(groups: Groups, network: nn.Module, inputs: Sequence[Any]) -> Group
 
 
 def _random_state(network: nn.Module) -> dict[str, Tensor]:
-    """The floating tensors of a network in float64, with noise by which units differ even where all weights are equal."""
+    """The floating tensors of a network in float64, with noise, so that units differ where weights are equal."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for kind, named in (("parameter", network.named_parameters()), ("buffer", network.named_buffers())):

@@ -133,7 +133,7 @@ class Units:
             axis = varying[0] if varying else found.ndim - 1
             self._axes[name, axis] = labels.movedim(axis, 0).flatten(1)[:, 0]
             self._incoming.add((name, axis))
-        for (name, axis), labels in self._axes.items():
+        for (name, _), labels in self._axes.items():
             if name in self._opaque:
                 self.fix(labels, self._opaque[name])
             self.mark(labels, 0, f"they stand on different indices of {name}")

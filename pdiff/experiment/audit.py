@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from pdiff.errors import UserError
 from pdiff.experiment import limits, summary
 from pdiff.experiment.evaluate import baselines, results_of, write_audit
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import base_network, heldout_networks, load_images, original_networks
+from pdiff.experiment.prepared import heldout_networks, original_networks, unit_groups
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.log import Log, measured
@@ -49,7 +47,8 @@ def audit(experiment: Experiment, out: Path, log: Log, *, prepare: Path, origina
             groups = aligned(experiment, prepare, groups)
     standardizer = Standardizer.fit(groups["original"])
     with measured(history, "baselines"):  # one of them is matched to the first generator
-        groups |= baselines(experiment, groups["original"], standardizer, groups[experiment.generators[0]])
+        first = groups[experiment.generators[0]]
+        groups |= baselines(experiment, prepare, groups["original"], standardizer, first)
     with measured(history, "evaluate"):
         results = results_of(experiment, groups, out / STATE, prepare, originals)
     if ranks.rank():  # rank 0 has the results of all
@@ -80,11 +79,8 @@ def aligned(experiment: Experiment, prepare: Path, groups: Mapping[str, Collecti
         UserError: no unit of the architecture is known to be interchangeable.
     """
     from pdiff.method.alignment.matching import align
-    from pdiff.method.alignment.symmetries import permutation_groups
 
-    images = load_images(experiment)
-    example = torch.zeros(1, images.channels, images.image_size, images.image_size)
-    units = permutation_groups(base_network(experiment, images, prepare), example)
+    units = unit_groups(experiment, prepare)
     if not len(units):
         reason = next(iter(units.left_alone.values()), "it has no hidden units")
         raise UserError(f"audit.align weights: nothing to permute in {experiment.network.architecture}: {reason}")

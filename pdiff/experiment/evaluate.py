@@ -15,9 +15,10 @@ from pdiff.experiment import board, config, costs, limits, published, report, su
 from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
-from pdiff.experiment.prepared import evaluator, heldout_networks, original_networks
+from pdiff.experiment.prepared import evaluator, heldout_networks, original_networks, unit_groups
 from pdiff.experiment.schema import Experiment
 from pdiff.files import copy_file, read_json, write_json, write_tensors, write_text
+from pdiff.method.alignment.groups import recombine
 from pdiff.method.baselines import BASELINES, Fitted, available, noise
 from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.generators.base import Generator
@@ -61,8 +62,9 @@ def evaluate(
     standardizer = Standardizer.fit(fitted)
     groups = {"original": fitted} | ({"heldout": heldout} if heldout else {})
     groups["generated"] = Collection.load(generate / "generated.safetensors")
+    generator = Generator.load(train / "generator")
     with measured(history, "baselines"):
-        groups |= baselines(experiment, fitted, standardizer, groups["generated"], Generator.load(train / "generator"))
+        groups |= baselines(experiment, prepare, fitted, standardizer, groups["generated"], generator)
     intermediate = generate / "trajectory.safetensors"
     extra = {"trajectory": Collection.load(intermediate)} if intermediate.exists() else {}
     with measured(history, "evaluate"):
@@ -154,6 +156,7 @@ def _networks(groups: Mapping[str, Evaluated], generated: tuple[str, ...], stage
 
 def baselines(
     experiment: Experiment,
+    prepare: Path,
     originals: Collection,
     standardizer: Standardizer,
     generated: Collection,
@@ -163,6 +166,7 @@ def baselines(
 
     Args:
         experiment: which, and how many.
+        prepare: folder of the base network, whose units are recombined, if there is one.
         originals: what they are made of.
         standardizer: of the originals.
         generated: networks of a generator, to whose distance from the originals one baseline is matched.
@@ -179,8 +183,18 @@ def baselines(
         return standardizer.encode(generator.reconstruct(standardizer.decode(rows), device=device))
 
     distance = nearest_two(squares.sqrt())[0].median().item()
-    compression = reconstruct if generator and generator.compresses else None
-    fitted = Fitted(vectors, standardizer, compression, distance=distance)
+
+    def recombined(parents: Tensor, seed: int) -> Tensor:
+        return standardizer.encode(recombine(originals, parents, units, seed=seed))
+
+    units = unit_groups(experiment, prepare).within(originals.tensors) if experiment.network else ()
+    fitted = Fitted(
+        vectors,
+        standardizer,
+        reconstruct=reconstruct if generator and generator.compresses else None,
+        distance=distance,
+        recombine=recombined if len(units) else None,
+    )
     automatic = settings.baselines == ("auto",)
     chosen = available(len(originals), fitted.parts) if automatic else settings.baselines
     for name in chosen:

@@ -60,10 +60,10 @@ def test_poison_in_the_heldout_networks_changes_nothing_that_is_judged(tiny, tmp
             prepared.original_networks(experiment, prepare),
         )
         generator = Generator.load(made["train"] / "generator")
-        arms = baselines(experiment, originals, Standardizer.fit(originals), generated, generator)
+        arms = baselines(experiment, prepare, originals, Standardizer.fit(originals), generated, generator)
         found.append({"generated": generated, **arms})
     clean, poison = found
-    assert {"reconstruction", "average_16", "gaussian", "noise_matched", "noise_0.05"} < clean.keys()
+    assert {"reconstruction", "average_16", "gaussian", "noise_matched", "noise_0.05", "recombined_4"} < clean.keys()
     for name, networks in clean.items():
         for tensor, stacked in networks.tensors.items():
             assert torch.equal(stacked, poison[name].tensors[tensor]), (name, tensor)

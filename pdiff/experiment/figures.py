@@ -53,6 +53,8 @@ TEMPLATE = go.layout.Template(
 )
 
 
+WIDE = 20  # from this ratio of the largest to the smallest value, or to 1, on an axis is logarithmic
+
 SYMBOLS = {"published": ("circle-open", "diamond-open", "dot"), "ours": ("circle", "diamond", "solid")}
 """Side of the leaderboard -> marker, marker of the difference, line."""
 
@@ -99,8 +101,13 @@ def front(points: pd.DataFrame, networks: pd.DataFrame, *, looks: Styles | None 
         )
     if figure.data:
         figure.add_vline(1, line={"color": "#808080", "width": 1})
-        figure.update_yaxes(range=_window(points.set_index("group")["accuracy"]))
-    figure.update_xaxes(title="novelty (1: as far as held-out networks)", rangemode="tozero")
+        ends = points[["accuracy_low", "accuracy", "accuracy_high"]].stack()  # single networks may lie outside
+        low, high, room = ends.min(), ends.max(), 0.1 * (ends.max() - ends.min())
+        figure.update_yaxes(range=_window(points.set_index("group")["accuracy"]) or [low - room, high + room])
+    wide = points["novelty"].max() > WIDE * points["novelty"].min() > 0 if len(points) else False
+    figure.update_xaxes(
+        title="novelty (1: as far as held-out networks)", rangemode="tozero", type="log" if wide else "-"
+    )
     return figure.update_yaxes(title=f"{part} accuracy", tickformat=".4~%")
 
 
@@ -179,7 +186,8 @@ def spectrum(table: pd.DataFrame) -> go.Figure:
     if figure.data:
         figure.add_hline(1, line={"color": "#808080", "width": 1, "dash": "dot"})
     figure.update_xaxes(title="component", type="log", tickvals=[d * 10**k for k in range(7) for d in (1, 2, 5)])
-    return figure.update_yaxes(title="rms over that of the fitted", rangemode="tozero")
+    wide = len(table) and table["rms_ratio"].max() > WIDE
+    return figure.update_yaxes(title="rms over that of the fitted", rangemode="tozero", type="log" if wide else "-")
 
 
 def votes(table: pd.DataFrame, *, looks: Styles | None = None) -> go.Figure:

@@ -60,9 +60,9 @@ def audits(run_ids: Sequence[str]) -> tuple[dict[str, dict[str, pd.DataFrame]], 
         if evaluated := tags.get("pdiff.evaluate_run") if tags.get("pdiff.stage") == "main" else None:
             folder, _ = artifacts_of(evaluated)
         if not (folder / "evaluation.csv").exists():
+            kind = tags.get("pdiff.stage", "something else")
             raise UserError(
-                f"RUN {run_id}: a run of {tags.get('pdiff.stage', 'something else')} compares no networks, expected one "
-                "of main, evaluate or audit"
+                f"RUN {run_id}: a run of {kind} compares no networks, expected one of main, evaluate or audit"
             )
         label = f"{tags['pdiff.tag']} {record.info.run_id[:8]}"
         if label in tables:

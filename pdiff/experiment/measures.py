@@ -13,7 +13,9 @@ from torch import Tensor
 from pdiff.experiment.metrics import TAUS
 from pdiff.method.collection import Collection
 from pdiff.method.novelty import (
+    Products,
     Span,
+    centered_products,
     data_copying,
     disagreement,
     frechet_distance,
@@ -119,12 +121,17 @@ class Evaluated:
     # -- weights
 
     @cached_property
+    def products(self) -> Products:
+        """Inner products with the fitted networks: the one pass over all numbers that most measures come from."""
+        return centered_products(self.vectors, self.fitted.vectors)
+
+    @cached_property
     def nearest(self) -> tuple[Tensor, Tensor]:
         """Distance of each network to the nearest and to the second nearest fitted one, (N,) each.
 
         Root mean squares over the parameters, in standard deviations of the weights.
         """
-        squares = squared_distances(self.vectors, self.fitted.vectors) / self.vectors.shape[1]
+        squares = self.products.squared_distances() / self.vectors.shape[1]
         return nearest_two(squares.sqrt(), same=self.originals is None)
 
     def novelty(self) -> Tensor | None:
@@ -154,25 +161,31 @@ class Evaluated:
     @cached_property
     def span(self) -> Span:
         """The principal axes of the fitted networks."""
-        return Span.fit(self.vectors) if self.originals is None else self.originals.span
+        return Span.fit(self.vectors, self.products) if self.originals is None else self.originals.span
 
     @cached_property
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """Coordinates on the principal axes of the fitted networks, float64 (N, L), and shares outside of their span."""
+        return self.span.project(self.vectors, self.products)
+
+    @property
     def coordinates(self) -> Tensor:
         """Latents: coordinates on all principal axes of the fitted networks, float64 (N, L)."""
-        return self.span.coordinates(self.vectors)
+        return self.projected[0]
 
     def outside_span(self) -> Tensor:
         """Share of the squared distance from the mean that lies outside the affine span of the fitted, (N,)."""
-        return self.span.outside(self.vectors)
+        return self.projected[1]
 
     def dispersion(self) -> float:
-        """Spread over that of the fitted networks: root mean square distances of two networks; near 0 if all are alike.
+        """Standard deviation over that of the fitted networks: near 0 if all networks of the group are alike.
 
         In the whole space: held-out networks of independent seeds lie mostly outside of the span of the fitted ones.
         """
-        spread, theirs = self.own_distances.sum().item(), self.fitted.own_distances.sum().item()
-        n, m = len(self.vectors), len(self.fitted.vectors)
-        return (spread / (n * (n - 1)) / theirs * m * (m - 1)) ** 0.5 if n > 1 and theirs > 0 else nan
+        if len(self.vectors) < 2:
+            return nan
+        ours, theirs = (x.vectors.var(dim=0).sum(dtype=torch.float64).item() for x in (self, self.fitted))
+        return (ours / theirs) ** 0.5 if theirs > 0 else nan
 
     def frechet(self) -> float:
         """Fréchet distance to the fitted networks on their first principal axes: a diagnostic, not a score."""
@@ -186,13 +199,10 @@ class Evaluated:
         if self.originals is None or len(self.vectors) < 2:
             return {}
         return precision_recall_density_coverage(
-            self.fitted.own_distances, squared_distances(self.vectors, self.fitted.vectors), self.own_distances
+            self.fitted.products.squared_distances(),
+            self.products.squared_distances(),
+            squared_distances(self.vectors, self.vectors),
         )
-
-    @cached_property
-    def own_distances(self) -> Tensor:
-        """Squared distances between the networks of the group, float64 (N, N)."""
-        return squared_distances(self.vectors, self.vectors)
 
     # -- both
 

@@ -32,6 +32,10 @@ class Products(NamedTuple):
     b: Tensor
     center: Tensor
 
+    def squared_distances(self) -> Tensor:
+        """Squared distances, float64 (A, B); see the function of that name."""
+        return (self.a[:, None] + self.b - 2 * self.inner).clamp(min=0)
+
 
 def centered_products(a: Tensor, b: Tensor) -> Products:
     """Inner products of vectors about the mean of b, summed over blocks of columns.
@@ -76,8 +80,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Squared distances, float64 (A, B), never below 0.
     """
-    inner, norms_a, norms_b, _ = centered_products(a, b)
-    return (norms_a[:, None] + norms_b - 2 * inner).clamp(min=0)
+    return centered_products(a, b).squared_distances()
 
 
 def nearest_two(distances: Tensor, *, same: bool = False) -> tuple[Tensor, Tensor]:
@@ -184,14 +187,14 @@ class Span:
         self._weights = eigenvectors / eigenvalues.sqrt()
 
     @classmethod
-    def fit(cls, x: Tensor) -> Span:
-        """Principal axes of vectors (N, D), of any device.
+    def fit(cls, x: Tensor, products: Products | None = None) -> Span:
+        """Principal axes of vectors (N, D), of any device; `products` are those of x with itself, where they are known.
 
         An axis counts if its value exceeds what rounding alone may yield: the largest value times N eps of float64,
         and eps^2 of the numbers' type times the largest value of noise of their size, (sqrt(N) + sqrt(D))^2 times
         their mean square (Davidson & Szarek 2001, theorem II.13).
         """
-        gram, norms, _, center = centered_products(x, x)
+        gram, norms, _, center = products or centered_products(x, x)
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0), vectors.flip(1)
         n, d = x.shape
@@ -200,18 +203,19 @@ class Span:
         rank = int((values > rounding).sum())
         return cls(x, values[:rank], vectors[:, :rank])
 
-    def project(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, y: Tensor, products: Products | None = None) -> tuple[Tensor, Tensor]:
         """Coordinates of vectors on the axes, and the share of each that lies outside; one pass over both sets.
 
         Args:
             y: vectors (M, D).
+            products: of y with the fitted vectors, where they are known.
 
         Returns:
             Coordinates float64 (M, L); and float64 (M,), the share of the squared distance from the mean of the fitted
             vectors that lies outside their affine span: 0 for averages and mixes of them, 1 for what is orthogonal.
             What rounding explains counts as 0: N eps^2 of the numbers' type, times their squares.
         """
-        inner, norms, _, center = centered_products(y, self.x)
+        inner, norms, _, center = products or centered_products(y, self.x)
         coordinates = inner @ self._weights
         outside = norms - coordinates.square().sum(dim=1)
         rounding = len(self.x) * torch.finfo(y.dtype).eps ** 2 * (norms + center)

@@ -165,7 +165,7 @@ class Evaluated:
 
     @cached_property
     def projected(self) -> tuple[Tensor, Tensor]:
-        """Coordinates on the principal axes of the fitted networks, float64 (N, L), and shares outside of their span."""
+        """Coordinates on the principal axes of the fitted ones, float64 (N, L), and shares outside of their span."""
         return self.span.project(self.vectors, self.products)
 
     @property

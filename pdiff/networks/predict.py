@@ -169,7 +169,10 @@ class _Share:
 def _add_product(total: Tensor, weights: Tensor, rows: Tensor) -> None:
     """Add weights (V, k) @ rows (k, n) to a total (V, n); of few rows most weights are zero, and left out."""
     some = weights.any(dim=1).nonzero()[:, 0]
-    total.index_add_(0, some.to(total.device), weights[some].to(total.device) @ rows)
+    if len(some) == len(total):
+        total.addmm_(weights.to(total.device), rows)
+    else:
+        total.index_add_(0, some.to(total.device), weights[some].to(total.device) @ rows)
 
 
 def _softmax_scores(logits: Tensor, labels: Tensor) -> tuple[Scores, Tensor]:

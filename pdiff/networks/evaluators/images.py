@@ -78,7 +78,7 @@ class ImagesEvaluator:
             expected[f"{part}.reliability"] = f"float64 {(rows, BINS, 3)}"
         forms = {
             name: f"{'classes' if tensor.dtype in CLASSES else str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
-            for name, tensor in sorted(tensors.items())
+            for name, tensor in tensors.items()
         }
         if forms != expected:
             raise UserError(
@@ -120,7 +120,7 @@ class ImagesEvaluator:
 
 
 def _listed(forms: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {form}" for name, form in forms.items()) or "nothing"
+    return ", ".join(f"{name} {form}" for name, form in sorted(forms.items())) or "nothing"
 
 
 def reliability(confidence: Tensor, right: Tensor, *, bins: int = BINS) -> Tensor:

@@ -21,7 +21,7 @@ NAMED = re.compile(r"([^=/\\]*)=(.*)", re.DOTALL)
 
 
 def tree(given: config.Tree, overrides: Mapping[str, str]) -> config.Tree:
-    """The sections of an experiment, with overrides and without empty values.
+    """The sections of an experiment: what options give, without those that are empty, and overrides.
 
     Args:
         given: section -> key -> value; `dataset` and `network` among them.
@@ -30,12 +30,12 @@ def tree(given: config.Tree, overrides: Mapping[str, str]) -> config.Tree:
     Raises:
         UserError: a data set without an architecture, or the other way round.
     """
-    found = deepcopy(given)
+    found = {
+        section: {key: deepcopy(value) for key, value in values.items() if value not in ("", [])}
+        for section, values in given.items()
+    }
     for key, text in overrides.items():
         config.put(found, {}, key, text)
-    for section, values in found.items():
-        if isinstance(values, dict):
-            found[section] = {key: value for key, value in values.items() if value not in ("", [])}
     if bool(found["dataset"]) != bool(found["network"]):
         raise UserError("--dataset and --architecture belong together: one is given without the other")
     return found

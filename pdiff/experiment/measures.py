@@ -25,8 +25,9 @@ from pdiff.method.novelty import (
     squared_distances,
 )
 from pdiff.method.similarity import maxima_without_self, wrong_iou
-from pdiff.method.statistics import hypervolume_interval
+from pdiff.method.statistics import Replicates, hypervolume_interval, mean_replicates, median_replicates
 from pdiff.networks.evaluators import Evaluation
+from pdiff.seeds import stream
 
 BAR = 0.1  # the quantile of the held-out networks' accuracy that a network must reach to be called performant
 FRONT_SIZE = 10  # networks of which a hypervolume is taken
@@ -84,9 +85,25 @@ class Evaluated:
         return self.results[part].ece if part in self.results else None
 
     def votes(self, part: str, what: str) -> dict[str, float]:
-        """ "_<m>" -> what soft votes of m networks reach on average: accuracy, nll or ece."""
+        """Suffix "_<m>" -> what soft votes of m networks reach on average: accuracy, nll or ece."""
         votes = self.results[part].votes if part in self.results else None
         return {f"_{m}": getattr(vote, what).mean().item() for m, vote in (votes or {}).items()}
+
+    @property
+    def last_part(self) -> str | None:
+        """The part of the images that groups are compared on: test, where test images were used."""
+        return next(reversed(self.results), None)
+
+    @cached_property
+    def mean_accuracy(self) -> Replicates:
+        """Mean accuracy on the last part, and its bootstrap replicates, on the same images in all groups."""
+        result = self.results[self.last_part]
+        return mean_replicates(result.accuracy if result.wrong is None else ~result.wrong, seed=stream(0, self.name))
+
+    @cached_property
+    def median_novelty(self) -> Replicates:
+        """Median novelty, and its bootstrap replicates; only where there are held-out networks."""
+        return median_replicates(self.novelty(), seed=stream(0, self.name))
 
     # -- predictions
 
@@ -207,7 +224,7 @@ class Evaluated:
     # -- both
 
     def novel_and_performant(self, part: str) -> dict[str, float]:
-        """ "_<tau>" -> share of networks that are as accurate as held-out ones, and at least tau times as new.
+        """Suffix "_<tau>" -> share of networks that are as accurate as held-out ones, and at least tau times as new.
 
         As accurate: not below the 10th percentile of the held-out networks' accuracy.
         """

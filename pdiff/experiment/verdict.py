@@ -11,8 +11,7 @@ import torch
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import find
 from pdiff.experiment.summary import GENERATED, ORIGINALS
-from pdiff.method.statistics import Comparison, Replicates, holm, mean_replicates, median_replicates, pareto_front
-from pdiff.seeds import stream
+from pdiff.method.statistics import Comparison, Replicates, holm, pareto_front
 
 AS_NEW = 0.95  # a null arm is as new as a generator from this share of its novelty on
 COPIES = 0.25  # networks of less novelty are copies, whatever a test says: it may have few held-out networks
@@ -27,22 +26,19 @@ def null_arms(groups: Mapping[str, Evaluated], generated: Sequence[str] = GENERA
 
 def front_table(groups: Mapping[str, Evaluated], evaluation: pd.DataFrame, generated: Sequence[str]) -> pd.DataFrame:
     """Accuracy and novelty of every group, with 95 % intervals; and whether it is on the front of the null arms."""
-    part = _part(groups)
+    part = groups["original"].last_part
     if part is None or "novelty" not in evaluation:
         return pd.DataFrame()
-    rows = []
-    for name, group in groups.items():
-        novelty = median_replicates(group.novelty(), seed=stream(0, name))
-        rows.append(
-            {
-                "group": name,
-                "networks": len(group.networks),
-                "part": part,
-                **_with_interval("accuracy", _accuracy(group, part)),
-                **_with_interval("novelty", novelty),
-            }
-        )
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(
+        {
+            "group": name,
+            "networks": len(group.networks),
+            "part": part,
+            **_with_interval("accuracy", group.mean_accuracy),
+            **_with_interval("novelty", group.median_novelty),
+        }
+        for name, group in groups.items()
+    )
     arms = table["group"].isin(null_arms(groups, generated))
     points = torch.tensor(table.loc[arms, ["novelty", "accuracy"]].to_numpy())
     table["on_front"] = False
@@ -58,14 +54,13 @@ def comparisons_table(
     Differences of mean accuracy, with 95 % intervals of the bootstrap over networks and images; the p-values are
     adjusted by Holm's method for all comparisons together.
     """
-    part = _part(groups)
+    part = groups["original"].last_part
     columns = ["question", "group", "against", "part", "difference", "low", "high", "p", "verdict"]
     if part is None:
         return pd.DataFrame(columns=columns)
     novelty = _medians(evaluation, "novelty")
     rows = []
     for name in generated:
-        ours = _accuracy(groups[name], part)
         against = [("originals", other) for other in ORIGINALS if other in groups]
         as_new = [
             other
@@ -73,7 +68,7 @@ def comparisons_table(
             if isnan(novelty.get(name, nan)) or novelty[other] >= AS_NEW * novelty[name]
         ]
         for question, other in against + [("null arms", other) for other in as_new]:
-            found = ours.compare(_accuracy(groups[other], part))
+            found = groups[name].mean_accuracy.compare(groups[other].mean_accuracy)
             rows.append((question, name, other, part, found.difference, found.low, found.high, found.p))
     table = pd.DataFrame(rows, columns=columns[:-1])
     table["p"] = holm(table["p"].tolist())
@@ -170,17 +165,6 @@ def _on_copying(groups: Mapping[str, Evaluated], metrics: Mapping[str, float], n
     if share is not None:
         text += f"; {share:.0%} of them are as accurate as held-out networks and at least half as new"
     return text + "."
-
-
-def _part(groups: Mapping[str, Evaluated]) -> str | None:
-    """The part of the images that groups are compared on: test, where test images were used."""
-    return next(reversed(groups["original"].results), None)
-
-
-def _accuracy(group: Evaluated, part: str) -> Replicates:
-    """The mean accuracy of a group, and its bootstrap replicates, on the same images in all groups."""
-    result = group.results[part]
-    return mean_replicates(result.accuracy if result.wrong is None else ~result.wrong, seed=stream(0, group.name))
 
 
 def _with_interval(name: str, found: Replicates) -> dict[str, float]:

@@ -230,8 +230,8 @@ def renamed(name: str) -> str:
 
 
 def test_the_smallest_z_u_is_that_of_copies_alone():
-    """With 3 held-out networks it is -2.7, however many copies there are in 20."""
-    least = data_copying(torch.zeros(20), torch.ones(3))
+    """Every distance of 20 networks below those of 3 held-out ones."""
+    least = data_copying(torch.arange(20.0), 100 + torch.arange(3.0))
     assert f"Z_U cannot fall below {least:.1f}," in cost_of_a_split(27, 3, 20)
 
 

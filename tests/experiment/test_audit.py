@@ -285,7 +285,7 @@ def test_networks_of_another_layout_are_refused(zoo, tmp_path, role, change, exp
         ("--originals fresh --generated copies --align weights", "audit.align weights: needs dataset and network"),
         ("--originals fresh --generated copies --align sideways", "'sideways' is not one of 'none', 'weights'"),
         ("--originals fresh --generated copies --evaluate.nose 1", "evaluate.nose: unknown key; did you mean"),
-        ("--originals fresh --generated ~nobody/x", "there is no such home folder"),
+        ("--originals fresh --generated ~no_such_user/x", "there is no such home folder"),
         (
             "--originals fresh --generated copies --heldout averages --prepare.heldout 0.2",
             "prepare.heldout must be 0 where audit.heldout gives the held-out ones, but got 0.2",

@@ -19,7 +19,7 @@ from pdiff.cli.app import (
 )
 from pdiff.cli.stages import execute
 
-EXAMPLE = "audit --originals checkpoints --generated ours=out1 theirs=out2 --dataset digits --architecture mlp"
+EXAMPLE = "audit --originals trained --generated ours=made theirs=others"
 
 
 @command(RUNS, EXAMPLE, kind=ResumableCommand)

@@ -230,8 +230,8 @@ def renamed(name: str) -> str:
 
 
 def test_the_smallest_z_u_is_that_of_copies_alone():
-    """With 3 held-out networks it is -2.7, however many copies there are in 20."""
-    least = data_copying(torch.zeros(20), torch.ones(3))
+    """Every distance of 20 networks below those of 3 held-out ones."""
+    least = data_copying(torch.arange(20.0), 100 + torch.arange(3.0))
     assert f"Z_U cannot fall below {least:.1f}," in cost_of_a_split(27, 3, 20)
 
 
@@ -285,7 +285,7 @@ def test_networks_of_another_layout_are_refused(zoo, tmp_path, role, change, exp
         ("--originals fresh --generated copies --align weights", "audit.align weights: needs dataset and network"),
         ("--originals fresh --generated copies --align sideways", "'sideways' is not one of 'none', 'weights'"),
         ("--originals fresh --generated copies --evaluate.nose 1", "evaluate.nose: unknown key; did you mean"),
-        ("--originals fresh --generated ~nobody/x", "there is no such home folder"),
+        ("--originals fresh --generated ~no_such_user/x", "there is no such home folder"),
         (
             "--originals fresh --generated copies --heldout averages --prepare.heldout 0.2",
             "prepare.heldout must be 0 where audit.heldout gives the held-out ones, but got 0.2",

@@ -128,17 +128,6 @@ def noise(scale: float) -> Baseline:
     return Baseline(f"noise_{scale:g}", "pdiff.method.null_arms:noise", description, options={"scale": scale})
 
 
-def noisy(
-    collection: collection.Collection, standardizer: Standardizer, *, scale: float, seed: int
-) -> collection.Collection:
-    """Originals whose standardised tensors get N(0, scale^2) (method, section 5)."""
-    import torch
-
-    vectors = standardizer.encode(collection)
-    generator = torch.Generator().manual_seed(seed)
-    return standardizer.decode(vectors + scale * torch.randn(vectors.shape, generator=generator))
-
-
 def available(originals: int, parts: Collection[str] = ()) -> list[str]:
     """Names of the baselines that can be made of so many originals and of these parts."""
     return [name for name, baseline in BASELINES.items() if not baseline.unmet(originals, parts)]

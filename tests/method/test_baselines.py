@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pdiff.method import null_arms
-from pdiff.method.baselines import BASELINES, Fitted, available, noise, noisy
+from pdiff.method.baselines import BASELINES, Fitted, available, noise
 from pdiff.method.collection import Collection
 from pdiff.method.novelty import nearest_two, squared_distances
 from pdiff.method.standardize import Standardizer
@@ -324,21 +324,11 @@ def test_noise_has_its_scale_in_standardised_units(scale: float) -> None:
     of_arm = noise(scale).make(Fitted(originals, standardizer), 20, 1)
     origins = distances(of_arm, originals).argmin(dim=1)
     assert sorted(origins.tolist()) == list(range(20))
-    of_collection = standardizer.encode(noisy(collection, standardizer, scale=scale, seed=1))
-    for added in (of_arm - originals[origins], of_collection - originals):
-        for part in added.split([300, 400, 200], dim=1):
-            assert part.std().item() == pytest.approx(scale, rel=0.05, abs=1e-5)
-            assert part.mean().item() == pytest.approx(0, abs=5 * scale / part.numel() ** 0.5 + 1e-5)
-        assert scale == 0 or torch.pdist(added).min() > scale  # every network gets noise of its own
-
-
-def test_noise_follows_its_seed(mixed: Collection) -> None:
-    standardizer = Standardizer.fit(mixed)
-    one, again, other = (noisy(mixed, standardizer, scale=0.1, seed=seed) for seed in (1, 1, 2))
-    assert list(one.tensors) == list(mixed.tensors)
-    assert torch.equal(one.tensors["weight"], again.tensors["weight"])
-    assert not torch.equal(one.tensors["weight"], other.tensors["weight"])
-    assert set(one.tensors["norm.num_batches_tracked"].tolist()) == {10}
+    added = of_arm - originals[origins]
+    for part in added.split([300, 400, 200], dim=1):
+        assert part.std().item() == pytest.approx(scale, rel=0.05, abs=1e-5)
+        assert part.mean().item() == pytest.approx(0, abs=5 * scale / part.numel() ** 0.5 + 1e-5)
+    assert scale == 0 or torch.pdist(added).min() > scale  # every network gets noise of its own
 
 
 @pytest.mark.parametrize("distance", [0.01, 0.3, 2.0])

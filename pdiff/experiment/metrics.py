@@ -275,6 +275,7 @@ class Alarm(NamedTuple):
     remedy: str
 
 
+COPIES = 0.25  # networks of less novelty are copies
 FEWER = "a lower autoencoder.latent_size or diffusion.learning_rate, or more diffusion.steps may help"
 NEWER = "fewer diffusion.steps, diffusion.stop_on memorising or more checkpoints may help"
 ALARMS = (
@@ -282,6 +283,7 @@ ALARMS = (
     Alarm("collapsed", "dispersion/{group}", 0.8, FEWER),
     Alarm("memorising", "diffusion/final_nearest_ratio", 0.5, NEWER),
     Alarm("memorising", "z_u/{group}", -3.0, NEWER),
+    Alarm("memorising", "novelty/{group}_median", COPIES, NEWER),  # of few held-out networks Z_U cannot tell copies
 )
 """What a run is tagged with: samples hardly differ from each other; samples are near copies of fitted networks."""
 

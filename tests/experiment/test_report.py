@@ -123,7 +123,7 @@ def test_sections_stand_in_their_order(whole):
     parsed = Page(whole)
     assert parsed.texts["h2"] == [*report.READING, "Lineage"]
     plots = [value for name, value in parsed.attributes if name == "class" and value == "plotly-graph-div"]
-    assert len(plots) == len(report.READING) - 2, "the groups and what was published are tables"
+    assert len(plots) == len(report.READING) - 3, "leaderboard, groups, and what was published are tables"
     assert whole.count('"modeBarButtons": [["toImage", ') == len(plots)
     anchors = {value for name, value in parsed.attributes if name == "href" and value.startswith("#")}
     assert anchors <= {f"#{value}" for name, value in parsed.attributes if name == "id"}

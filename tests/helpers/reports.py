@@ -7,6 +7,8 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 
+from pdiff.experiment import board
+
 MEASURES = ["val_accuracy", "test_accuracy", "max_similarity", "nearest_distance"]
 ACCURACIES = {
     "original": [0.90, 0.92, 0.94],
@@ -141,7 +143,9 @@ def audit(groups: Mapping[str, tuple] = AUDITED, *, seed: int = 0) -> dict[str, 
     costs += [("evaluate", 214.0, 2105, 4661), ("training as many originals", 12300.0, float("nan"), 200)]
     measured = ["accuracy", "accuracy_low", "accuracy_high", "novelty", "novelty_low", "novelty_high"]
     question = ["question", "group", "against", "part", "difference", "low", "high", "p", "verdict"]
+    means = {f"test_accuracy/{group}_mean": 0.9 + gain / 100 for group, (_, gain, *_) in groups.items()}
     return {
+        "board": board.board(means, groups, ["generated"]),
         "evaluation": networks,
         "front": with_front(pd.DataFrame(front, columns=["group", "networks", "part", *measured])),
         "comparisons": pd.DataFrame(found, columns=question).sort_values("question", kind="stable"),

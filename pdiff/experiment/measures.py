@@ -30,7 +30,7 @@ from pdiff.networks.evaluators import Evaluation
 from pdiff.seeds import stream
 
 BAR = 0.1  # the quantile of the held-out networks' accuracy that a network must reach to be called performant
-FRONT_SIZE = 10  # networks of which a hypervolume is taken
+FRONT_SIZE = 6  # networks of which a hypervolume is taken: a quarter of the smallest groups, or the mean is too low
 COMPONENTS = 32  # principal components of the Fréchet distance, at most: Gaussians of more need more networks
 
 

@@ -92,7 +92,7 @@ class Evaluate(Section):
     kind: str = "auto"
     noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
     baselines: Annotated[tuple[str, ...], Several] = ("auto",)
-    baseline_count: Positive = 50
+    baseline_count: Positive = 25
 
     @field_validator("noise")
     @classmethod

@@ -93,6 +93,15 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
 
     assert pdiff(["main", "--tag", "tiny.yaml", "--generate.count", "5"]) == 0
     assert capsys.readouterr().out.count("reusing run") == 4
+    first, second = (run.info.run_id for run in runs("main"))
+    assert pdiff(["compare", first[:8], second]) == 0
+    printed = capsys.readouterr().out
+    assert ["generate.count", "8", "5"] in [line.split() for line in printed.splitlines()]
+    page = (artifacts(runs("compare")[0]) / "comparison.html").read_text()
+    assert f"tiny {first[:8]}: generated" in page and f"tiny {second[:8]}: generated" in page
+    assert pdiff(["compare", first, first[:9]]) == pdiff(["compare", first, runs("train")[0].info.run_id]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "given twice" in lines[0] and "a run of train compares no networks" in lines[1]
     counts = {"pretrain": 1, "prepare": 1, "train": 1, "generate": 2, "originals": 1, "evaluate": 2}
     assert {stage: len(runs(stage)) for stage in STAGES} == counts
     assert pdiff(["generate", "--tag", "tiny.yaml", "--fresh"]) == 0

@@ -8,8 +8,10 @@ from pdiff.experiment.history import HEADER
 HISTORIES = {
     "pretrain": [("seconds/pretrain", 0, 0.0), ("seconds/pretrain", 1, 40.0), ("memory_mb/pretrain", 0, 300.0)],
     "prepare": [("seconds/collect", 1, 20.0), ("collect/loss", 7, 0.5), ("memory_mb/collect", 0, 200.0)],
-    "train": [("seconds/autoencoder", 1, 2.0), ("memory_mb/autoencoder", 0, 500.0)]
-    + [("seconds/diffusion", 1, 3.0), ("memory_mb/diffusion", 0, 400.0)],
+    "train": [
+        *(("seconds/autoencoder", 1, 2.0), ("memory_mb/autoencoder", 0, 500.0)),
+        *(("seconds/diffusion", 1, 3.0), ("memory_mb/diffusion", 0, 400.0)),
+    ],
     "generate": [("seconds/generate", 1, 1.0), ("memory_mb/generate", 0, 100.0)],
 }
 

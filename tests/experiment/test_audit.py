@@ -406,7 +406,7 @@ def test_folders_of_a_plain_script_are_audited_with_one_command(workspace, capsy
     assert run.data.tags["pdiff.tag"] == "audit_trained" and run.info.run_name == "audit_trained audit"
     assert run.data.tags["pdiff.alarm"] == "memorising"
     assert run.data.params["config.audit.generated.other"] == "others"
-    assert run.data.metrics["novelty/copied_median"] == 0 and run.data.metrics["test_accuracy/other_mean"] > 0.5
+    assert run.data.metrics["novelty/copied_median"] == 0 and run.data.metrics["test_accuracy/other_mean"] > 0.2
     note = run.data.tags["mlflow.note.content"]
     assert "The networks of copied are copies" in note and "2 of the 20 originals were set apart" in note
     assert note in printed and "other" in printed and str(artifacts(run) / "report.html") in printed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,7 +76,7 @@ class Command(TyperCommand):
             else:
                 values = [] if equals else rest[:1]
                 del rest[: len(values)]
-                if option and not ctx.resilient_parsing:
+                if option and not (option.multiple or ctx.resilient_parsing):
                     _put_once(given, name[2:], value if equals else "".join(values))
                 (words if option else keys).extend([word, *values])
         return words, keys
@@ -163,6 +165,52 @@ TAG: dict[str, Any] = {
 }
 Tag = Annotated[str, typer.Option(**TAG)]
 TagArgument = Annotated[str, typer.Argument(**TAG)]
+
+
+def complete_datasets() -> list[str]:
+    """The names of data sets."""
+    from pdiff.networks.datasets import DATASETS
+
+    return list(DATASETS)
+
+
+def at_home(path: Path | str | None) -> Any:
+    """A path, unless it starts in a home folder that does not exist."""
+    if os.path.expanduser(path or "").startswith("~"):
+        raise typer.BadParameter(f"there is no home folder {str(path).partition('/')[0]}")
+    return path
+
+
+Dataset = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What the networks were trained on, if it is one of pdiff's data sets.",
+        show_default=False,
+        autocompletion=complete_datasets,
+    ),
+]
+Architecture = Annotated[
+    str, typer.Option(metavar="NAME", help="Of the networks: pdiff's, timm's, or file.py:function.", show_default=False)
+]
+Shell = Annotated[
+    str,
+    typer.Option(
+        "--command",
+        metavar="TEXT",
+        help='Prints the accuracy of a file, such as "python test.py {checkpoint}".',
+        show_default=False,
+    ),
+]
+Function = Annotated[
+    str,
+    typer.Option(
+        callback=at_home,
+        metavar="FILE.PY:NAME",
+        help="Takes a state dict, returns predictions and labels.",
+        show_default=False,
+    ),
+]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", show_default=False)]
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pdiff.cli.app import EXPERIMENTS, ConfigurableCommand, TagArgument, Words, command, overrides
+from pdiff.cli.app import (
+    EXPERIMENTS,
+    Architecture,
+    ConfigurableCommand,
+    Dataset,
+    Function,
+    Shell,
+    TagArgument,
+    Words,
+    at_home,
+    command,
+    overrides,
+)
 from pdiff.cli.tables import print_frame, print_table
 
 
@@ -56,20 +67,6 @@ def memory(
         print(*memory.peaks(needs), sep="\n")
 
 
-def complete_datasets() -> list[str]:
-    """The names of data sets."""
-    from pdiff.networks.datasets import DATASETS
-
-    return list(DATASETS)
-
-
-def _at_home(path: Path | str | None) -> Any:
-    """A path, unless it starts in a home folder that does not exist."""
-    if os.path.expanduser(path or "").startswith("~"):
-        raise typer.BadParameter(f"there is no home folder {str(path).partition('/')[0]}")
-    return path
-
-
 @command(EXPERIMENTS, "new my_tag --checkpoints FOLDER --generate.count 100", kind=ConfigurableCommand)
 def new(
     ctx: typer.Context,
@@ -78,7 +75,7 @@ def new(
         Path,
         typer.Option(
             metavar="DIR",
-            callback=_at_home,
+            callback=at_home,
             help="Folder of .pth, .pt or .safetensors files, one state dict each; "
             "or a folder with them in checkpoint/ and a test.py.",
         ),
@@ -86,47 +83,20 @@ def new(
     out: Annotated[
         Path | None,
         typer.Option(
-            callback=_at_home,
+            callback=at_home,
             metavar="FOLDER",
             help="Where TAG.yaml is written. Default: experiments/own.",
             show_default=False,
         ),
     ] = None,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="What the networks were trained on, if it is one of pdiff's data sets.",
-            show_default=False,
-            autocompletion=complete_datasets,
-        ),
-    ] = "",
-    architecture: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Of the networks: pdiff's, timm's, or file.py:function.", show_default=False),
-    ] = "",
+    dataset: Dataset = "",
+    architecture: Architecture = "",
     parameters: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN...", help="What to generate. Default: what varies.", show_default=False),
     ] = None,
-    shell: Annotated[
-        str,
-        typer.Option(
-            "--command",
-            metavar="TEXT",
-            help='Prints the accuracy of a file, such as "python test.py {checkpoint}".',
-            show_default=False,
-        ),
-    ] = "",
-    function: Annotated[
-        str,
-        typer.Option(
-            callback=_at_home,
-            metavar="FILE.PY:NAME",
-            help="Takes a state dict, returns predictions and labels.",
-            show_default=False,
-        ),
-    ] = "",
+    shell: Shell = "",
+    function: Function = "",
     force: Annotated[bool, typer.Option("--force", help="Write over an experiment of this name.")] = False,
 ) -> None:
     """Make an experiment of your checkpoint files: inspect them, propose settings, write the YAML."""

@@ -16,14 +16,43 @@ NETWORKS = {"prepare": "checkpoints", "generate": "generated"}
 
 
 @command(RESULTS, "compare")
-def compare() -> None:
-    """Print all finished runs of main side by side: test accuracy in percent, similarity, seconds."""
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs of main, evaluate or audit, at least two.", show_default=False),
+    ] = None,
+) -> None:
+    """Print all finished runs of main side by side: test accuracy in percent, similarity, seconds.
+
+    With two RUNs or more, write a page that compares what they have found: accuracy against novelty, votes, costs, and
+    what differs in their configurations.
+    """
+    if runs:
+        _compare(runs)
+        return
     from pdiff.experiment import metrics
     from pdiff.tracking import queries, store
 
     with store.existing() as found:
         table = queries.compare() if found else None
     print("no finished run of main") if table is None or table.empty else print_frame(metrics.readable(table))
+
+
+def _compare(runs: list[str]) -> None:
+    """Write the page that compares some runs, and print in what their configurations differ."""
+    if len(runs) < 2:
+        raise UserError(f"RUN {runs[0]}: a run cannot be compared alone, expected two or more")
+    from pdiff.tracking import queries, store
+
+    with store.existing() as found:
+        if not found:
+            raise UserError(
+                f"RUN {runs[0]}: no such run, and no tracking store here (MLFLOW_TRACKING_URI names others)"
+            )
+        tables, differing = queries.audits(runs)
+        done = queries.log_comparison(tables, differing)
+    print("the configurations do not differ") if differing.empty else print_frame(differing)
+    print(f"\nrun         {done.run_id}\ncomparison  {done.folder / 'comparison.html'}")
 
 
 @command(RUNS, "leaderboard mlp --only ours")

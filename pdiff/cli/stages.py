@@ -11,6 +11,8 @@ from pdiff.cli.app import RUNS, ResumableCommand, Tag, command, overrides
 from pdiff.cli.tables import print_frame
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pdiff.experiment.schema import Experiment
 
 STAGES = {
@@ -34,22 +36,7 @@ def _stage(name: str, description: str, example: str) -> None:
     ) -> None:
         from pdiff.experiment import config
 
-        experiment = config.load(tag, overrides(ctx.args))
-        from pdiff.experiment import limits, stages
-        from pdiff.tracking import engine
-
-        names = stages.of(experiment) if name == "main" else stages.needed(name, experiment)
-        limits.check(experiment, names, engine.work_folder())
-        from pdiff.tracking import store
-
-        with store.connected() as runs:
-            if name == "main":
-                done = engine.main(experiment, runs, fresh=fresh, repair=repair)
-            else:
-                done = engine.Pipeline(experiment, runs, repair=repair).execute(name, fresh=fresh)
-        if name in ("main", "evaluate"):
-            _print_evaluation(experiment, done.folder)
-        print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
+        execute(config.load(tag, overrides(ctx.args)), name, fresh=fresh, repair=repair)
 
     command(RUNS, f"{name} --tag digits_mlp {example}", name=name, help=description, kind=ResumableCommand)(run)
 
@@ -58,22 +45,38 @@ for stage, (description, example) in STAGES.items():
     _stage(stage, description, example)
 
 
+def execute(experiment: Experiment, name: str, *, fresh: bool, repair: bool) -> None:
+    """Run a stage after what it needs, or all of them (`main`), and print what came out, and where it is."""
+    from pdiff.experiment import limits, stages
+    from pdiff.tracking import engine
+
+    names = stages.of(experiment) if name == "main" else stages.needed(name, experiment)
+    limits.check(experiment, names, engine.work_folder())
+    from pdiff.tracking import store
+
+    with store.connected() as runs:
+        if name == "main":
+            done = engine.main(experiment, runs, fresh=fresh, repair=repair)
+        else:
+            done = engine.Pipeline(experiment, runs, repair=repair).execute(name, fresh=fresh)
+    if name in ("main", stages.evaluation(experiment)):
+        _print_evaluation(experiment, done.folder)
+    print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
+
+
 def _print_evaluation(experiment: Experiment, folder: Path) -> None:
     """Print the table of an evaluation, and what was published for its tag beside it."""
     import pandas as pd
 
-    from pdiff.experiment import config, report
-    from pdiff.experiment.metrics import MISSING, find
+    from pdiff.experiment import board, config, report
     from pdiff.experiment.published import published
     from pdiff.files import read_json
 
-    print()
-    evaluation = pd.read_csv(folder / "evaluation.csv")
-    cells = report.cells(report.table(evaluation))
-    if not experiment.evaluator.measures:
-        distances = evaluation.groupby("group", sort=False)["nearest_distance"].mean()
-        cells["distance to the nearest original"] = distances.map(find("nearest_distance").text).to_numpy()
-    print_frame(cells.loc[:, (cells != MISSING).any()])
+    print(f"\n{(folder / 'verdict.md').read_text(encoding='utf-8')}")
+    if len(experiment.generators) > 1:
+        print_frame(board.cells(pd.read_csv(folder / "tables" / "board.csv")))
+    else:
+        print_frame(_table(experiment, pd.read_csv(folder / "evaluation.csv")))
     if not experiment.evaluator.measures:
         print("\nno accuracy: there is no data set, and neither evaluate.function nor evaluate.command to measure it")
     if there := published(experiment.tag):
@@ -83,3 +86,15 @@ def _print_evaluation(experiment: Experiment, folder: Path) -> None:
         changes = ", ".join(f"{key}={value}" for key, value in config.changes(experiment).items())
         print(f"changed    {changes or 'nothing: settings as published'}")
     print(f"\nreport     {folder / 'report.html'}")
+
+
+def _table(experiment: Experiment, evaluation: pd.DataFrame) -> pd.DataFrame:
+    """The table of an evaluation as text; without accuracies it shows distances."""
+    from pdiff.experiment import report
+    from pdiff.experiment.metrics import MISSING, find
+
+    cells = report.cells(report.table(evaluation))
+    if not experiment.evaluator.measures:
+        distances = evaluation.groupby("group", sort=False)["nearest_distance"].mean()
+        cells["distance to the nearest original"] = distances.map(find("nearest_distance").text).to_numpy()
+    return cells.loc[:, (cells != MISSING).any()]

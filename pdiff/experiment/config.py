@@ -66,16 +66,55 @@ def problems(tag: str, overrides: Mapping[str, str], *, origin: str) -> list[str
     return _checked(tag, overrides, origin)[1]
 
 
+def of_tree(tag: str, tree: Tree, *, place: str = COMMAND_LINE) -> Experiment:
+    """The experiment of a configuration that stands in no file.
+
+    Args:
+        tag: its name.
+        tree: the configuration.
+        place: where the configuration is from, for messages.
+
+    Raises:
+        UserError: as `load`.
+    """
+    _, experiment, problems = _validated(tag, tree, {}, {}, place, place)
+    if problems:
+        raise UserError("; ".join(problems))
+    return experiment
+
+
 def _checked(tag: str, overrides: Mapping[str, str], origin: str) -> tuple[Experiment | None, list[str]]:
     """The experiment of a tag, or all that is wrong with it."""
-    known, layer = tags(), {}
+    known = tags()
     tree, origins = _read(tag, known)
+    name, path = Path(tag).stem if _is_path(tag) else tag, str(known.get(tag, tag))
+    tree, experiment, found = _validated(name, tree, origins, overrides, origin, path)
+    unfinished = None in (tree.get("dataset"), tree.get("network"))
+    if experiment is None and unfinished and tag in known.keys() - runnable().keys():
+        rule = "is a base that other experiments extend, and no tag that can be run (`pdiff tags` lists those)"
+        return None, [f"{path}: {rule}"]
+    return experiment, found
+
+
+def _validated(
+    name: str, tree: Tree, origins: dict[str, str], overrides: Mapping[str, str], origin: str, path: str
+) -> tuple[Tree, Experiment | None, list[str]]:
+    """A configuration with its overrides; its experiment, or all that is wrong with it.
+
+    Args:
+        name: the tag.
+        tree: the configuration.
+        origins: key -> where it is from.
+        overrides: dotted key -> value as text, in YAML.
+        origin: where the overrides are from.
+        path: where the configuration is from, for what stands nowhere.
+    """
+    layer: Tree = {}
     for key, text in overrides.items():
         put(layer, {}, key, text, origin)
     tree = keys.without_stale(tree, _merged(tree, layer))
     for key, text in overrides.items():
         put(tree, origins, key, text, origin)
-    name = Path(tag).stem if _is_path(tag) else tag
     given, tree["tag"] = tree.get("tag", name), name
     experiment, found = None, _unknown_names(tree, origins)
     if given != name:
@@ -83,13 +122,9 @@ def _checked(tag: str, overrides: Mapping[str, str], origin: str) -> tuple[Exper
     try:
         experiment = schema.experiment(tree)
     except ValidationError as error:
-        path = str(known.get(tag, tag))
-        if tag in known.keys() - runnable().keys() and None in (tree.get("dataset"), tree.get("network")):
-            rule = "is a base that other experiments extend, and no tag that can be run (`pdiff tags` lists those)"
-            return None, [f"{path}: {rule}"]
         chosen = {choice.name: choice.value(tree) for choice in schema.CHOICES}
         found = [*listed(error, lambda item: _problem(item, origins, path, chosen)), *found]
-    return experiment, found
+    return tree, experiment, found
 
 
 def to_yaml(experiment: Experiment) -> str:

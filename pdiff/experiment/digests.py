@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from pdiff.experiment.config import Tree
 from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
 from pdiff.networks.datasets import files_state
-from pdiff.networks.imported.files import files_of
+from pdiff.networks.imported.files import files_at, files_of
 
-BASELINES = ("noise", "noise_count", "baselines")  # keys of `evaluate` that do not concern the originals
+BASELINES = ("noise", "baseline_count", "baselines")  # keys of `evaluate` that do not concern the originals
 
 
 def fingerprint(content: Any) -> str:
@@ -60,9 +60,22 @@ def collected(experiment: Experiment) -> Tree:
         return {"seed": experiment.seed, "prepare": prepare}
     del prepare["collect"]  # nothing is trained
     files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
+    return base_network(experiment) | {"prepare": prepare, "files": _states(files)}
+
+
+def audited(experiment: Experiment) -> Tree:
+    """What decides an audit, given the originals and their evaluation."""
+    audit = experiment.audit
+    places = [*audit.generated.values(), *([audit.heldout] if audit.heldout else [])]
+    files = [_states(files_at(Path(place).expanduser())) for place in places]
+    chosen = sections("seed", "evaluate", "audit")(experiment)
+    return chosen | {"checkpoints": experiment.generator.checkpoints, "files": files}
+
+
+def _states(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of files."""
     there = [path for path in files if path.exists()]  # of a broken link its reader will say what it is
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in there]
-    return base_network(experiment) | {"prepare": prepare, "files": states}
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in there]
 
 
 def evaluated(experiment: Experiment) -> Tree:

@@ -13,6 +13,7 @@ from pdiff.method.log import Log, Point
 
 STATE = ".state"  # folder beside the results of a stage with what it needs to resume; not an artifact
 HISTORY = "history.csv"
+LINEAGE = "lineage.json"  # stage -> the run of it that was read, and a link to that
 HEADER = "name,step,value,time"  # time: seconds since 1970
 SECONDS = "seconds/"  # these metrics grow over interruptions, see `pdiff.method.log.measured`
 Metrics = dict[str, float]

@@ -86,7 +86,7 @@ def page(board: pd.DataFrame) -> str:
         findings=findings(board),
         headings={f"{label}, %" if m.unit == "%" else label: m.hint for label, m in metrics.items()},
         rows=list(zip(board["tag"], board["changed"].map(_shortened), zip(*columns, strict=True), strict=True)),
-        plots=[report.plot(heading, READING, figure) for heading, figure in found.items() if figure.data],
+        plots=[report.section(heading, READING, figure) for heading, figure in found.items() if figure.data],
         changes=board.loc[board["changed"] != "", ["tag", "changed"]].to_numpy().tolist(),
     )
 

@@ -106,8 +106,9 @@ def bounds(experiment: Experiment, size: int, device: str) -> Iterator[Bound]:
     yield Bound("evaluate", "generate.count", VECTOR * generate.count * size)
     if evaluate.kind == "images":  # similarities of errors
         yield Bound("evaluate", f"{key} generate.count", VECTOR * (used + generate.count) ** 2)
-    noisy = len(evaluate.noise) * min(evaluate.noise_count, used)
-    yield Bound("evaluate", "evaluate.noise_count", STORED * noisy * size)
+    arms = len(evaluate.noise) + len(evaluate.baselines)
+    stage = "audit" if experiment.audit else "evaluate"
+    yield Bound(stage, "evaluate.baseline_count", STORED * arms * evaluate.baseline_count * size)
 
 
 def _latent_diffusion(

@@ -26,9 +26,9 @@ from pdiff.experiment.schema import Experiment
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import ConvAutoencoderOptions, PCAOptions, convolutional
 from pdiff.method.autoencoders.pca import PCA, block_length
-from pdiff.method.collection import generated_numbers
+from pdiff.method.collection import generated_numbers, heldout_split
 from pdiff.method.generators import LatentDiffusionOptions
-from pdiff.method.generators.latent_diffusion import ENCODED, heldout_split
+from pdiff.method.generators.latent_diffusion import ENCODED
 from pdiff.method.options import resolve
 from pdiff.method.training import Best, Trainer, shuffled_rows
 from pdiff.networks import datasets
@@ -106,8 +106,9 @@ def sizes(experiment: Experiment) -> Sizes:
     settings = experiment.prepare
     files = checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
     size = _imported(experiment, files[0]) if files else _generated(experiment)
-    checkpoints = experiment.generator.checkpoints or len(files) or settings.collect.checkpoints
-    fitted, held = heldout_split(checkpoints, experiment.diffusion.heldout_fraction, seed=0)
+    originals, _ = heldout_split(len(files) or settings.collect.checkpoints, settings.heldout, seed=0)
+    used = min(experiment.generator.checkpoints or len(originals), len(originals))
+    fitted, held = heldout_split(used, experiment.diffusion.heldout_fraction, seed=0)
     return latent_sizes(experiment, size, len(fitted), len(held))
 
 
@@ -172,7 +173,7 @@ def _denoiser(experiment: Experiment, options: LatentDiffusionOptions, sizes: Si
     short, length = options.diffusion.model_copy(update={"steps": STEPS}), sizes.latent_size
     make = partial(options.denoiser.build, length)
     train = partial(diffusion.trainer, objective=options.objective, options=short, seed=0)
-    shape, best = (sizes.checkpoints - sizes.heldout, length), short.patience > 0
+    shape, best = (sizes.checkpoints - sizes.heldout, length), short.stop_on != "none"
     fits = _fits("denoiser", make, train, shape, short.batch_size, best=best)
     if sizes.heldout:
         heldout = partial(diffusion.heldout_loss, options.objective)

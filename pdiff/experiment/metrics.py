@@ -2,26 +2,31 @@
 
 The terminal, the report, the leaderboard, `compare` and sweeps all read METRICS: a new metric is one entry. One with
 `measure` is taken of every network: it becomes a column of `evaluation.csv` and of the evaluation table, and the
-metrics `<name>/<group>_<statistic>` of the run.
+metrics `<name>/<group>_<statistic>` of the run. One with `of_group` is taken of a group as a whole: it becomes the
+metrics `<name>/<group><suffix>`.
 
 This module imports neither torch nor pandas, so that commands which only look up a name start at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import cycle
+from math import nan
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pdiff.networks.evaluators import VOTE_SIZES
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from pdiff.experiment.summary import Evaluated
+    from pdiff.experiment.measures import Evaluated
 
 MISSING = "–"  # shown where nothing was measured
+_SIZE = re.compile(r"_[\d.e+-]+$")  # the size or scale at the end of the name of a null arm
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Metric:
         measure: values of the networks of a group, (N,), or None where they cannot be measured.
         statistics: names in STATISTICS, logged of every group.
         columns: names in STATISTICS that the evaluation table shows; "mean ± std" puts two into one column.
+        of_group: suffix -> value of a group as a whole; missing or NaN where it cannot be measured.
+        suffixes: all that it may have.
     """
 
     quantity: str
@@ -49,6 +56,8 @@ class Metric:
     measure: Callable[[Evaluated], Tensor | None] | None = None
     statistics: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    of_group: Callable[[Evaluated], Mapping[str, float]] | None = None
+    suffixes: tuple[str, ...] = ("",)
 
     @property
     def label(self) -> str:
@@ -88,7 +97,29 @@ STATISTICS: dict[str, Callable[[pd.Series], float]] = {
 
 ACCURACY: dict[str, Any] = {"quantity": "accuracy", "unit": "%", "better": "higher", "digits": 2}
 OF_NETWORKS: dict[str, Any] = ACCURACY | {"statistics": tuple(STATISTICS), "columns": ("mean ± std", "max")}
+OF_PROBABILITIES: dict[str, Any] = {"better": "lower", "digits": 4, "statistics": ("mean", "std", "median")}
 LOSS = Metric("loss", better="lower", digits=4)
+TAUS = (0.25, 0.5, 1.0)  # the novelty that a network must have to be called novel
+
+
+def _on_both(name: str, make: Callable[[Literal["validation", "test"]], Metric]) -> dict[str, Metric]:
+    """A metric that is measured on validation images, and on test images."""
+    return {f"val_{name}": make("validation"), name: make("test")}
+
+
+def _of_votes(what: str, **known: Any) -> dict[str, Metric]:
+    """What soft votes of several networks of a group reach."""
+    suffixes = tuple(f"_{size}" for size in VOTE_SIZES)
+    return _on_both(
+        f"vote_{what}",
+        lambda part: Metric(part=part, of_group=lambda group: group.votes(part, what), suffixes=suffixes, **known),
+    )
+
+
+def _of_group(quantity: str, measure: Callable[[Evaluated], float], **known: Any) -> Metric:
+    """A number of a group as a whole."""
+    return Metric(quantity, of_group=lambda group: {"": measure(group)}, **known)
+
 
 METRICS: dict[str, Metric] = {
     "val_accuracy": Metric(
@@ -98,7 +129,55 @@ METRICS: dict[str, Metric] = {
     "max_similarity": Metric(
         "max similarity", unit="IoU", measure=lambda group: group.max_similarity(), columns=("mean",)
     ),
-    "nearest_distance": Metric("nearest distance", measure=lambda group: group.nearest_distance, statistics=("mean",)),
+    "nearest_distance": Metric("nearest distance", measure=lambda group: group.nearest[0], statistics=("mean",)),
+    "novelty": Metric("novelty", measure=lambda group: group.novelty(), statistics=("median",), columns=("median",)),
+    "nearest_ratio": Metric(
+        "nearest ratio",
+        measure=lambda group: group.nearest_ratio(),
+        of_group=lambda group: {"": group.nearest_ratio().nanquantile(0.5).item()},
+    ),
+    "outside_span": Metric("outside of the span", measure=lambda group: group.outside_span(), statistics=("mean",)),
+    "disagreement": Metric(
+        "disagreement", measure=lambda group: group.disagreement(), statistics=("median",), columns=("median",)
+    ),
+    **_on_both("nll", lambda part: Metric("NLL", part=part, measure=lambda group: group.nll(part), **OF_PROBABILITIES)),
+    **_on_both(
+        "ece",
+        lambda part: Metric("calibration error", part=part, measure=lambda group: group.ece(part), **OF_PROBABILITIES),
+    ),
+    **_on_both(
+        "novel_performant",
+        lambda part: Metric(
+            "novel and performant",
+            part=part,
+            unit="%",
+            better="higher",
+            digits=1,
+            of_group=lambda group: group.novel_and_performant(part),
+            suffixes=tuple(f"_{tau:g}" for tau in TAUS),
+        ),
+    ),
+    **_of_votes("accuracy", **(ACCURACY | {"quantity": "vote accuracy"})),
+    **_of_votes("nll", quantity="vote NLL", better="lower", digits=4),
+    **_of_votes("ece", quantity="vote calibration error", better="lower", digits=4),
+    "z_u": _of_group("Z_U", lambda group: group.z_u(), digits=1),
+    "z_u_predictions": _of_group("Z_U of predictions", lambda group: group.z_u_predictions(), digits=1),
+    "dispersion": _of_group("dispersion", lambda group: group.dispersion()),
+    "precision": _of_group("precision", lambda group: group.prdc.get("precision", nan), better="higher"),
+    "recall": _of_group("recall", lambda group: group.prdc.get("recall", nan), better="higher"),
+    "density": _of_group("density", lambda group: group.prdc.get("density", nan), better="higher"),
+    "coverage": _of_group("coverage", lambda group: group.prdc.get("coverage", nan), better="higher"),
+    "frechet": _of_group("Fréchet distance", lambda group: group.frechet(), better="lower"),
+    **_on_both(
+        "hypervolume",
+        lambda part: Metric(
+            "hypervolume",
+            part=part,
+            better="higher",
+            of_group=lambda group: group.hypervolume(part),
+            suffixes=("", "_low", "_high"),
+        ),
+    ),
     "val_similarity": Metric("similarity", part="validation", unit="IoU"),
     "similarity": Metric("similarity", part="test", heading="similarity", unit="IoU"),
     "pretrain/loss": LOSS,
@@ -109,10 +188,17 @@ METRICS: dict[str, Metric] = {
     "autoencoder/reconstruction_val_accuracy": Metric(**ACCURACY, part="validation"),
     "diffusion/loss": LOSS,
     "diffusion/heldout_loss": Metric("held-out loss", better="lower", digits=4),
+    "diffusion/dispersion": Metric("dispersion"),
+    "diffusion/nearest_ratio": Metric("nearest ratio"),
+    "diffusion/final_dispersion": Metric("dispersion"),
+    "diffusion/final_nearest_ratio": Metric("nearest ratio over that of fitted latents"),
     "seconds": Metric("seconds", unit="s", better="lower", digits=1),
     "memory_mb": Metric("memory", unit="MB", better="lower", digits=0),
 }
 """Name of a metric, or of a family (what stands before the first slash) -> what is known of it."""
+
+DIAGNOSTICS = ("diffusion/dispersion", "diffusion/nearest_ratio")
+"""Metrics of a few samples during a fit; low values are an alarm."""
 
 PAIRS = ("original_original", "generated_generated", "original_generated", "original_generated_max")
 """Similarities between groups: means over pairs, and the mean of each generated network's maximum."""
@@ -137,18 +223,91 @@ OFF_BOARD = ("original max", "original min", "generated min", "average")
 FIT_SECONDS = ("seconds/autoencoder", "seconds/diffusion", "seconds/gaussian")
 """How long the parts of a fit took; no generator has all of them."""
 
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "original": ("original",),
+    "heldout": ("heldout",),
+    "generated": ("generated",),
+    "named": (),
+    "noise": ("noise_0.001", "noise_0.05", "noise_0.15", "noise_matched"),
+    "averages": ("average", "average_2", "average_4", "average_16", "midpoint", "convex"),
+    "gaussians": ("gaussian_diagonal", "gaussian", "swag", "kde"),
+    "mixtures": ("mixed", "recombined_2", "recombined_4", "recombined_32"),
+    "reconstruction": ("reconstruction",),
+}
+"""Family -> its groups, in the order of tables and figures; "named" are the generators that a user gave names to."""
+_FAMILY = {
+    key: name for name, members in FAMILIES.items() for group in members for key in (group, _SIZE.sub("_", group))
+}
+
 # The "bright" and "muted" schemes of Paul Tol, which colour-blind readers can tell apart.
 COLORS = {
     "original": "#4477AA",
+    "heldout": "#228833",
     "generated": "#EE6677",
-    "noise_0.001": "#66CCEE",
-    "noise_0.05": "#228833",
-    "noise_0.15": "#CCBB44",
-    "average": "#AA3377",
+    "noise": "#999999",
+    "averages": "#999933",
+    "gaussians": "#44AA99",
+    "mixtures": "#AA4499",
+    "reconstruction": "#882255",
 }
-"""Group -> colour, in the order of figures."""
-OTHER_COLORS = ("#44AA99", "#999933", "#CC6677", "#88CCEE", "#DDCC77", "#882255")
-"""Colours of all other groups, in turn."""
+"""Family -> colour."""
+OTHER_COLORS = ("#CCBB44", "#66CCEE", "#AA3377", "#EE7733", "#009988", "#332288")
+"""Colours of generators with names, in turn."""
+SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "+", "x": "×", "star": "★"}
+"""Symbol of a figure -> the character that looks like it, for tables. The groups of a family take them in turn."""
+FIRST_SYMBOL = {"heldout": 1, "generated": 2, "named": 3}
+"""Family -> where its turn begins, so that these four differ without colour, too."""
+
+
+class Style(NamedTuple):
+    """How a group looks in every figure: its colour, and a key of SYMBOLS."""
+
+    color: str
+    symbol: str
+
+
+class Alarm(NamedTuple):
+    """What a metric of a generator warns of below a limit, and what may help."""
+
+    tag: str
+    metric: str
+    limit: float
+    remedy: str
+
+
+COPIES = 0.25  # networks of less novelty are copies
+FEWER = "a lower autoencoder.latent_size or diffusion.learning_rate, or more diffusion.steps may help"
+NEWER = "fewer diffusion.steps, diffusion.stop_on memorising or more checkpoints may help"
+ALARMS = (
+    Alarm("collapsed", "diffusion/final_dispersion", 0.8, FEWER),
+    Alarm("collapsed", "dispersion/{group}", 0.8, FEWER),
+    Alarm("memorising", "diffusion/final_nearest_ratio", 0.5, NEWER),
+    Alarm("memorising", "z_u/{group}", -3.0, NEWER),
+    Alarm("memorising", "novelty/{group}_median", COPIES, NEWER),  # of few held-out networks Z_U cannot tell copies
+)
+"""What a run is tagged with: samples hardly differ from each other; samples are near copies of fitted networks."""
+
+
+def alarms(
+    metrics: Mapping[str, float], generated: Iterable[str] = ("generated",), *, remedies: bool = True
+) -> dict[str, str]:
+    """Tag of a run -> what it warns of, from its metrics: a generator that collapses, or that copies.
+
+    Args:
+        metrics: of the run.
+        generated: the groups of networks that come from generators.
+        remedies: whether to say what may help, if the generator is one of pdiff.
+    """
+    found: dict[str, str] = {}
+    for group in generated:
+        of_group: dict[str, str] = {}
+        for alarm in ALARMS:
+            name = alarm.metric.format(group=group)
+            if metrics.get(name, alarm.limit) < alarm.limit:
+                text = f"{alarm.tag}: {name} is {metrics[name]:.3g}, expected at least {alarm.limit:g}"
+                of_group.setdefault(alarm.tag, f"{text}; {alarm.remedy}" if remedies else text)
+        found |= {tag: f"{found[tag]}; {text}" if tag in found else text for tag, text in of_group.items()}
+    return found
 
 
 def find(name: str) -> Metric:
@@ -162,11 +321,21 @@ def of_networks() -> dict[str, Metric]:
     return {name: metric for name, metric in METRICS.items() if metric.measure}
 
 
-def of_evaluation(groups: Iterable[str], parts: Collection[str]) -> list[str]:
-    """The metrics of a run that evaluates groups of networks on some parts of the images."""
+def in_tables() -> dict[str, Metric]:
+    """Name -> metric of those that have a column in the table of groups."""
+    return {name: metric for name, metric in METRICS.items() if metric.columns}
+
+
+def of_evaluation(
+    groups: Iterable[str], parts: Collection[str], generated: Iterable[str] = ("generated",)
+) -> list[str]:
+    """The metrics of a run that evaluates groups of networks, some of them of generators, on parts of the images."""
     measured = {name: metric for name, metric in of_networks().items() if metric.part in ("", *parts)}
     values = [f"{n}/{group}_{s}" for group in groups for n, metric in measured.items() for s in metric.statistics]
-    return values + [f"{by_part('similarity')[part]}/{pair}" for part in parts for pair in PAIRS]
+    whole = {name: metric for name, metric in METRICS.items() if metric.of_group and metric.part in ("", *parts)}
+    values += [f"{n}/{group}{suffix}" for group in groups for n, metric in whole.items() for suffix in metric.suffixes]
+    pairs = [pair.replace("generated", name) for name in generated for pair in PAIRS]
+    return values + [f"{by_part('similarity')[part]}/{pair}" for part in parts for pair in dict.fromkeys(pairs)]
 
 
 def by_part(quantity: str) -> dict[str, str]:
@@ -181,7 +350,8 @@ def on_test(name: str) -> bool:
 
 def is_result(name: str) -> bool:
     """Whether a metric says how good or how alike networks are, or what they cost; not how their training went."""
-    return find(name).measure is not None or find(name).quantity in ("similarity", "seconds")
+    metric = find(name)
+    return any((metric.measure, metric.of_group)) or metric.quantity in ("similarity", "seconds")
 
 
 def on_validation(name: str) -> str:
@@ -203,9 +373,24 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**cells).rename(columns=labels)
 
 
-def colors(groups: Iterable[str]) -> dict[str, str]:
-    """Group -> colour, in the order of figures."""
-    groups = list(dict.fromkeys(groups))
-    others = [group for group in groups if group not in COLORS]
-    known = {group: color for group, color in COLORS.items() if group in groups}
-    return known | dict(zip(others, cycle(OTHER_COLORS), strict=False))
+def family(group: str) -> str:
+    """The family of a group. Arms of other sizes, such as average_8 or noise_0.3, belong to that of their like."""
+    return _FAMILY.get(group) or _FAMILY.get(_SIZE.sub("_", group), "named")
+
+
+def is_null_arm(group: str) -> bool:
+    """Whether the networks of a group need no generator, and were not trained."""
+    return family(group) not in ("original", "heldout", "generated", "named")
+
+
+def styles(groups: Iterable[str]) -> dict[str, Style]:
+    """Group -> style, in the order of tables and figures; a group that pdiff knows always has the same style."""
+    present = {group: family(group) for group in groups}
+    found = {}
+    for name, known in FAMILIES.items():
+        members = [*known, *(group for group, its in present.items() if its == name and group not in known)]
+        for k, group in enumerate(members):
+            if group in present:
+                color = COLORS.get(name) or OTHER_COLORS[k % len(OTHER_COLORS)]
+                found[group] = Style(color, list(SYMBOLS)[(k + FIRST_SYMBOL.get(name, 0)) % len(SYMBOLS)])
+    return found

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pdiff.errors import UserError, printable
-from pdiff.experiment import config, documents
+from pdiff.experiment import command_options, config, documents
 from pdiff.experiment.proposal import Proposal, listed, paper_settings
 from pdiff.files import write_text
 from pdiff.method.generators import DiffusionOptions
@@ -66,13 +65,13 @@ def new(
     given = {
         "dataset": {"name": dataset},
         "network": {"architecture": architecture},
-        "prepare": {"source": _written(source)},
+        "prepare": {"source": command_options.written(source)},
         "autoencoder": {"latent_size": "auto"},
         "diffusion": {"steps": DiffusionOptions().steps},
         "evaluate": _evaluation(command, function, home, known=bool(dataset)),
     }
-    tree = _tree(given, overrides or {})  # mistakes are reported before the files are read, which may take long
-    _check(path, documents.dump({section: values for section, values in tree.items() if values}))
+    tree = command_options.tree(given, overrides or {})  # mistakes are reported before reading, which may take long
+    command_options.experiment(tag, tree, place="pdiff new")
     from pdiff.networks.inspect import inspect_folder
 
     found = inspect_folder(source)
@@ -80,7 +79,7 @@ def new(
     chosen = proposal.parameters
     given["prepare"]["parameters"] = list(chosen) if len(chosen) > 1 else chosen[0]
     given["prepare"]["exclude"] = [literal(name) for name in found.unusable]
-    tree = _tree(given, overrides or {})
+    tree = command_options.tree(given, overrides or {})
     text = _yaml(tag, proposal, tree)
     _check(path, text)
     print(proposal.text())
@@ -117,44 +116,16 @@ def _places(folder: Path) -> tuple[Path, Path]:
     return (inner[0] if inner and not files_of(folder) else folder), folder
 
 
-def _written(path: Path) -> str:
-    """A path as the YAML has it: relative inside the current folder, absolute outside."""
-    path, here = path.resolve(), Path.cwd().resolve()
-    return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)
-
-
 def _evaluation(command: str, function: str, home: Path, *, known: bool) -> dict[str, Any]:
     """How the networks are measured: as asked for; without a known data set, by the script beside the files."""
-    if function:
-        file, colon, name = function.rpartition(":")
-        if not colon or not name.isidentifier() or not Path(file).expanduser().is_file():
-            raise UserError(f"--function: {function!r} is not path/to/file.py:function of a file that exists")
-        return {"function": f"{_written(Path(file).expanduser())}:{name}", "command": command}
-    if not command and not known and (home / SCRIPT).is_file():
+    if not (command or function or known) and (home / SCRIPT).is_file():
         command = f"python {SCRIPT} {{checkpoint}}"
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"--command: {command!r} cannot be split into words: {error}") from None
+    words = command_options.words(command)
     there = any((home / word).is_file() and (word == SCRIPT or not Path(word).is_file()) for word in words)
-    few = {"noise": [0.05], "noise_count": 20} if command else {}  # every network is a run of the command
-    return {"command": command, "folder": _written(home) if there else "", **few}
+    return command_options.evaluation(command, function) | {"folder": command_options.written(home) if there else ""}
 
 
 # -- the file
-
-
-def _tree(given: config.Tree, overrides: Mapping[str, str]) -> config.Tree:
-    """The sections of the experiment, with overrides and without empty values."""
-    tree = deepcopy(given)
-    for key, text in overrides.items():
-        config.put(tree, {}, key, text)
-    for section, values in tree.items():
-        if isinstance(values, dict):
-            tree[section] = {key: value for key, value in values.items() if value not in ("", [])}
-    if bool(tree["dataset"]) != bool(tree["network"]):
-        raise UserError("--dataset and --architecture belong together: one is given without the other")
-    return tree
 
 
 def _yaml(tag: str, proposal: Proposal, tree: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import base_network, load_images, make_network
 from pdiff.experiment.schema import Experiment
 from pdiff.files import copy_file, write_json, write_tensors
-from pdiff.method.collection import Collection, StateDict, generated_numbers
+from pdiff.method.collection import Collection, StateDict, generated_numbers, heldout_split
 from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
 from pdiff.networks.images import Images
@@ -25,8 +25,9 @@ from pdiff.seeds import stream
 def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | None = None) -> Metrics:
     """Collect checkpoints of the generated parameters, or read them from the files of `prepare.source`.
 
-    Writes `checkpoints.safetensors` and `.json`, `history.csv`; where data set and network are known also
-    `network.safetensors`, `dataset.json`.
+    Writes `checkpoints.safetensors` and `.json`, what generators are fitted on; `heldout.safetensors` and `.json`, the
+    checkpoints that are held out from them, unless there are none; `history.csv`; where data set and network are known
+    also `network.safetensors`, `dataset.json`.
 
     Args:
         experiment: what to collect.
@@ -45,8 +46,12 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
         parts = {part: len(getattr(images, part)) for part in ("train", "validation", "test")}
         dataset = {"name": experiment.dataset.name, "digest": images.digest(), "classes": images.classes, **parts}
         write_json(out / "dataset.json", dataset)
-    collection.save(out / "checkpoints.safetensors")
-    return {"checkpoints": len(collection), "generated_parameters": generated_numbers(collection[0])}
+    fitted, heldout = heldout_split(len(collection), experiment.prepare.heldout, seed=stream(experiment.seed, "split"))
+    collection.select(fitted).save(out / "checkpoints.safetensors")
+    if len(heldout):
+        collection.select(heldout).save(out / "heldout.safetensors")
+    sizes = {"checkpoints": len(fitted), "heldout_checkpoints": len(heldout)}
+    return sizes | {"generated_parameters": generated_numbers(collection[0])}
 
 
 def _collected(experiment: Experiment, images: Images, pretrain: Path, out: Path, log: Log) -> Collection:

@@ -10,6 +10,8 @@ from torch import nn
 from pdiff.errors import UserError
 from pdiff.experiment.schema import Experiment
 from pdiff.files import read_tensors
+from pdiff.method.alignment.groups import Groups
+from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection
 from pdiff.method.training import resolve_device
 from pdiff.networks import datasets
@@ -43,15 +45,28 @@ def base_network(experiment: Experiment, images: Images, folder: Path) -> nn.Mod
 
 
 def original_networks(experiment: Experiment, prepared: Path) -> Collection:
-    """The checkpoints that `prepare` wrote, as many of them as the experiment uses.
+    """The checkpoints that generators are fitted on: those that `prepare` did not hold out, as many as are used.
 
     Raises:
-        UserError: it uses more than there are.
+        UserError: the experiment uses more than the whole collection.
     """
     collection, wanted = Collection.load(prepared / "checkpoints.safetensors"), experiment.generator.checkpoints
-    if wanted > len(collection):
-        raise UserError(f"generator.checkpoints {wanted}: the collection holds {len(collection)}")
-    return collection.select(range(wanted)) if wanted else collection
+    if wanted > len(collection) and wanted > (whole := len(collection) + len(heldout_networks(prepared) or ())):
+        raise UserError(f"generator.checkpoints {wanted}: the collection holds {whole}")
+    return collection.select(slice(wanted)) if wanted else collection
+
+
+def unit_groups(experiment: Experiment, prepared: Path) -> Groups:
+    """Which units of the network of an experiment are interchangeable; see `permutation_groups`."""
+    images = load_images(experiment)
+    example = torch.zeros(1, images.channels, images.image_size, images.image_size)
+    return permutation_groups(base_network(experiment, images, prepared), example)
+
+
+def heldout_networks(prepared: Path) -> Collection | None:
+    """The checkpoints that `prepare` held out, if any."""
+    path = prepared / "heldout.safetensors"
+    return Collection.load(path) if path.exists() else None
 
 
 def evenly_spaced(collection: Collection, count: int) -> Collection:

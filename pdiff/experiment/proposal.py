@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from pdiff.errors import UserError, printable
+from pdiff.experiment.schema import Prepare
 from pdiff.method.generators import DiffusionOptions
 from pdiff.networks.patterns import EVERYTHING, literal, matching
 
@@ -80,14 +81,16 @@ class Proposal:
 
     def settings(self) -> list[str]:
         """The settings of the generator, and why."""
-        from pdiff.method.generators.latent_diffusion import heldout_split
+        from pdiff.method.collection import heldout_split
 
         fast, count, paper = DiffusionOptions(), len(self.found.used), paper_settings(self.numbers)
-        fitted = len(heldout_split(count, fast.heldout_fraction, seed=0)[0])
+        originals = len(heldout_split(count, Prepare().heldout, seed=0)[0])
+        fitted = len(heldout_split(originals, fast.heldout_fraction, seed=0)[0])
         most = min(fitted - 1, self.numbers)
         lines = [
             f"the fast generator: latent_size auto, the components of 99.9 % of the variance, at most {most}",
-            f"... and {fast.steps} steps, fewer when the {count - fitted} held-out checkpoints say so",
+            f"... and {fast.steps} steps, fewer when the {originals - fitted} checkpoints not trained on say so",
+            f"{count - originals} checkpoints are held out from everything, for the evaluation to compare with",
             f"the paper's, for {self.numbers} numbers: latent_size {paper.latent_size}, {paper.autoencoder_steps} "
             f"steps of the autoencoder, {paper.diffusion_steps} of the diffusion",
         ]

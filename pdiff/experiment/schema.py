@@ -6,6 +6,7 @@ those of no other. Nothing here reads a file or imports torch.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, create_model, field_validator, model_validator
 
+from pdiff.experiment.metrics import family
 from pdiff.method.autoencoders import AUTOENCODERS
 from pdiff.method.baselines import BASELINES
 from pdiff.method.denoisers import DENOISERS
@@ -32,11 +34,13 @@ Tree = dict[str, Any]
 class Prepare(Section):
     """Where the collection comes from: `parameters` are names or patterns of what is generated, or "all";
     `source` is a folder of existing checkpoint files instead of training, `exclude` names or patterns of files
-    there that are left out."""
+    there that are left out. The fraction `heldout` of the collection, in blocks of consecutive checkpoints, is never
+    read by a generator or a baseline: what they make is compared with it."""
 
     parameters: Annotated[tuple[str, ...], Several] = ("all",)
     source: Place = ""
     exclude: Annotated[tuple[str, ...], Several] = ()
+    heldout: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     pretrain: Pretrain = Pretrain()
     collect: Collect = Collect()
 
@@ -49,7 +53,7 @@ class Prepare(Section):
 
 
 class GeneratorSection(Section):
-    """Which generator is fitted, on the first `checkpoints` of the collection, 0 for all."""
+    """Which generator is fitted, on the first `checkpoints` of those that are not held out, 0 for all of them."""
 
     kind: str = "latent_diffusion"
     checkpoints: Annotated[int, Field(ge=0)] = 0
@@ -80,14 +84,15 @@ class Generate(Section):
 
 
 class Evaluate(Section):
-    """What generated networks are compared with: noise on `noise_count` originals at every scale of `noise`, and the
-    baselines. `kind` is how networks are evaluated; `auto` is by `function` or `command` where one is given, else on
-    images where there is a data set."""
+    """What generated networks are compared with, beside the originals: noise on originals at every scale of `noise`,
+    and the `baselines`, `auto` for all that can be made of these originals; `baseline_count` networks of each. `kind`
+    is how networks are evaluated; `auto` is by `function` or `command` where one is given, else on images where there
+    is a data set."""
 
     kind: str = "auto"
     noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
-    noise_count: Positive = 300
-    baselines: Annotated[tuple[str, ...], Several] = ("average",)
+    baselines: Annotated[tuple[str, ...], Several] = ("auto",)
+    baseline_count: Positive = 25
 
     @field_validator("noise")
     @classmethod
@@ -99,13 +104,51 @@ class Evaluate(Section):
     @field_validator("baselines")
     @classmethod
     def _check_baselines(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in baselines if name not in BASELINES]:
-            raise ValueError(f"unknown {unknown[0]!r}, expected some of {', '.join(BASELINES)}")
+        if baselines != ("auto",) and (unknown := [name for name in baselines if name not in BASELINES]):
+            raise ValueError(f"unknown {unknown[0]!r}, expected auto, or some of {', '.join(BASELINES)}")
         return baselines
 
 
+RESERVED = ("original", "heldout", "trajectory", *BASELINES)
+"""Groups of networks that no generator can be called."""
+ENDS = ("_max", "_low", "_high")  # of metrics, which follow the name of a group
+GENERATOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,59}")
+
+
+class Audit(Section):
+    """Networks of other people's generators, in place of one that is fitted here. `generated` is a folder of checkpoint
+    files, a single file, or several of them by the names of their generators; `heldout` a folder of originals that no
+    generator was fitted on, without which a part of `prepare.source` is set apart (`prepare.heldout`). `align: weights`
+    permutes the units of every network so that they match those of the first original."""
+
+    generated: dict[str, Place]
+    heldout: Place = ""
+    align: Literal["none", "weights"] = "none"
+
+    @field_validator("generated", mode="before")
+    @classmethod
+    def _name_one(cls, value: Any) -> Any:
+        return {"generated": value} if isinstance(value, str) else value
+
+    @field_validator("generated")
+    @classmethod
+    def _check_generated(cls, generated: dict[str, str]) -> dict[str, str]:
+        if not generated or not all(generated.values()):
+            raise ValueError("nothing to audit, expected a folder, or several by the names of their generators")
+        taken = {f"{name}{end}" for name in (*RESERVED, *generated) for end in ENDS}
+        for name in generated:
+            if not GENERATOR_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a generator, expected at most 60 letters, digits, _ and -")
+            if name in RESERVED or family(name) not in ("generated", "named"):
+                raise ValueError(f"{name!r} cannot name a generator, it is the name of another group")
+            if name in taken:
+                raise ValueError(f"{name!r} cannot name a generator beside {name.rpartition('_')[0]!r}")
+        return generated
+
+
 class Experiment(Section):
-    """Everything that one tag stands for; without `dataset` and `network`, networks that pdiff cannot run itself.
+    """Everything that one tag stands for; without `dataset` and `network`, networks that pdiff cannot run itself. With
+    `audit`, nothing is fitted: the sections of the generator are without effect.
 
     `processes` share the training and the evaluation on this machine, each with its GPU where there are GPUs; the
     result is that of one process. The sections that depend on a choice are added by `composed`.
@@ -120,9 +163,12 @@ class Experiment(Section):
     dataset: Dataset | None = None
     network: Network | None = None
     prepare: Prepare = Prepare()
+    audit: Audit | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
+        if self.audit:
+            self._check_audit(self.audit)
         missing = [name for name in ("dataset", "network") if getattr(self, name) is None]
         if missing and not (self.prepare.source and len(missing) == 2):
             raise ValueError(f"{' and '.join(missing)}: is missing; only prepare.source can do without both")
@@ -140,6 +186,16 @@ class Experiment(Section):
         if hasattr(self.generate, "sampler"):
             self._check_sampling()
         return self
+
+    def _check_audit(self, audit: Audit) -> None:
+        if not self.prepare.source:
+            raise ValueError("audit: needs prepare.source, the originals")
+        if audit.heldout and self.prepare.heldout:
+            raise ValueError(
+                f"prepare.heldout must be 0 where audit.heldout gives the held-out ones, but got {self.prepare.heldout}"
+            )
+        if audit.align == "weights" and not self.network:
+            raise ValueError("audit.align weights: needs dataset and network, whose units are matched")
 
     def _check_sampling(self) -> None:
         prediction, generate = self.diffusion.prediction, self.generate
@@ -170,6 +226,11 @@ class Experiment(Section):
     def evaluator(self) -> EvaluatorOptions:
         """How networks are evaluated."""
         return self.evaluate.part(EVALUATORS[self.evaluate.kind])
+
+    @property
+    def generators(self) -> tuple[str, ...]:
+        """The groups of networks that come from generators."""
+        return tuple(self.audit.generated) if self.audit else ("generated",)
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pdiff.experiment import digests, metrics
 from pdiff.experiment.config import Tree
 from pdiff.experiment.history import Metrics
 from pdiff.experiment.schema import Experiment
+from pdiff.method.baselines import BASELINES
 from pdiff.method.log import Log, names_of_measured
 from pdiff.method.options import resolve
 
@@ -28,7 +29,7 @@ class Stage:
             that it reads decides its result, too.
         exists: whether an experiment has this stage.
         distributed: whether the `processes` of an experiment share its work; otherwise one process does it.
-        part_of: a stage that reads it, and that no one can repeat without repeating this one.
+        part_of: stages that read it, and that no one can repeat without repeating this one.
         logs: the metrics that it may log for an experiment; a sweep looks at no others.
     """
 
@@ -37,13 +38,22 @@ class Stage:
     decided_by: Callable[[Experiment], Tree]
     exists: Callable[[Experiment], bool] = lambda experiment: True
     distributed: Callable[[Experiment], bool] = lambda experiment: False
-    part_of: str = ""
+    part_of: tuple[str, ...] = ()
     logs: Callable[[Experiment], Sequence[str]] = lambda experiment: ()
+
+
+SIZES = ("checkpoints", "heldout_checkpoints", "generated_parameters")
+"""Numbers that the stage `prepare` returns."""
 
 
 def collects(experiment: Experiment) -> bool:
     """Whether checkpoints are collected here, and not read from files."""
     return not experiment.prepare.source
+
+
+def fits(experiment: Experiment) -> bool:
+    """Whether a generator is fitted here, and not one of other people audited."""
+    return experiment.audit is None
 
 
 def _fitted(experiment: Experiment) -> list[str]:
@@ -56,9 +66,14 @@ def _fitted(experiment: Experiment) -> list[str]:
 def _evaluated(experiment: Experiment) -> list[str]:
     """The metrics of an evaluation."""
     settings, evaluator = experiment.evaluate, experiment.evaluator
-    groups = ["original", "generated", *(f"noise_{scale:g}" for scale in settings.noise), *settings.baselines]
+    baselines = BASELINES if settings.baselines == ("auto",) else settings.baselines
+    generators, arms = experiment.generators, [*(f"noise_{scale:g}" for scale in settings.noise), *baselines]
     parts = [part for part in evaluator.parts if part != "test" or getattr(evaluator, "test", True)]
-    return [*metrics.of_evaluation(groups, parts), *names_of_measured("evaluate", "similarity")]
+    found = metrics.of_evaluation(["original", "heldout", *generators, *arms], parts, generators)
+    measured = ["baselines", "evaluate", "audit"]
+    if experiment.audit and experiment.audit.align != "none":
+        measured.append("align")
+    return [*found, *names_of_measured(*measured)]
 
 
 STAGES = {
@@ -68,7 +83,7 @@ STAGES = {
         decided_by=digests.pretrained,
         exists=collects,
         distributed=collects,
-        part_of="prepare",
+        part_of=("prepare",),
         logs=lambda experiment: ("pretrain/loss", "pretrain/val_accuracy", *names_of_measured("pretrain")),
     ),
     "prepare": Stage(
@@ -76,12 +91,13 @@ STAGES = {
         reads=("pretrain",),
         decided_by=digests.collected,
         distributed=collects,
-        logs=lambda experiment: ("collect/loss", "checkpoints", "generated_parameters", *names_of_measured("collect")),
+        logs=lambda experiment: (*SIZES, "collect/loss", *names_of_measured("collect")),
     ),
     "train": Stage(
         "pdiff.experiment.train:train",
         reads=("prepare",),
         decided_by=digests.sections("seed", "generator", "autoencoder", "diffusion"),
+        exists=fits,
         distributed=lambda experiment: True,
         logs=_fitted,
     ),
@@ -89,6 +105,7 @@ STAGES = {
         "pdiff.experiment.generate:generate",
         reads=("train",),
         decided_by=digests.sections("generate"),
+        exists=fits,
         logs=lambda experiment: ("generated", *names_of_measured("generate")),
     ),
     "originals": Stage(
@@ -97,13 +114,22 @@ STAGES = {
         decided_by=digests.evaluated,
         exists=lambda experiment: experiment.evaluator.measures,
         distributed=lambda experiment: experiment.evaluator.distributed,
-        part_of="evaluate",
+        part_of=("evaluate", "audit"),
         logs=lambda experiment: names_of_measured("originals"),
     ),
     "evaluate": Stage(
         "pdiff.experiment.evaluate:evaluate",
         reads=("pretrain", "prepare", "train", "generate", "originals"),
         decided_by=digests.sections("seed", "evaluate"),
+        exists=fits,
+        distributed=lambda experiment: experiment.evaluator.distributed,
+        logs=_evaluated,
+    ),
+    "audit": Stage(
+        "pdiff.experiment.audit:audit",
+        reads=("prepare", "originals"),
+        decided_by=digests.audited,
+        exists=lambda experiment: not fits(experiment),
         distributed=lambda experiment: experiment.evaluator.distributed,
         logs=_evaluated,
     ),
@@ -115,13 +141,24 @@ def of(experiment: Experiment) -> list[str]:
     return [name for name, stage in STAGES.items() if stage.exists(experiment)]
 
 
+def evaluation(experiment: Experiment) -> str:
+    """The stage of an experiment that compares networks."""
+    return "evaluate" if fits(experiment) else "audit"
+
+
 def reads(name: str, experiment: Experiment) -> list[str]:
     """The stages that a stage of an experiment reads."""
     return [other for other in of(experiment) if other in STAGES[name].reads]
 
 
 def needed(name: str, experiment: Experiment) -> list[str]:
-    """A stage, last, and before it all that it depends on, in an order in which they can run."""
+    """A stage, last, and before it all that it depends on, in an order in which they can run.
+
+    Raises:
+        UserError: the experiment does not have this stage.
+    """
+    if name not in (there := of(experiment)):
+        raise UserError(f"{experiment.tag}: has no stage {name}, expected one of {', '.join(there)}")
 
     def up(name: str) -> Iterator[str]:
         yield name

@@ -41,7 +41,7 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     if asked != "auto" and used < asked:
         span = f"the {len(collection)} checkpoints, without those held out, span no more dimensions"
         tqdm.write(f"warning: autoencoder.latent_size {asked}: {used} are used (metric latent_size); {span}")
-    return sizes
+    return sizes | (generator.diagnostics.final() if generator.diagnostics else {})
 
 
 def check_reconstruction(

@@ -12,6 +12,7 @@ from pdiff.errors import Damaged
 from pdiff.files import read_json, read_tensors, write_json, write_tensors
 
 StateDict = dict[str, Tensor]
+HELDOUT_BLOCKS = 4  # runs of consecutive checkpoints that are held out, see `heldout_split`
 
 
 class Collection:
@@ -137,3 +138,21 @@ def generated_tensors(state: StateDict) -> StateDict:
 def generated_numbers(state: StateDict) -> int:
     """How many numbers of one checkpoint are generated; see `generated_tensors`."""
     return sum(tensor.numel() for tensor in generated_tensors(state).values())
+
+
+def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, if there are.
+
+    Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
+    so the loss on single held-out checkpoints would be low even for a generator that memorises.
+    """
+    held = min(round(count * fraction), max(count - 2, 0))
+    blocks = min(HELDOUT_BLOCKS, max(held, 1))
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(count, dtype=torch.bool)
+    for block in range(blocks):
+        start, end = block * count // blocks, (block + 1) * count // blocks
+        length = (block + 1) * held // blocks - block * held // blocks
+        first = start + int(torch.randint(end - start - length + 1, (), generator=generator))
+        mask[first : first + length] = True
+    return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]

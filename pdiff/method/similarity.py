@@ -1,9 +1,7 @@
-"""How alike networks are: in what they get wrong, and in weight space."""
+"""How alike networks are in what they get wrong."""
 
 import torch
 from torch import Tensor
-
-BLOCK_BYTES = 64 << 20  # of vectors in float64 at a time
 
 
 def wrong_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -33,24 +31,3 @@ def mean_between(similarity: Tensor) -> float:
 def maxima_without_self(similarity: Tensor) -> Tensor:
     """Each network's largest similarity to another one, (n,), of a square matrix (n, n)."""
     return similarity.clone().fill_diagonal_(float("nan")).nan_to_num(-1).amax(dim=1).clamp(min=0)
-
-
-def nearest_distance(a: Tensor, b: Tensor, *, same: bool = False) -> Tensor:
-    """Distance of each vector to the nearest one of another set, per parameter.
-
-    Args:
-        a: vectors (A, D).
-        b: vectors (B, D).
-        same: a and b are the same set; a vector is not compared with itself.
-
-    Returns:
-        Root mean square difference to the nearest vector of b, in standard deviations of the weights, (A,).
-    """
-    columns = max(1, BLOCK_BYTES // (8 * (len(a) + len(b))))
-    squares = a.new_zeros(len(a), len(b), dtype=torch.float64)
-    for x, y in zip(a.split(columns, dim=1), b.split(columns, dim=1), strict=True):
-        squares += torch.cdist(x.double(), y.double()).square()
-    distance = squares.sqrt()
-    if same:
-        distance.fill_diagonal_(float("inf"))
-    return (distance.amin(dim=1) / a.shape[1] ** 0.5).float()

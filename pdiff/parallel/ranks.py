@@ -43,11 +43,21 @@ def summed(value: float) -> float:
     if world() == 1:
         return value
     import torch
+
+    return summed_tensor(torch.tensor(value, dtype=torch.float64)).item()
+
+
+def summed_tensor(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, on the CPU where there are several."""
+    if world() == 1:
+        return tensor
+    import torch
     import torch.distributed as dist
 
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.item()
+    with torch.inference_mode(False):  # inference tensors cannot be received into
+        total = tensor.detach().cpu().clone()
+        dist.all_reduce(total)
+    return total
 
 
 def mean(value: float) -> float:

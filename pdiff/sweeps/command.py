@@ -83,6 +83,8 @@ def check(command: Command) -> Checked:
     sweep, path = schema.load(command.sweep), str(schema.find(command.sweep))
     fixed = sweep.fixed(command.overrides)
     experiment = _experiment(sweep, command.tag, fixed, path)
+    if experiment.audit:
+        raise UserError(f"{command.tag}: audit: nothing is fitted, so that there is nothing to search")
     limits.check(experiment, stages.of(experiment), work_folder())
     given = config.flat(experiment)
     try:

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from pdiff.experiment.figures import PLOTLY_CONFIG, TEMPLATE
 from pdiff.experiment.metrics import MISSING
-from pdiff.experiment.report import page, plot
+from pdiff.experiment.report import page, section
 from pdiff.files import write_text
 from pdiff.sweeps.trials import best, table, values_text
 
@@ -72,7 +72,7 @@ def write(study: optuna.Study, folder: Path) -> Path:
     shown = []
     for name, objective, figure in figures(study):
         key = "_".join([name, *(objective.replace("/", "_").split() if len(study.directions) > 1 else [])])
-        shown.append(plot(f"{name}: {objective}".capitalize(), READING[name], figure, key=key))
+        shown.append(section(f"{name}: {objective}".capitalize(), READING[name], figure, key=key))
         write_text(folder / "figures" / f"{key}.html", figure.to_html(include_plotlyjs=PLOTLY, config=PLOTLY_CONFIG))
     write_text(folder / "figures" / PLOTLY, get_plotlyjs())
     frame = table(study)

@@ -23,13 +23,16 @@ from tqdm.auto import tqdm
 from pdiff.errors import Damaged, Pruned, UserError
 from pdiff.experiment import config, stages
 from pdiff.experiment.digests import fingerprint
-from pdiff.experiment.history import STATE, Metrics
+from pdiff.experiment.history import LINEAGE, STATE, Metrics
+from pdiff.experiment.metrics import alarms
 from pdiff.experiment.schema import Experiment
+from pdiff.files import write_json
 from pdiff.method.log import Point
 from pdiff.method.options import resolve
 from pdiff.parallel.interrupts import uninterrupted
 from pdiff.tracking.seals import MANIFEST, seal, verify
 
+VERDICT = "verdict.md"  # what an evaluation has found, in three sentences
 SEAL = "pdiff.seal"  # tag with the checksum of the manifest
 LOCK_SECONDS = 0.1  # between two attempts to get a lock
 
@@ -104,6 +107,9 @@ class Store(Protocol):
     def open(self, stage: str, experiment: Experiment, digest: str) -> AbstractContextManager[Run]:
         """A new run, inside the one that is open; an exception in the block makes it a failed one."""
 
+    def link(self, run_id: str) -> str:
+        """Where a run can be looked at in a browser."""
+
     def reuse(self, stage: str, experiment: Experiment, done: Done) -> None:
         """Take note that a finished run serves an experiment instead of a new one."""
 
@@ -167,10 +173,11 @@ class Pipeline:
     def _remedy(self, stage: str) -> str:
         """How a user heals the damaged artifacts of a stage."""
         tag, same = self.experiment.tag, "the same command with --repair computes it again"
-        if tag not in config.tags():
+        if tag not in config.tags() or self.experiment.audit:
             return same
         changes = [word for key, value in config.changes(self.experiment).items() for word in (f"--{key}", str(value))]
-        command = shlex.join(["pdiff", stages.STAGES[stage].part_of or stage, "--tag", tag, *changes, "--fresh"])
+        whole = next(iter(stages.STAGES[stage].part_of), stage)
+        command = shlex.join(["pdiff", whole, "--tag", tag, *changes, "--fresh"])
         return f"`{command}` or {same}"
 
     def _run(self, stage: str, *, fresh: bool) -> Done:
@@ -180,7 +187,7 @@ class Pipeline:
             resolve(stages.STAGES[stage].run)
         with self.store.open(stage, self.experiment, digest) as run:
             upstream = {
-                name: self.execute(name, fresh=fresh and stages.STAGES[name].part_of == stage)
+                name: self.execute(name, fresh=fresh and stage in stages.STAGES[name].part_of)
                 for name in stages.reads(stage, self.experiment)
             }
             run.tag(identity(stage, digest, upstream))
@@ -191,6 +198,8 @@ class Pipeline:
             folders = {name: done.folder for name, done in upstream.items()}
             tqdm.write(f"{stage}: run {run.run_id}" + (", resuming" if work.exists() else ""))
             work.mkdir(parents=True, exist_ok=True)
+            read = {name: {"run": done.run_id, "link": self.store.link(done.run_id)} for name, done in upstream.items()}
+            write_json(work / LINEAGE, read)
             compute = partial(self._compute(stage), self.experiment, work, log=run.log, **folders)
             try:
                 metrics = _undamaged(compute, work)
@@ -203,6 +212,7 @@ class Pipeline:
                 raise
             for name, value in metrics.items():
                 run.log(Point(name, value))
+            warn(run, self.experiment)
             # The rest is either the state, or what a killed process left half-written.
             written = sorted(path for path in work.iterdir() if path.name != MANIFEST and path.name[0] != ".")
             run.tag({SEAL: seal(work, written)})
@@ -219,6 +229,14 @@ class Pipeline:
         from pdiff.parallel.launch import launch
 
         return partial(launch, function, processes=processes, device=resolve_device(self.experiment.device))
+
+
+def warn(run: Run, experiment: Experiment, *, quiet: bool = False) -> None:
+    """Report what the metrics of a run warn of, and tag the run with it; `quiet` leaves the report to another run."""
+    if found := alarms(run.done().metrics, experiment.generators, remedies=stages.fits(experiment)):
+        run.tag({"pdiff.alarm": ", ".join(found)})
+        for text in () if quiet else found.values():
+            tqdm.write(f"warning: {text}")
 
 
 def _undamaged(compute: Callable[[], Metrics], work: Path) -> Metrics:
@@ -270,10 +288,10 @@ def main(experiment: Experiment, store: Store, *, fresh: bool = False, repair: b
     """Run all stages under one parent run, to which their metrics are copied, so that parents compare.
 
     Returns:
-        The parent run, with all metrics and the artifacts of `evaluate`.
+        The parent run, with all metrics and the artifacts of `evaluate` or `audit`.
     """
     pipeline = Pipeline(experiment, store, repair=repair)
-    with store.open("main", experiment, pipeline.digests["evaluate"]) as run:
+    with store.open("main", experiment, pipeline.digests[stages.evaluation(experiment)]) as run:
         metrics: Metrics = {}
         for stage in stages.of(experiment):
             done = pipeline.execute(stage, fresh=fresh)
@@ -281,6 +299,7 @@ def main(experiment: Experiment, store: Store, *, fresh: bool = False, repair: b
             metrics |= done.metrics
         for name, value in metrics.items():
             run.log(Point(name, value))
-        evaluation = pipeline.known["evaluate"]
-        run.upload([evaluation.folder / "report.html"])
+        warn(run, experiment, quiet=True)
+        evaluation = pipeline.known[stages.evaluation(experiment)]
+        run.upload([evaluation.folder / name for name in ("report.html", VERDICT)])
     return Done(run.run_id, metrics, lambda: evaluation.folder)

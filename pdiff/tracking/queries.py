@@ -10,12 +10,13 @@ import mlflow
 import pandas as pd
 from mlflow.entities import Run
 
+from pdiff.errors import UserError
 from pdiff.experiment import config, leaderboard, published
 from pdiff.experiment.leaderboard import Result
-from pdiff.experiment.metrics import COMPARED, FIT_SECONDS
+from pdiff.experiment.metrics import COMPARED, FIT_SECONDS, MISSING
 from pdiff.tracking.engine import Done
 from pdiff.tracking.runs import CONFIG, tracked
-from pdiff.tracking.store import search
+from pdiff.tracking.store import artifacts_of, named, search
 
 
 def finished(*stages: str) -> list[Run]:
@@ -37,6 +38,56 @@ def compare() -> pd.DataFrame:
         row["seconds/generate"] = metrics.get("seconds/generate", math.nan)
         rows.append(row | {"run": run.info.run_id[:8]})
     return pd.DataFrame(rows)
+
+
+def audits(run_ids: Sequence[str]) -> tuple[dict[str, dict[str, pd.DataFrame]], pd.DataFrame]:
+    """What runs of main, evaluate or audit have found, and in what their configurations differ.
+
+    Args:
+        run_ids: of at least two runs, or the beginnings of their ids.
+
+    Returns:
+        "tag run" -> name of a table -> table, for every run; and, as text, one row for each key of the configuration
+        that differs, with a column for each run.
+
+    Raises:
+        UserError: no such run, the same one twice, or a run of something else.
+    """
+    tables, parameters = {}, {}
+    for run_id in run_ids:
+        folder, tags = artifacts_of(run_id)
+        record = named(run_id)
+        if evaluated := tags.get("pdiff.evaluate_run") if tags.get("pdiff.stage") == "main" else None:
+            folder, _ = artifacts_of(evaluated)
+        if not (folder / "evaluation.csv").exists():
+            kind = tags.get("pdiff.stage", "something else")
+            raise UserError(
+                f"RUN {run_id}: a run of {kind} compares no networks, expected one of main, evaluate or audit"
+            )
+        label = f"{tags['pdiff.tag']} {record.info.run_id[:8]}"
+        if label in tables:
+            raise UserError(f"RUN {run_id}: given twice, expected each run once")
+        files = [folder / "evaluation.csv", *sorted((folder / "tables").glob("*.csv"))]
+        tables[label] = {path.stem: pd.read_csv(path) for path in files}
+        parameters[label] = configuration(record)
+    frame = pd.DataFrame(parameters).fillna(MISSING)
+    differing = frame[frame.nunique(axis=1) > 1]
+    return tables, differing.rename_axis("key").reset_index()
+
+
+def configuration(run: Run) -> dict[str, str]:
+    """The configuration of a run, dotted key -> value as text."""
+    return {key.removeprefix(CONFIG): value for key, value in run.data.params.items() if key.startswith(CONFIG)}
+
+
+def log_comparison(tables: Mapping[str, Mapping[str, pd.DataFrame]], differing: pd.DataFrame) -> Done:
+    """Log what `audits` returns as a run with `comparison.html`."""
+    from pdiff.experiment import report
+
+    with tracked("compare") as run:
+        mlflow.log_text(differing.to_csv(index=False), "differences.csv")
+        mlflow.log_text(report.compare_page(tables, differing), "comparison.html")
+    return run.done()
 
 
 def log_leaderboard(board: pd.DataFrame) -> Done:
@@ -67,9 +118,8 @@ def evaluations() -> dict[str, Result]:
     known, results = config.tags(), {}
     as_it_stands = cache(config.load)
     for run in finished("main", "evaluate"):
-        tag, parameters = run.data.tags["pdiff.tag"], run.data.params
-        values = {key.removeprefix(CONFIG): value for key, value in parameters.items() if key.startswith(CONFIG)}
-        changed = config.changed(as_it_stands(tag), values) if tag in known else {}
+        tag = run.data.tags["pdiff.tag"]
+        changed = config.changed(as_it_stands(tag), configuration(run)) if tag in known else {}
         if tag not in results or (results[tag].changed and not changed):
             results[tag] = Result(tag, published.published(tag), run.data.metrics, changed, run.info.run_id)
     return results

@@ -29,7 +29,7 @@ from pdiff.files import read_json
 from pdiff.method.log import Log, Point
 from pdiff.parallel.interrupts import uninterrupted
 from pdiff.parallel.liveness import this_process
-from pdiff.tracking.engine import Done, work_folder
+from pdiff.tracking.engine import VERDICT, Done, work_folder
 
 BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
@@ -100,6 +100,8 @@ class TrackedRun:
                 source = CodeDatasetSource({"mlflow.source.name": f"pdiff.networks.datasets:{described['name']}"})
                 dataset = MetaDataset(source, name=described["name"], digest=described["digest"])
                 mlflow.log_input(dataset, context="training")
+            elif path.name == VERDICT:
+                self.tag({"mlflow.note.content": path.read_text(encoding="utf-8")})
             elif path.name == "generator" and (self.experiment.log_models or self.experiment.register):
                 from pdiff.tracking import models  # imports torch
 
@@ -212,7 +214,7 @@ def around(
     """
     if parent:
         mlflow.set_experiment(experiment_id=mlflow.get_run(parent).info.experiment_id)
-    digest = stages.all_digests(experiment)["evaluate"] if experiment else ""
+    digest = stages.all_digests(experiment)[stages.evaluation(experiment)] if experiment else ""
     with tracked(kind, experiment, digest=digest, label=label, parent=parent, tags=tags) as run:
         token = _inherited.set({name: value for name, value in (tags or {}).items() if name.startswith("pdiff.")})
         try:

@@ -31,6 +31,7 @@ from pdiff.tracking.engine import Done, work_folder
 from pdiff.tracking.runs import CONFIG_FILE, TrackedRun, artifacts, commit, local_artifacts, tracked
 
 EXPERIMENT = "pdiff"
+USER_INTERFACE = "http://127.0.0.1:5000"  # of `mlflow ui`
 MISTAKES = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")  # MLflow's names of errors
 LONGEST = 400  # characters of a message of MLflow, which may hold a whole page or statement
 
@@ -117,6 +118,12 @@ class MLflowStore:
         """A new run, nested in the active one."""
         with tracked(stage, experiment, digest=digest) as run:
             yield run
+
+    def link(self, run_id: str) -> str:
+        """Where MLflow's user interface shows a run: at the tracking server, or where `mlflow ui` serves by default."""
+        uri = mlflow.get_tracking_uri()
+        experiment = mlflow.get_run(run_id).info.experiment_id
+        return f"{uri if uri.startswith('http') else USER_INTERFACE}/#/experiments/{experiment}/runs/{run_id}"
 
     def reuse(self, stage: str, experiment: Experiment, done: Done) -> None:
         """Warn of a run that was made by other code; log its models, if this experiment wants them and the run has

@@ -105,6 +105,9 @@ def test_overrides() -> None:
         ("export --run r --out o", {"run_id": "r", "form": "pth"}),
         ("new t --parameters a.* b --checkpoints c --force", {"tag": "t", "parameters": ["a.*", "b"], "force": True}),
         ("work --study s --role final", {"role": "final"}),
+        ("audit --originals o --generated a=x b=y --fresh", {"generated": ["a=x", "b=y"], "fresh": True}),
+        ("audit --originals o --generated=a=x --generated=b=y --align weights", {"generated": ["a=x", "b=y"]}),
+        ("audit --originals o --generated x --heldout '' --command ''", {"generated": ["x"], "command": ""}),
         ("tags main cifar10", {"words": ["main", "cifar10"]}),
     ],
 )  # fmt: skip
@@ -132,7 +135,7 @@ def test_what_takes_no_settings_refuses_them(command, capsys) -> None:
         ("main --tag digits_mlp --sed 1", "command line: sed: unknown key; did you mean seed?"),
         ("main --tag digits_mlp --seed", "--seed: a value is missing"),
         ("show digits_mlp -x", "no such option: -x"),
-        ("compare now", "unexpected argument 'now'"),
+        ("compare now", "RUN now: a run cannot be compared alone"),
         ("overhead --trials many", "invalid value for '--trials'"),
         ("sweep --tag digits_mlp --sweep layers --launcher moon", "'moon' is not one of 'processes'"),
         ("sweep --tag digits_mlp --sweep layer", "unknown sweep 'layer'; did you mean layers?"),

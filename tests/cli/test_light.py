@@ -40,6 +40,8 @@ LIGHT = {
     "memory nothing": 2,
     "new digits_mlp --checkpoints .": 2,
     "new mine --checkpoints absent": 2,
+    "audit --originals absent --generated absent": 2,
+    "audit --originals . --generated .=. --dataset digits": 2,
     "new mine --checkpoints . --function absent.py:predict": 2,
     "new mine --checkpoints . --dataset digit --architecture mlp": 2,
     "new mine --checkpoints . --diffusion.stepz 3": 2,

@@ -50,12 +50,12 @@ def test_defaults_then_extended_files_then_the_file_then_overrides(write):
 
 
 def test_of_several_extended_the_last_wins_and_lists_are_replaced(write):
-    write("a", BASE + "seed: 1\nevaluate: {noise: [0.1, 0.2], noise_count: 5}")
+    write("a", BASE + "seed: 1\nevaluate: {noise: [0.1, 0.2], baseline_count: 5}")
     write("b", "seed: 2\nevaluate: {noise: [0.3]}")
     write("c", "extends: [a, b]\ngenerate: {count: 7}")
     write("d", "extends: [b, a]\nextends_nothing: 1")
     found = config.load("c")
-    assert (found.seed, found.evaluate.noise, found.evaluate.noise_count) == (2, (0.3,), 5)
+    assert (found.seed, found.evaluate.noise, found.evaluate.baseline_count) == (2, (0.3,), 5)
     assert (found.generate.count, found.dataset.name, found.tag) == (7, "digits", "c")
     assert "d.yaml: extends_nothing: unknown key" in message("d")
 
@@ -138,7 +138,8 @@ def test_all_problems_in_one_message(write):
         (BASE + "autoencoder: {kind: conv}", "t.yaml: autoencoder: latent_size 'auto' needs kind pca"),
         (BASE + "diffusion: {prediction: epsilon, beta_start: 0.3}", "t.yaml: diffusion: beta_start <= beta_end must"),
         (BASE + "diffusion: {prediction: sample, beta_start: 0.3}", "but got (0.3, 0.02)"),
-        (BASE + "diffusion: {heldout_fraction: 0}", "t.yaml: diffusion: patience > 0 needs heldout_fraction > 0"),
+        (BASE + "diffusion: {heldout_fraction: 0}", "t.yaml: diffusion: stop_on heldout_loss needs heldout"),
+        (BASE + "diffusion: {patience: 0}", "and patience > 0, but got (0.1, 0); stop_on none runs all steps"),
         (BASE + "generate: {sampler: ddpm}", "generate.sampler 'ddpm' cannot follow diffusion.prediction 'flow'"),
         (BASE + "generate: {sampling_steps: 9}\ndiffusion: {timesteps: 8}", "must hold, but got (9, 8)"),
         (BASE + "generate: {trajectory_every: 2}\ndiffusion: {steps: 0}", "trajectory_every needs diffusion.steps > 0"),

@@ -3,34 +3,172 @@
 from math import inf, nan
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import pytest
-from reports import ACCURACIES, evaluation, history, trajectory
+from reports import ACCURACIES, AUDITED, audit, evaluation, history, trajectory
 
-from pdiff.experiment import figures
+from pdiff.experiment import figures, metrics
 
 
-def test_scatter_shows_every_network_once_in_the_colour_of_its_group():
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pd.DataFrame]:
+    """The tables of an audit of 22 groups."""
+    return audit()
+
+
+def points(figure: go.Figure, name: str) -> list[tuple[float, float]]:
+    """The points of the last trace of a name."""
+    trace = [trace for trace in figure.data if trace.name == name][-1]
+    return list(zip(trace.x.tolist(), trace.y.tolist(), strict=True))
+
+
+def test_front_has_a_point_for_each_group_with_its_intervals(tables):
+    figure = figures.front(tables["front"], tables["evaluation"])
+    for row in tables["front"].query("part == 'test'").itertuples():
+        assert points(figure, row.group) == [pytest.approx((row.novelty, row.accuracy), rel=1e-5)]
+        trace = [trace for trace in figure.data if trace.name == row.group][-1]
+        assert trace.x[0] + trace.error_x.array[0] == pytest.approx(row.novelty_high, rel=1e-5)
+        assert trace.x[0] - trace.error_x.arrayminus[0] == pytest.approx(row.novelty_low, rel=1e-5)
+        assert trace.y[0] + trace.error_y.array[0] == pytest.approx(row.accuracy_high, rel=1e-5)
+    (line,) = [trace for trace in figure.data if trace.mode == "lines"]
+    assert list(line.x) == sorted(line.x) and list(line.y) == sorted(line.y, reverse=True), "a front falls"
+    assert {shape.x0 for shape in figure.layout.shapes} == {1}
+
+
+def test_front_shows_the_networks_of_generators_with_their_group(tables):
+    figure = figures.front(tables["front"], tables["evaluation"])
+    clouds = {trace.legendgroup: len(trace.x) for trace in figure.data if trace.showlegend is False}
+    assert clouds == {"original": 300, "heldout": 60, "generated": 200}
+
+
+def test_a_front_on_validation_images_alone(tables):
+    figure = figures.front(tables["front"].query("part == 'validation'"), tables["evaluation"])
+    assert figure.layout.yaxis.title.text == "validation accuracy"
+    assert not figures.front(tables["front"][:0], tables["evaluation"][:0]).data
+
+
+def test_arms_far_below_do_not_squeeze_the_others(tables):
+    low, high = figures.front(tables["front"], tables["evaluation"]).layout.yaxis.range
+    inside = tables["front"].query("part == 'test'").accuracy.between(low, high)
+    assert 0.65 < low < 0.88 and high > 0.91 and inside.mean() > 0.7
+    failed = tables["front"].assign(accuracy=lambda f: f["accuracy"].where(f["group"] != "generated", 0.1))
+    window = figures.front(failed, tables["evaluation"]).layout.yaxis.range
+    assert window is None or window[0] < 0.1, "a generator that fails is seen"
+    alike = tables["front"].query("group in ['original', 'generated', 'heldout']")
+    low, high = figures.front(alike, tables["evaluation"]).layout.yaxis.range
+    assert low < alike["accuracy_low"].min() < alike["accuracy_high"].max() < high
+
+
+def test_distances_have_a_row_for_each_group(tables):
+    figure = figures.distances(tables["evaluation"])
+    assert [trace.y0 for trace in figure.data] == list(AUDITED)
+    for trace in figure.data:
+        expected = tables["evaluation"].query("group == @trace.y0").nearest_distance
+        assert np.allclose(trace.x, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "columns"),
+    [
+        ("votes", "networks", ["accuracy", "nll", "ece"]),
+        ("calibration", "confidence", ["accuracy"]),
+        ("spectrum", "component", ["rms_ratio"]),
+    ],
+)
+def test_curves_hold_the_numbers_of_their_table(tables, name, x, columns):
+    table = tables[name]
+    figure = getattr(figures, name)(table)
+    rows = table[table["group"] == "generated"]
+    rows = rows[rows["part"] == "test"] if "part" in rows else rows
+    rows = rows[rows["count"] > 0] if "count" in rows else rows
+    traces = [trace for trace in figure.data if trace.name == "generated"]
+    assert len(traces) == len(columns) and [trace.showlegend for trace in traces] == [True] + [False] * (
+        len(columns) - 1
+    )
+    for trace, column in zip(traces, columns, strict=True):
+        assert np.allclose(trace.x, rows[x]) and np.allclose(trace.y, rows[column])
+
+
+def test_tensors_are_compared_with_those_of_the_originals():
+    rows = [
+        ("original", "a", 1.0, 2.0),
+        ("original", "b", 0.0, 1.0),
+        ("generated", "b", 0.5, 3.0),
+        ("generated", "a", 0, 1),
+    ]
+    figure = figures.layers(pd.DataFrame(rows, columns=["group", "tensor", "mean", "std"]))
+    shift, ratio = figure.data
+    assert list(shift.text) == ["a", "b"]
+    assert list(zip(shift.x, shift.y, strict=True)) == [(1, -0.5), (2, 0.5)]
+    assert list(ratio.y) == [0.5, 3]
+
+
+def test_null_arms_wait_in_the_legend_of_the_latent_space(tables):
+    figure = figures.latents(figures.less_crowded(tables["latents"]))
+    shown = {trace.name: trace.visible for trace in figure.data}
+    assert shown == dict.fromkeys(("original", "heldout", "generated"), True) | dict.fromkeys(
+        figures.SHOWN_ARMS, "legendonly"
+    )
+
+
+def test_forest_can_be_read_without_colour(tables):
+    figure = figures.forest(tables["comparisons"])
+    assert len({trace.marker.symbol for trace in figure.data}) == len(figure.data) == 3
+    labels = dict(zip(figure.layout.yaxis.ticktext, figure.layout.yaxis.tickvals, strict=True))
+    found = {trace.name: dict(zip(trace.y, trace.x, strict=True)) for trace in figure.data}
+    for row in tables["comparisons"].query("part == 'test'").itertuples():
+        place = labels[f"{row.group} – {row.against}"]
+        assert found[row.verdict][place] == pytest.approx(100 * row.difference, rel=1e-5)
+    assert len(labels) == len(tables["comparisons"]) / 2 + 2, "a heading for each question"
+
+
+def test_costs_are_bars_of_seconds(tables):
+    (bars,) = figures.costs(tables["costs"]).data
+    assert dict(zip(bars.y, bars.x.tolist(), strict=True)) == pytest.approx(
+        dict(zip(tables["costs"].stage, tables["costs"].seconds, strict=True)), rel=1e-5
+    )
+
+
+def test_thinning_keeps_groups_and_spreads_what_it_keeps(tables):
+    kept = figures.thinned(tables["evaluation"], 50)
+    assert kept.groupby("group").size().to_dict() == {group: min(50, count) for group, (count, *_) in AUDITED.items()}
+    steps = np.diff(kept.query("group == 'original'")["index"])
+    assert set(steps) == {6}
+    components = figures.thinned_components(tables["spectrum"]).query("group == 'original'").component
+    assert {1, 2, 3, 299} < set(components) and len(components) < 60
+
+
+@pytest.mark.parametrize(
+    "name", ["latents", "spectrum", "votes", "calibration", "layers", "forest", "costs", "distances"]
+)
+def test_figures_of_nothing_are_empty(tables, name):
+    table = {"forest": "comparisons", "distances": "evaluation"}.get(name, name)
+    assert not getattr(figures, name)(tables[table][:0]).data
+
+
+def test_scatter_shows_every_network_once_in_the_style_of_its_group():
     figure = figures.accuracy_against_similarity(evaluation())
-    points = {trace.name: list(zip(trace.x, trace.y, strict=True)) for trace in figure.data}
-    assert list(points) == ["original", "generated", "noise_0.05", "average", "gaussian"]
+    assert [trace.name for trace in figure.data] == ["original", "generated", "noise_0.05", "average", "gaussian"]
     for group, accuracies in ACCURACIES.items():
-        assert np.allclose(points[group], [(a - 0.1, a - 0.01) for a in accuracies])
+        assert np.allclose(points(figure, group), [(a - 0.1, a - 0.01) for a in accuracies])
     few = figures.accuracy_against_similarity(evaluation().query("group in ['gaussian', 'generated']"))
-    colors = {trace.name: trace.marker.color for trace in figure.data}
-    assert len(set(colors.values())) == 5
-    assert {trace.name: trace.marker.color for trace in few.data}.items() <= colors.items()
+    looks = {trace.name: (trace.marker.color, trace.marker.symbol) for trace in figure.data}
+    assert len(set(looks.values())) == 5
+    assert {trace.name: (trace.marker.color, trace.marker.symbol) for trace in few.data}.items() <= looks.items()
 
 
 def test_scatter_falls_back_to_validation_accuracy():
     figure = figures.accuracy_against_similarity(evaluation().assign(test_accuracy=nan))
-    assert list(figure.data[0].y) == ACCURACIES["original"]
+    assert list(figure.data[0].y) == pytest.approx(ACCURACIES["original"])
     assert figure.layout.yaxis.title.text == "validation accuracy"
 
 
 def test_distributions_hold_both_splits():
-    original = figures.accuracy_distributions(evaluation()).data[0]
-    assert list(original.x) == ["validation"] * 3 + ["test"] * 3
-    assert list(original.y) == pytest.approx([0.90, 0.92, 0.94, 0.89, 0.91, 0.93])
+    boxes = {trace.name: trace for trace in figures.accuracy_distributions(evaluation()).data}
+    assert boxes["original validation"].y0 == boxes["original test"].y0 == "original"
+    assert list(boxes["original validation"].x) == pytest.approx([0.90, 0.92, 0.94])
+    assert list(boxes["original test"].x) == pytest.approx([0.89, 0.91, 0.93])
 
 
 def test_heatmap_keeps_the_order_and_marks_the_border():
@@ -74,6 +212,19 @@ def test_loss_curves_are_thinned_and_keep_their_ends():
         assert len(curve.x) == len(curve.y) == 100
         assert (curve.x[0], curve.x[-1]) == (0, 4999)
         assert np.all(np.diff(curve.x) > 0)
+
+
+def test_each_alarm_has_a_small_plot_below_the_losses():
+    rows = [(name, step, 0.5 + step / 10) for name in metrics.DIAGNOSTICS for step in (1, 2, 3)]
+    alarms = pd.DataFrame(rows, columns=["name", "step", "value"])
+    figure = figures.loss_curves(pd.concat([alarms, history()]))
+    axes = {trace.name: figure.layout[trace.yaxis.replace("y", "yaxis")] for trace in figure.data}
+    assert [axis.title.text for axis in axes.values()] == [
+        *("diffusion", "diffusion", "autoencoder", "dispersion", "nearest ratio")
+    ]
+    assert [axes[name].type for name in metrics.DIAGNOSTICS] == ["linear"] * 2
+    heights = {name: high - low for name, (low, high) in ((name, axis.domain) for name, axis in axes.items())}
+    assert all(heights[name] == pytest.approx(heights["diffusion/loss"] / 2) for name in metrics.DIAGNOSTICS)
 
 
 def test_accuracy_over_time_has_mean_and_band():

@@ -137,7 +137,7 @@ def test_files_of_a_source_count(tmp_path):
 
 
 def test_what_is_cut_to_what_there_is_is_not_refused(tmp_path):
-    huge = {"evaluate__noise_count": 10**15, "autoencoder__latent_size": 10**15, "generate__batch_size": 10**15}
+    huge = {"autoencoder__latent_size": 10**15, "generate__batch_size": 10**15}
     experiment = loaded(**huge, generate__trajectory_count=10**15, evaluate__batch_size=10**15)
     check(experiment, stages.of(experiment), tmp_path, device="cpu")
 

@@ -125,7 +125,7 @@ def test_the_yaml_loads_and_says_what_was_asked_for(here, tmp_path, capsys):
     assert experiment == config.load(str(path))
     printed = capsys.readouterr().out
     assert printed.endswith("next        pdiff main --tag mine\n")
-    assert "29 of 46 numbers" in printed and "at most 10" in printed
+    assert "29 of 46 numbers" in printed and "at most 9" in printed
     for row in ("head.weight 4 x 5 float32 20 generated", "temperature 1 float32 1 single"):
         assert row in [" ".join(line.split()) for line in printed.splitlines()]
     text = path.read_text()
@@ -210,7 +210,7 @@ def test_the_published_layout(here, tmp_path):
     assert experiment.evaluate.folder == str(home)
     asked = config.load(str(new("asked", home, command="python test.py {checkpoint} --fast"))).evaluate
     assert (asked.command, asked.folder) == ("python test.py {checkpoint} --fast", str(home))
-    assert (asked.noise, asked.noise_count) == ((0.05,), 20)
+    assert (asked.noise, asked.baseline_count) == ((0.05,), 5)
     folder_of({f"{k:02d}.pth": perceptron(k) for k in range(12)}, home / "checkpoint")
     known = config.load(str(new("known", home, dataset="digits", architecture="mlp"))).evaluate
     assert known.kind == "images" and not hasattr(known, "command")
@@ -306,7 +306,7 @@ def test_a_users_own_networks_from_training_to_their_own_test(here, capsys, monk
     source = Path(experiment.prepare.source)
     collection = read_collection(source, experiment.prepare.parameters, experiment.prepare.exclude)
     assert len(collection) == 40 and Standardizer.fit(collection).size == 64 * 16 + 16 + 160 + 10
-    average = baselines.average(collection)
+    average = baselines.BASELINES["average"](collection)
     found = run_command(
         experiment.evaluate.command,
         average,

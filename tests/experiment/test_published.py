@@ -152,7 +152,7 @@ def check_pdiff(experiment: Experiment, facts: dict) -> None:
     for settings in (autoencoder, diffusion):
         assert (settings.optimizer, settings.schedule, settings.final_learning_rate) == ("adamw", "cosine", 0)
     assert (autoencoder.kind, diffusion.denoiser, diffusion.prediction) == ("conv", "conv", "epsilon")
-    assert (diffusion.ema, diffusion.patience, diffusion.heldout_fraction) == (0, 0, 0)
+    assert (diffusion.ema, diffusion.stop_on, diffusion.heldout_fraction) == (0, "none", 0)
     assert not diffusion.standardize_latents
     assert (experiment.generate.sampling_steps or diffusion.timesteps) == diffusion.timesteps
 

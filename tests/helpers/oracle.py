@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pdiff.method.collection import Collection
 from pdiff.networks.images import Part, Pixels
@@ -31,6 +32,17 @@ def perturbed(network: nn.Module, patterns: list[str], count: int) -> Collection
             copies += torch.randn_like(copies)
         tensors[name] = copies
     return Collection(tensors)
+
+
+@torch.no_grad()
+def softmax_one_by_one(network: nn.Module, collection: Collection, images: Part) -> Tensor:
+    """The oracle: probabilities (N, images, classes) by the whole network, checkpoint by checkpoint."""
+    rows = []
+    for state in collection:
+        own = network.state_dict() | state
+        network.eval()
+        rows.append(torch.cat([functional_call(network, own, batch).softmax(-1) for batch, _ in images.batches(3)]))
+    return torch.stack(rows)
 
 
 @torch.no_grad()

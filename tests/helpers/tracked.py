@@ -19,7 +19,7 @@ prepare:
   collect: {learning_rate: 0.01, checkpoints: 20}
 diffusion: {steps: 60, width: 32, blocks: 1, evaluate_every: 20}
 generate: {count: 8, sampling_steps: 6}
-evaluate: {noise: [0.05], noise_count: 4}
+evaluate: {noise: [0.05], baselines: [average, gaussian], baseline_count: 4}
 """
 STAGES = ["pretrain", "prepare", "train", "generate", "originals", "evaluate"]
 

@@ -265,7 +265,7 @@ def test_only_what_resumes_says_that_it_goes_on(command, monkeypatch, capfd):
 
     monkeypatch.setattr(COMMANDS, "invoke", interrupted)
     assert main([command]) == 130
-    goes_on = command in ("main", "prepare", "train", "generate", "evaluate", "sweep")
+    goes_on = command in ("main", "prepare", "train", "generate", "evaluate", "audit", "sweep")
     assert capfd.readouterr().err == f"pdiff: interrupted{'; the same command goes on from here' * goes_on}\n"
 
 

@@ -301,7 +301,7 @@ def test_fewer_latents_than_asked_for(workspace, capfd):
 
 @pytest.mark.slow
 def test_copies_of_one_network(workspace, capfd):
-    one = "--generator.checkpoints 1 --diffusion.heldout_fraction 0 --diffusion.patience 0"
+    one = "--generator.checkpoints 1 --diffusion.heldout_fraction 0 --diffusion.stop_on none"
     assert main(shlex.split(f"generate --tag tiny.yaml {one}")) == 0
     (line,) = warnings_of(capfd)
     assert line.startswith("warning: the generator is fitted on the 1 checkpoint: every network")

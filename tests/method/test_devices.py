@@ -11,8 +11,8 @@ from pdiff.method.collection import Collection
 from pdiff.method.denoisers import DENOISERS
 from pdiff.method.diffusion import denoising_loss
 from pdiff.method.generators.latent_diffusion import LatentDiffusion, encode, reconstruct
+from pdiff.method.novelty import nearest_two, squared_distances
 from pdiff.method.objectives import OBJECTIVES, Flow
-from pdiff.method.similarity import nearest_distance
 from pdiff.method.standardize import Slot, Standardizer
 
 
@@ -61,4 +61,4 @@ def test_what_was_computed_on_a_gpu_becomes_networks_on_the_cpu() -> None:
 def test_vectors_and_distances_stay_on_the_gpu() -> None:
     with FakeTensorMode():
         x = standardizer().encode(Collection({"a": torch.zeros(5, 4, 2, device="cuda")}))
-        assert x.is_cuda and nearest_distance(x, x, same=True).is_cuda
+        assert x.is_cuda and nearest_two(squared_distances(x, x), same=True)[0].is_cuda

@@ -1,5 +1,7 @@
 """Diffusion against the schedulers of diffusers and against denoisers that are ideal in closed form."""
 
+import math
+import statistics
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pdiff.method.denoisers.mlp import MLPDenoiser
-from pdiff.method.diffusion import Sampling, denoising_loss, heldout_loss
+from pdiff.method.diffusion import Diagnostics, Preview, Sampling, denoising_loss, heldout_loss, nearest_ratio
 from pdiff.method.objectives import OBJECTIVES, Objective
 from pdiff.method.samplers import samplers_of
 from pdiff.seeds import stream
@@ -210,3 +212,46 @@ def test_sampling_yields_every_timestep() -> None:
     seen = [t for t, _ in steps]
     assert len(steps) == len(seen) == 6 and seen[-1] == 0
     assert [int(t) for t in seen[:-1]] == denoiser.times == [999, 799, 599, 399, 199]
+
+
+def test_the_nearest_ratio_against_plain_python() -> None:
+    g = torch.Generator().manual_seed(0)
+    z, fitted = torch.randn(9, 3, generator=g), torch.randn(20, 3, generator=g)
+
+    def ratio(point: Tensor, others: list[Tensor]) -> float:
+        first, second, *_ = sorted(math.dist(point.tolist(), other.tolist()) for other in others)
+        return first / second
+
+    expected = statistics.median(ratio(point, list(fitted)) for point in z)
+    assert nearest_ratio(z, fitted) == pytest.approx(expected, rel=1e-5)
+    own = statistics.median([ratio(fitted[k], [*fitted[:k], *fitted[k + 1 :]]) for k in range(19)])
+    assert nearest_ratio(fitted[:19], fitted, skipped=1) == pytest.approx(own, rel=1e-5)
+    assert nearest_ratio(fitted[:3], fitted) == nearest_ratio(z[:1], z[:1].repeat(3, 1)) == 0  # copies
+
+
+@pytest.mark.parametrize("prediction", OBJECTIVES)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_preview_tells_new_samples_from_copies_and_from_a_collapse(prediction: str, scale: float) -> None:
+    objective = made(prediction)
+    z = scale * torch.randn(200, 16, generator=torch.Generator().manual_seed(1)) + 1.0
+    preview = Preview(objective, z, seed=0)
+    state = torch.get_rng_state()
+    good = preview(Ideal(objective, gaussian(1.0, scale)))
+    assert good.dispersion == pytest.approx(1, abs=0.15) and good.nearest_ratio == pytest.approx(0.93, abs=0.06)
+    assert good.expected_ratio == pytest.approx(0.93, abs=0.03) and not good.memorised
+    copies = preview(Ideal(objective, among(z[:20])))
+    assert copies.nearest_ratio < 0.2 and copies.memorised and copies.dispersion > 0.8
+    collapsed = preview(Ideal(objective, gaussian(1.0, 0.3 * scale)))
+    assert 0.1 < collapsed.dispersion < 0.5 and not collapsed.memorised
+    assert preview(Ideal(objective, gaussian(1.0, scale))) == good  # the same noise
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("z", [torch.randn(1, 3), torch.randn(2, 3), torch.ones(9, 3)])
+def test_too_few_distinct_latents_have_no_diagnostics(z: Tensor) -> None:
+    found = Preview(made("flow"), z, seed=0)(Ideal(made("flow"), gaussian(0.0, 1.0)))
+    assert found.metrics() == found.final() == {} and not found.memorised
+
+
+def test_copies_are_nearer_than_half_of_what_is_expected() -> None:
+    assert [Diagnostics(1.0, r, 0.8).memorised for r in (0.39, 0.41)] == [True, False]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pdiff.files import read_tensors, write_tensors
 from pdiff.method import diffusion, training
 from pdiff.method.autoencoders import AUTOENCODERS, ConvAutoencoderOptions, PCAOptions
-from pdiff.method.collection import Collection
+from pdiff.method.collection import Collection, heldout_split
 from pdiff.method.denoisers import ConvDenoiserOptions, DenoiserOptions, MLPDenoiserOptions
 from pdiff.method.generators import DiffusionOptions, GaussianOptions, LatentDiffusionOptions
 from pdiff.method.generators.base import Generator
 from pdiff.method.generators.gaussian import Gaussian
-from pdiff.method.generators.latent_diffusion import LatentDiffusion, heldout_split, latent_scale
+from pdiff.method.generators.latent_diffusion import LatentDiffusion, latent_scale
 from pdiff.method.log import Log, Point, ignore
 from pdiff.method.objectives import OBJECTIVES, Flow, Sample, Velocity
 from pdiff.method.options import Section, resolve
@@ -51,10 +51,11 @@ def fit_denoiser(
     log: Log = ignore,
     path: Path | None = None,
     denoiser: DenoiserOptions = SMALL,
+    **parts: object,
 ) -> nn.Module:
     torch.manual_seed(0)
     module = denoiser.build(latents.shape[1])
-    return diffusion.fit(module, Flow(), latents, heldout, options, seed=0, log=log, path=path)
+    return diffusion.fit(module, Flow(), latents, heldout, options, seed=0, log=log, path=path, **parts)
 
 
 def fit_autoencoder(x: Tensor, options: Section, *, log: Log = ignore, path: Path | None = None) -> nn.Module:
@@ -269,11 +270,79 @@ def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.M
 def test_without_early_stopping_the_last_weights_count() -> None:
     g = torch.Generator().manual_seed(0)
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
-    options = DiffusionOptions(**QUICK | {"steps": 60, "evaluate_every": 10, "patience": 0})
+    options = DiffusionOptions(**QUICK | {"steps": 60, "evaluate_every": 10, "stop_on": "none"})
     log: list[Point] = []
     denoiser = fit_denoiser(latents, heldout, options, log=log.append)
     losses = [point.value for point in log if point.name == "diffusion/heldout_loss"]
     assert len(losses) == 6 and diffusion.heldout_loss(Flow(), denoiser, heldout) == pytest.approx(losses[-1], rel=1e-5)
+
+
+class Scripted:
+    """A preview that finds given nearest ratios, one after the other; the weights that it saw are kept."""
+
+    def __init__(self, ratios: list[float]) -> None:
+        self.ratios, self.seen = iter(ratios), []
+
+    def __call__(self, denoiser: nn.Module) -> diffusion.Diagnostics:
+        self.seen.append({name: t.clone() for name, t in denoiser.state_dict().items()})
+        return diffusion.Diagnostics(1.0, next(self.ratios), 0.9)
+
+
+def stopped_by(ratios: list[float], *, log: Log = ignore, path: Path | None = None) -> tuple[Scripted, nn.Module]:
+    """Fifty-five steps on nothing held out, with an evaluation every ten, ended by `memorising`."""
+    options = QUICK | {"steps": 55, "evaluate_every": 10, "stop_on": "memorising", "heldout_fraction": 0.0}
+    z, preview = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), Scripted(ratios)
+    denoiser = fit_denoiser(z, z[:0], DiffusionOptions(**options), log=log, path=path, preview=preview)
+    return preview, denoiser
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize(("ratios", "kept"), [([0.9, 0.8, 0.4, 0.9], 1), ([0.9, 0.44], 0), ([0.1], 0)])
+def test_memorising_ends_the_training_and_keeps_the_evaluation_before(ratios: list[float], kept: int) -> None:
+    log: list[Point] = []
+    preview, denoiser = stopped_by(ratios, log=log.append)
+    found = [point.value for point in log if point.name == "diffusion/nearest_ratio"]
+    assert found == ratios[: len(found)] and found[-1] < 0.45 <= min([*found[:-1], 1.0])
+    assert same(denoiser.state_dict(), preview.seen[kept])
+
+
+def test_without_copies_memorising_keeps_the_last_weights() -> None:
+    preview, denoiser = stopped_by([0.9] * 5)
+    assert len(preview.seen) == 5 and not same(denoiser.state_dict(), preview.seen[-1])  # five steps later
+
+
+@pytest.mark.parametrize("stop", [20, 30])
+def test_what_memorising_keeps_survives_an_interruption(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SHARE", math.inf)
+    ratios = [0.9, 0.8, 0.4]
+    _, expected = stopped_by(ratios)
+
+    def interrupt(point: Point) -> None:
+        if point == Point("diffusion/dispersion", 1.0, stop):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_by(ratios, log=interrupt, path=tmp_path / "state.pt")
+    preview, found = stopped_by(ratios[stop // 10 - 1 :], path=tmp_path / "state.pt")
+    assert len(preview.seen) == 4 - stop // 10  # the interrupted evaluation, and those after it
+    assert same(found.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_previews_do_not_change_the_training(ema: float) -> None:
+    z = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    options = QUICK | {"steps": 40, "stop_on": "none", "heldout_fraction": 0.0, "ema": ema}
+    often, never = (
+        fit_denoiser(z, z[:0], DiffusionOptions(**options | {"evaluate_every": every})).state_dict()
+        for every in (1, 1000)
+    )
+    assert same(often, never)
 
 
 @pytest.mark.parametrize("part", ["autoencoder", pytest.param("denoiser", marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""Similarities and distances against sets and loops of plain Python."""
+"""Similarities against sets and loops of plain Python."""
 
 import itertools
 import math
@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from pdiff.method import similarity
-from pdiff.method.similarity import maxima_without_self, mean_between, nearest_distance, wrong_iou
+from pdiff.method.similarity import maxima_without_self, mean_between, wrong_iou
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
@@ -51,28 +50,3 @@ def test_maxima_against_a_loop() -> None:
     assert maxima_without_self(s).tolist() == pytest.approx(expected)
     assert torch.equal(s, before)
     assert maxima_without_self(torch.eye(3)).tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("count", [3, 40])  # torch multiplies matrices from 25 rows on
-def test_distances_against_a_loop(count: int) -> None:
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(5, 7, generator=g), torch.randn(count, 7, generator=g)
-    expected = [min(math.dist(x, y) / math.sqrt(7) for y in b.tolist()) for x in a.tolist()]
-    assert nearest_distance(a, b).tolist() == pytest.approx(expected, rel=1e-5)
-    others = [min(math.dist(b[i], b[j]) for j in range(count) if j != i) / math.sqrt(7) for i in range(count)]
-    assert nearest_distance(b, b, same=True).tolist() == pytest.approx(others, rel=1e-5)
-    assert nearest_distance(b, b).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("columns", [1, 3, 100])
-def test_distances_are_summed_over_blocks(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "BLOCK_BYTES", 8 * 10 * columns)
-    a = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
-    b = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
-    expected = [min(math.dist(x, y) / math.sqrt(7) for y in b.tolist()) for x in a.tolist()]
-    assert nearest_distance(a, b).tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_distance_is_in_units_of_one_parameter() -> None:
-    for size in (1, 10, 1000):
-        assert nearest_distance(torch.zeros(1, size), torch.full((2, size), 0.5)).item() == pytest.approx(0.5)

@@ -8,16 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from oracle import one_by_one, perturbed, pictures
+import torch.nn.functional as F
+from oracle import one_by_one, perturbed, pictures, softmax_one_by_one
 from pydantic import ValidationError
 
 from pdiff.errors import UserError
 from pdiff.experiment import config
 from pdiff.experiment.stages import processes
+from pdiff.files import read_tensors, write_tensors
 from pdiff.method.collection import Collection
 from pdiff.networks.evaluators import EVALUATORS, Context, Evaluation, EvaluatorOptions, automatic_kind, images
 from pdiff.networks.evaluators.images import ImagesEvaluator
 from pdiff.networks.imported.template import Template
+from pdiff.networks.predict import vote_subsets
 from pdiff.networks.small import mlp
 
 
@@ -31,13 +34,84 @@ def scene(monkeypatch):
     return network, part, groups
 
 
+def assert_same(found: Evaluation, expected: Evaluation, *, exact: bool = True) -> None:
+    """Whether two evaluations agree, to the last bit or up to rounding."""
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 1e-7}
+    for name, value in expected._asdict().items():
+        same = getattr(found, name)
+        assert (value is None) == (same is None), name
+        if name == "votes" and value is not None:
+            assert same.keys() == value.keys()
+            value, same = ([tensor for votes in v.values() for tensor in votes] for v in (value, same))
+        if value is not None:
+            torch.testing.assert_close(same, value, equal_nan=True, **tolerance)
+
+
+def brute_force_error(confidence: list[float], right: list[bool]) -> float:
+    """The oracle: expected calibration error with 15 bins, prediction by prediction."""
+    total = 0.0
+    for low, high in ((b / 15, (b + 1) / 15) for b in range(15)):
+        some = [(c, r) for c, r in zip(confidence, right, strict=True) if low < c <= high]
+        total += abs(sum(r for _, r in some) - sum(c for c, _ in some))
+    return total / len(confidence)
+
+
+def test_likelihoods_calibration_and_votes_are_those_of_each_network_alone(scene, tmp_path):
+    network, part, groups = scene
+    found = ImagesEvaluator(network, {"test": part}, batch_size=4)(groups, tmp_path)["test"]
+    for name, group in groups.items():
+        p = softmax_one_by_one(network, group, part).double()
+        best, predicted = p.max(dim=-1)
+        assert torch.equal(found[name].predicted.long(), predicted)
+        nll = torch.stack([F.nll_loss(rows.log(), part.labels) for rows in p])
+        torch.testing.assert_close(found[name].nll, nll, rtol=1e-5, atol=1e-6)
+        right = predicted == part.labels
+        ece = [brute_force_error(*rows) for rows in zip(best.tolist(), right.tolist(), strict=True)]
+        assert found[name].ece.tolist() == pytest.approx(ece, abs=1e-6)
+        count, confidence, accuracy = found[name].reliability.unbind(dim=1)
+        assert count.sum() == right.numel() and (count * accuracy).nansum() == right.sum()
+        assert (count * confidence).nansum().item() == pytest.approx(best.sum().item(), rel=1e-6)
+        assert list(found[name].votes) == [1, 2]
+        for value, same in zip(found[name].votes[1], (found[name].accuracy, nll, found[name].ece), strict=True):
+            torch.testing.assert_close(value, same, rtol=1e-5, atol=1e-6)
+        means = torch.stack([p[members].mean(dim=0) for members in vote_subsets(len(group))[2]])
+        votes = found[name].votes[2]
+        right = means.argmax(dim=-1) == part.labels
+        assert votes.accuracy.tolist() == pytest.approx(right.double().mean(dim=1).tolist())
+        nll = torch.stack([F.nll_loss(rows.log(), part.labels) for rows in means])
+        torch.testing.assert_close(votes.nll, nll, rtol=1e-5, atol=1e-6)
+        ece = [brute_force_error(*rows) for rows in zip(means.amax(dim=-1).tolist(), right.tolist(), strict=True)]
+        assert votes.ece.tolist() == pytest.approx(ece, abs=1e-6)
+
+
+def test_a_file_of_another_form_is_refused(scene, tmp_path):
+    network, part, groups = scene
+    evaluator = ImagesEvaluator(network, {"test": part}, batch_size=4)
+    path = tmp_path / "original.safetensors"
+    write_tensors(path, {"test": torch.zeros(3, 25, dtype=torch.bool)})
+    with pytest.raises(UserError, match=r"original\.safetensors: holds test bool \(3, 25\), expected test\.nll"):
+        evaluator(groups, tmp_path)
+    path.unlink()
+    evaluator(groups, tmp_path)
+    write_tensors(path, read_tensors(path) | {"test.predicted": torch.full((3, 25), torch.nan)})
+    with pytest.raises(UserError, match=r"test\.predicted float32 \(3, 25\).*expected.*classes \(3, 25\)"):
+        evaluator(groups, tmp_path)
+
+
+@pytest.mark.parametrize(("confidence", "right", "error"), [([1.0, 1.0], [1, 0], 0.5), ([0.75, 0.75], [1, 1], 0.25)])
+def test_calibration_in_closed_form(confidence, right, error):
+    sums = images.reliability(torch.tensor([confidence]), torch.tensor([right]).bool())
+    assert sums.shape == (1, 15, 3) and sums[0, :, 0].sum() == 2
+    assert images.calibration_error(sums).tolist() == [error]
+
+
 def test_error_masks_are_those_of_each_network_alone(scene, tmp_path):
     network, part, groups = scene
     evaluations = ImagesEvaluator(network, {"validation": part, "test": part}, batch_size=4)(groups, tmp_path)
     assert list(evaluations) == ["validation", "test"]
     for name, group in groups.items():
         wrong = one_by_one(network, group, part) != part.labels
-        accuracy, found = evaluations["test"][name]
+        accuracy, found, *_ = evaluations["test"][name]
         assert torch.equal(found, wrong)
         assert torch.allclose(accuracy, 1 - wrong.double().mean(dim=1))
 
@@ -61,7 +135,7 @@ def test_an_interrupted_evaluation_continues(scene, tmp_path, monkeypatch, batch
     for _ in range(2):  # the second time everything is known
         found = ImagesEvaluator(network, {"test": part}, batch_size=batch_size)(groups, tmp_path)
         for name in groups:
-            assert torch.equal(found["test"][name].wrong, expected["test"][name].wrong)
+            assert_same(found["test"][name], expected["test"][name], exact=batch_size == 4)
     assert starts == [0, continues_at]
 
 
@@ -76,8 +150,9 @@ def test_what_is_known_of_a_group_is_not_computed_again(scene, tmp_path, monkeyp
     found = evaluator(groups, known)
     assert evaluated == [1], "the generated ones alone"
     for name in groups:
-        assert torch.equal(found["test"][name].wrong, expected["test"][name].wrong)
-    with pytest.raises(UserError, match=r"original\.safetensors: error masks are .*\(3, 25\).*, expected .*\(2, 25\)"):
+        assert_same(found["test"][name], expected["test"][name])
+    message = r"original\.safetensors: holds .*predicted classes \(3, 25\).*, expected .*predicted classes \(2, 25\)"
+    with pytest.raises(UserError, match=message):
         evaluator(groups | {"original": groups["original"].select([0, 1])}, known)
 
 
@@ -145,8 +220,7 @@ def test_every_kind_is_made_of_its_options_and_finds_what_it_found_before(kind, 
     again = options.make(context(**parts))(groups, tmp_path / "state")
     for part, evaluations in found.items():
         for name, evaluation in evaluations.items():
-            for value, same in zip(evaluation, again[part][name], strict=True):
-                assert value is same is None or torch.equal(value, same)
+            assert_same(evaluation, again[part][name])
 
 
 def test_scripts_of_a_command(monkeypatch, tmp_path):

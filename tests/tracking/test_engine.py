@@ -63,6 +63,9 @@ class ListStore:
         yield run
         run.status = "finished"
 
+    def link(self, run_id) -> str:
+        return f"runs/{run_id}"
+
     def reuse(self, stage, experiment, done) -> None:
         self.reused.append(stage)
 
@@ -101,6 +104,7 @@ def generator(experiment, out, log, *, collection):
 
 def evaluate(experiment, out, log, *, collection, generator):
     (out / "report.html").write_text("report")
+    (out / "verdict.md").write_text("verdict")
     return write("evaluate", experiment, out, log, {"collection": collection, "generator": generator})
 
 
@@ -114,7 +118,7 @@ def toys(monkeypatch, tmp_path):
         return Stage(f"{__name__}:{name}", reads, **{"decided_by": digests.sections("seed"), **options})
 
     table = {
-        "network": toy("network", exists=lambda experiment: not experiment.prepare.source, part_of="collection"),
+        "network": toy("network", exists=lambda experiment: not experiment.prepare.source, part_of=("collection",)),
         "collection": toy("collection", "network"),
         "generator": toy("generator", "collection", decided_by=digests.sections("diffusion")),
         "evaluate": toy("evaluate", "collection", "generator", decided_by=digests.sections("evaluate")),

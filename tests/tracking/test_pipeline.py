@@ -41,11 +41,11 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
         assert (artifacts(run) / "config.yaml").exists()
     written = {
         "pretrain": {"network.safetensors", "history.csv"},
-        "prepare": {"checkpoints.safetensors", "checkpoints.json", "network.safetensors"},
+        "prepare": {"checkpoints.safetensors", "heldout.safetensors", "heldout.json", "network.safetensors"},
         "train": {"generator"},
         "generate": {"generated.safetensors", "generated.json"},
-        "originals": {"original.safetensors"},
-        "evaluate": {"evaluation.csv", "similarity.safetensors", "report.html", "summary.json"},
+        "originals": {"original.safetensors", "heldout.safetensors"},
+        "evaluate": {"evaluation.csv", "similarity.safetensors", "report.html", "summary.json", "verdict.md", "tables"},
     }
     for stage, names in written.items():
         there = {path.name for path in artifacts(runs(stage)[0]).iterdir()}
@@ -59,10 +59,12 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
 
     evaluation = pd.read_csv(artifacts(runs("evaluate")[0]) / "evaluation.csv")
     assert evaluation.groupby("group").size().to_dict() == {
-        "original": 20,
+        "original": 18,
+        "heldout": 2,
         "generated": 8,
         "noise_0.05": 4,
         "average": 1,
+        "gaussian": 4,
     }
     generated = evaluation[evaluation.group == "generated"]
     assert parent.data.metrics["test_accuracy/generated_mean"] == pytest.approx(generated.test_accuracy.mean())
@@ -91,6 +93,15 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
 
     assert pdiff(["main", "--tag", "tiny.yaml", "--generate.count", "5"]) == 0
     assert capsys.readouterr().out.count("reusing run") == 4
+    first, second = (run.info.run_id for run in runs("main"))
+    assert pdiff(["compare", first[:8], second]) == 0
+    printed = capsys.readouterr().out
+    assert ["generate.count", "8", "5"] in [line.split() for line in printed.splitlines()]
+    page = (artifacts(runs("compare")[0]) / "comparison.html").read_text()
+    assert f"tiny {first[:8]}: generated" in page and f"tiny {second[:8]}: generated" in page
+    assert pdiff(["compare", first, first[:9]]) == pdiff(["compare", first, runs("train")[0].info.run_id]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "given twice" in lines[0] and "a run of train compares no networks" in lines[1]
     counts = {"pretrain": 1, "prepare": 1, "train": 1, "generate": 2, "originals": 1, "evaluate": 2}
     assert {stage: len(runs(stage)) for stage in STAGES} == counts
     assert pdiff(["generate", "--tag", "tiny.yaml", "--fresh"]) == 0
@@ -142,7 +153,7 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage, capsys, monke
     """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
     longer = {
         "pretrain": ["--prepare.pretrain.epochs", "150"],
-        "train": ["--diffusion.steps", "1500", "--diffusion.patience", "0"],
+        "train": ["--diffusion.steps", "1500", "--diffusion.stop_on", "none"],
     }
     command = {"pretrain": "prepare", "train": "train"}[stage]
     words = [command, "--tag", "tiny.yaml", *longer[stage]]
@@ -188,7 +199,7 @@ def test_two_at_once_on_a_fresh_database(empty_workspace):
 
 @pytest.mark.slow
 def test_terminated_runs_are_closed(workspace):
-    process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.patience", "0")
+    process = start("main", "--tag", "tiny.yaml", "--diffusion.steps", "100000", "--diffusion.stop_on", "none")
     wait_for(lambda: any(stage == "train" for stage, _ in statuses()), process)
     process.terminate()
     printed = process.communicate()[0]

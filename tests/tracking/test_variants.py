@@ -55,8 +55,8 @@ def test_without_diffusion_latents_are_gaussian(workspace):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7])
 def test_only_the_first_checkpoints_are_used(workspace, count):
-    words = ["--generator.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
-    evaluated(*words)
+    words = ["--generator.checkpoints", str(count), "--diffusion.heldout_fraction", "0", "--diffusion.stop_on", "none"]
+    evaluated(*words, "--evaluate.baselines", "auto")
     assert table().groupby("group").size()["original"] == count
     generator = Generator.load(artifacts(runs("train")[0]) / "generator")
     collected = load_file(artifacts(runs("prepare")[0]) / "checkpoints.safetensors")
@@ -101,7 +101,7 @@ OWN = """
 prepare: {source: own}
 diffusion: {steps: 20, width: 16, blocks: 1, evaluate_every: 10}
 generate: {count: 3, sampling_steps: 4}
-evaluate: {noise: [0.05]}
+evaluate: {noise: [0.05], baselines: average, baseline_count: 4}
 """
 
 
@@ -117,7 +117,8 @@ def test_networks_without_a_data_set_and_an_architecture(workspace):
     metrics = runs("main")[0].data.metrics
     assert not any(name.startswith(("val_", "test_", "similarity/")) for name in metrics)
     assert metrics["nearest_distance/average_mean"] > 0
-    assert set(table().columns) == {"group", "index", "nearest_distance"}
+    assert {"nearest_distance", "novelty", "outside_span"} < set(table().columns)
+    assert not any("accuracy" in column for column in table())
     sampled = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")
     assert sampled["layer.weight"].shape == (3, 3, 4)
 
@@ -152,8 +153,8 @@ def test_networks_that_a_function_or_a_command_of_the_user_measures(workspace, h
     images, labels = (array[:50] for array in load_digits(return_X_y=True))
     np.savez("digits.npz", images=images.astype(np.float32), labels=labels)
     Path("measures.py").write_text(MEASURES)
-    Path("own.yaml").write_text(OWN.replace("evaluate: {noise: [0.05]}", f"evaluate: {{noise: [], {how}}}"))
-    words = ["main", "--tag", "own.yaml", "--diffusion.heldout_fraction", "0", "--diffusion.patience", "0"]
+    Path("own.yaml").write_text(OWN.replace("noise: [0.05]", f"noise: [], {how}"))
+    words = ["main", "--tag", "own.yaml", "--diffusion.heldout_fraction", "0", "--diffusion.stop_on", "none"]
     assert pdiff(words) == 0
     calls = Path("calls").read_text()
     assert len(calls) == 3 + 3 + 1, "originals, generated networks, the average"
@@ -185,7 +186,7 @@ def test_pretraining_is_shared_by_what_differs_only_afterwards(workspace, capsys
     base, shared = (load_file(artifacts(run) / "network.safetensors") for run in (first, second))
     assert all(torch.equal(tensor, shared[name]) for name, tensor in base.items())
     whole, last = (load_file(artifacts(run) / "checkpoints.safetensors") for run in (first, second))
-    assert set(last) == {"3.weight", "3.bias"} and len(last["3.bias"]) == 5 and len(whole["3.bias"]) == 20
+    assert set(last) == {"3.weight", "3.bias"} and len(last["3.bias"]) == 5 and len(whole["3.bias"]) == 18
     assert pdiff([*words, "--prepare.pretrain.epochs", "2"]) == 0  # another pretraining
     assert pdiff(["prepare", "--tag", "tiny.yaml", "--fresh"]) == 0
     assert len(runs("pretrain")) == 3
@@ -207,15 +208,15 @@ def test_originals_are_evaluated_once(workspace, monkeypatch, capsys):
     words = ["--autoencoder.latent_size", "3", "--generate.count", "5", "--evaluate.noise", "[0.1, 0.2]"]
     evaluated(*words)
     assert f"originals: reusing run {runs('originals')[0].info.run_id}" in capsys.readouterr().out
-    assert counts == [[20]] * 2 + [[8, 4, 1]] * 2 + [[5, 4, 4, 1]] * 2, "on validation and on test images"
+    assert counts == [[18, 2]] * 2 + [[8, 4, 1, 4]] * 2 + [[5, 4, 4, 1, 4]] * 2, "on validation and on test images"
     shared = table()
     columns = ["val_accuracy", "test_accuracy", "max_similarity"]
-    assert shared[columns][:20].equals(first[columns][:20])
+    assert shared[columns][:18].equals(first[columns][:18])
     assert pdiff(["evaluate", "--tag", "tiny.yaml", "--fresh", *words]) == 0
-    assert counts[6:] == [[20]] * 2 + [[5, 4, 4, 1]] * 2
+    assert counts[6:] == [[18, 2]] * 2 + [[5, 4, 4, 1, 4]] * 2
     assert table().equals(shared)
     evaluated("--generator.checkpoints", "7")  # other originals
-    assert counts[10:] == [[7]] * 2 + [[8, 4, 1]] * 2
+    assert counts[10:] == [[7, 2]] * 2 + [[8, 4, 1, 4]] * 2
 
 
 @pytest.mark.parametrize(

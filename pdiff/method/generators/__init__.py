@@ -48,8 +48,11 @@ class DiffusionOptions(TrainingOptions):
 
     `standardize_latents` gives every entry of the latents mean 0 and deviation 1 over the collection, before diffusion.
     `ema` is the decay of the moving average of the weights, with which latents are sampled; 0 for none.
-    `heldout_fraction` of the checkpoints is not trained on; the loss on them is measured every `evaluate_every` steps.
-    With `patience` > 0 training stops after so many evaluations without a better loss, and keeps the best weights.
+    `heldout_fraction` of the checkpoints is not trained on. Every `evaluate_every` steps the loss on them is measured,
+    and a few latents are sampled, to see how far they spread, and how near they come to fitted ones.
+    `stop_on` ends the training early: `heldout_loss` after `patience` evaluations without a better loss, with the best
+    weights; `memorising` as soon as samples are copies of fitted latents, with the weights of the evaluation before;
+    `none` never, so that all steps are run and the last weights kept.
     """
 
     standardize_latents: bool = True
@@ -60,12 +63,16 @@ class DiffusionOptions(TrainingOptions):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     heldout_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     evaluate_every: Positive = 50
+    stop_on: Literal["heldout_loss", "memorising", "none"] = "heldout_loss"
     patience: Annotated[int, Field(ge=0)] = 8
 
     @model_validator(mode="after")
-    def _check_patience(self) -> DiffusionOptions:
-        if self.patience and not self.heldout_fraction:
-            raise ValueError("patience > 0 needs heldout_fraction > 0: early stopping watches held-out checkpoints")
+    def _check_stop_on(self) -> DiffusionOptions:
+        if self.stop_on == "heldout_loss" and not (self.heldout_fraction and self.patience):
+            raise ValueError(
+                "stop_on heldout_loss needs heldout_fraction > 0 and patience > 0, "
+                f"but got ({self.heldout_fraction:g}, {self.patience}); stop_on none runs all steps"
+            )
         return self
 
 
@@ -95,6 +102,8 @@ class LatentDiffusionOptions(GeneratorOptions):
     sections: ClassVar[tuple[str, ...]] = ("autoencoder", "diffusion")
     logs: ClassVar[tuple[str, ...]] = (
         *("autoencoder/loss", "diffusion/loss", "diffusion/heldout_loss", "latent_size"),
+        *("diffusion/dispersion", "diffusion/nearest_ratio", "diffusion/final_dispersion"),
+        "diffusion/final_nearest_ratio",
         *names_of_measured("autoencoder", "diffusion"),
     )
 

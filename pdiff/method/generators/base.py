@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from pdiff.method.log import Log, ignore
 from pdiff.method.options import resolve
 from pdiff.method.standardize import Standardizer
 from pdiff.seeds import stream
+
+if TYPE_CHECKING:
+    from pdiff.method.diffusion import Diagnostics
 
 FORMAT = 2  # of the files of `save`
 Tensors = dict[str, Tensor]
@@ -31,9 +34,13 @@ class Generator(ABC):
 
     Attributes:
         standardizer: checkpoints <-> vectors (N, D).
+        compresses: whether there is a compression, through which `reconstruct` passes networks.
+        diagnostics: what the fit found out about its samples; None where it looked at none, and after `load`.
     """
 
     standardizer: Standardizer
+    compresses: ClassVar[bool] = False
+    diagnostics: Diagnostics | None = None
 
     @classmethod
     @abstractmethod
@@ -151,6 +158,14 @@ class Generator(ABC):
 
     def warm_up(self, **options: Any) -> None:  # noqa: B027 (most kinds need nothing)
         """Import what sampling with some options needs, so that its measured seconds do not include that."""
+
+    def reconstruct(self, networks: Collection, *, device: torch.device | str = "cpu") -> Collection:
+        """Networks through the fitted compression and back.
+
+        Raises:
+            NotImplementedError: the kind does not compress.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no compression")
 
     def sizes(self) -> dict[str, float]:
         """Sizes worth logging, such as the number of latents."""

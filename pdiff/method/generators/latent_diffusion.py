@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import AUTOENCODERS
-from pdiff.method.collection import Collection
+from pdiff.method.collection import Collection, heldout_split
 from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import LatentDiffusionOptions
 from pdiff.method.generators.base import Check, Generator, Tensors, with_prefix
@@ -24,7 +24,7 @@ from pdiff.method.samplers import samplers_of
 from pdiff.method.standardize import Standardizer
 from pdiff.seeds import stream
 
-HELDOUT_BLOCKS = 4  # runs of consecutive checkpoints that are held out, see `heldout_split`
+CHECKED, CHECKED_CALLS = 128, 20  # samples of the fitted denoiser that are looked at, and their denoiser calls
 ENCODED = 256  # vectors that the autoencoder encodes at a time
 
 
@@ -39,7 +39,10 @@ class LatentDiffusion(Generator):
         latent_std: latents are then divided by it, (L,).
         denoiser: predicts in latent space; None: latents are sampled from N(0, 1).
         objective: what the denoiser predicts.
+        diagnostics: of the denoiser, as fitted; not saved.
     """
+
+    compresses: ClassVar[bool] = True
 
     standardizer: Standardizer
     autoencoder: nn.Module
@@ -47,6 +50,7 @@ class LatentDiffusion(Generator):
     latent_std: Tensor
     denoiser: nn.Module | None
     objective: Objective
+    diagnostics: diffusion.Diagnostics | None = None
 
     @classmethod
     def fit(
@@ -71,15 +75,18 @@ class LatentDiffusion(Generator):
         z = encode(autoencoder, x, device)  # (N, L)
         mean, std = latent_scale(z[kept], standardize=options.diffusion.standardize_latents)
         z = ((z - mean) / std).to(device)
-        denoiser = None
+        denoiser = diagnostics = None
         if steps:
+            preview = diffusion.Preview(options.objective, z[kept], seed=stream(seed, "denoiser"))
             with measured(log, "diffusion"):
                 resume = {"log": log, "path": state and state / "diffusion.pt"}
                 torch.manual_seed(stream(seed, "denoiser"))
                 denoiser = options.denoiser.build(z.shape[1]).to(device)
                 data = (options.objective, z[kept], z[heldout], options.diffusion)
-                denoiser = diffusion.fit(denoiser, *data, seed=stream(seed, "denoiser"), **resume)
-        return cls(standardizer, autoencoder, mean, std, denoiser, options.objective)
+                denoiser = diffusion.fit(denoiser, *data, seed=stream(seed, "denoiser"), preview=preview, **resume)
+            of_samples = {"seed": stream(seed, "denoiser"), "samples": CHECKED, "calls": CHECKED_CALLS}
+            diagnostics = diffusion.Preview(options.objective, z[kept], **of_samples)(denoiser)
+        return cls(standardizer, autoencoder, mean, std, denoiser, options.objective, diagnostics)
 
     def sample_vectors(
         self, seeds: list[int], *, device: torch.device | str, label: str = "sample", **options: Any
@@ -107,6 +114,10 @@ class LatentDiffusion(Generator):
     def warm_up(self, **options: Any) -> None:
         if self.denoiser is not None:
             self.sampling([0], device="cpu", **options)  # imports diffusers
+
+    def reconstruct(self, networks: Collection, *, device: torch.device | str = "cpu") -> Collection:
+        vectors = self.standardizer.encode(networks)
+        return self.standardizer.decode(reconstruct(self.autoencoder.to(device).eval(), vectors, device))
 
     def sizes(self) -> dict[str, float]:
         return {"latent_size": len(self.latent_mean)}
@@ -219,24 +230,6 @@ def encode(autoencoder: nn.Module, x: Tensor, device: torch.device | str) -> Ten
 def reconstruct(autoencoder: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
     """Reconstructions (N, D), on the CPU, of vectors (N, D), batch by batch."""
     return torch.cat([autoencoder(rows.to(device)).cpu() for rows in x.split(ENCODED)])
-
-
-def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, if there are.
-
-    Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
-    so the loss on single held-out checkpoints would be low even for a generator that memorises.
-    """
-    held = min(round(count * fraction), max(count - 2, 0))
-    blocks = min(HELDOUT_BLOCKS, max(held, 1))
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.zeros(count, dtype=torch.bool)
-    for block in range(blocks):
-        start, end = block * count // blocks, (block + 1) * count // blocks
-        length = (block + 1) * held // blocks - block * held // blocks
-        first = start + int(torch.randint(end - start - length + 1, (), generator=generator))
-        mask[first : first + length] = True
-    return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
 
 
 def latent_scale(z: Tensor, *, standardize: bool) -> tuple[Tensor, Tensor]:

@@ -27,23 +27,53 @@ if TYPE_CHECKING:
     from pdiff.networks.imported.template import Template
 
 CHECKPOINT = "{checkpoint}"
+VOTE_SIZES = (1, 2, 4, 8, 16, 32)  # networks of a vote; a vote of one is that network
+
+
+class Votes(NamedTuple):
+    """What is known of R soft votes, each of a random subset of the networks of a group.
+
+    A vote is the mean of the softmax probabilities of its networks.
+
+    Attributes:
+        accuracy: share of right predictions, float64 (R,).
+        nll: mean negative log likelihood of the labels in nats, float64 (R,).
+        ece: expected calibration error, float64 (R,).
+    """
+
+    accuracy: Tensor
+    nll: Tensor
+    ece: Tensor
 
 
 class Evaluation(NamedTuple):
-    """What is known of the N networks of a group on one part of the data.
+    """What is known of the N networks of a group on one part of the data; None where something is unknown.
+
+    An evaluation on images knows all, one by a function the first three, one by a command the accuracy.
 
     Attributes:
         accuracy: share of right predictions, float64 (N,).
-        wrong: error mask: which images each network gets wrong, bool (N, images); None where that is unknown.
+        wrong: error mask: which images each network gets wrong, bool (N, images).
+        predicted: predicted classes, an integer type (N, images).
+        nll: mean negative log likelihood of the labels in nats, float64 (N,); inf where a probability is undefined.
+        ece: expected calibration error with 15 bins, float64 (N,).
+        reliability: of all networks together, float64 (bins, 3): predictions with a confidence in each bin, their mean
+            confidence and their accuracy, both NaN where there are none.
+        votes: number of networks m -> votes of m networks; those of one are all networks, R = N.
     """
 
     accuracy: Tensor
     wrong: Tensor | None = None
+    predicted: Tensor | None = None
+    nll: Tensor | None = None
+    ece: Tensor | None = None
+    reliability: Tensor | None = None
+    votes: Mapping[int, Votes] | None = None
 
     @classmethod
-    def of(cls, wrong: Tensor) -> Evaluation:
-        """The evaluation of networks whose error mask is known."""
-        return cls(1 - wrong.double().mean(dim=1), wrong)
+    def of(cls, wrong: Tensor, predicted: Tensor | None = None) -> Evaluation:
+        """The evaluation of networks whose error mask is known, and perhaps their predictions."""
+        return cls(1 - wrong.double().mean(dim=1), wrong, predicted)
 
 
 Evaluations = dict[str, dict[str, Evaluation]]  # part ("validation", "test") -> group -> evaluation

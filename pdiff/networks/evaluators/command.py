@@ -40,6 +40,7 @@ GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 class CommandEvaluator:
     """Evaluates networks by the accuracy that a command prints. The folder holds `<group>.jsonl`, see `run_command`.
 
+    Accuracies are all that is known: neither predictions, nor likelihoods, nor votes.
     Whether numbers up to 1 are percentages is decided over all groups together, since one script prints them all.
     Attributes are the arguments of `run_command`.
     """

@@ -41,7 +41,10 @@ RETURNED = ("predictions", "labels")
 
 @dataclass(frozen=True)
 class FunctionEvaluator:
-    """Evaluates networks by what a function predicts. The folder holds `<group>.safetensors`: error mask and labels.
+    """Evaluates networks by what a function predicts. The folder holds `<group>.safetensors`: predictions and labels.
+
+    Likelihoods and votes are unknown: a function returns classes. Of one that returns only which predictions are right,
+    `predicted` is 1 where they are.
 
     Attributes:
         function: `path/to/file.py:function`.
@@ -57,7 +60,8 @@ class FunctionEvaluator:
         """Evaluate groups of networks; see `Evaluator`.
 
         Raises:
-            UserError: groups were evaluated with different labels, and cannot be compared.
+            UserError: groups were evaluated with different labels, and cannot be compared; or the file of a group
+                holds something else.
         """
         found = {}
         for name, group in groups.items():
@@ -65,13 +69,20 @@ class FunctionEvaluator:
             if not path.exists():
                 options = {"template": self.template, "workers": self.workers, "label": f"evaluate {name}"}
                 predicted, labels = run_function(self.function, group, **options)
-                write_tensors(path, {"wrong": predicted != labels, "labels": labels.long()})
+                write_tensors(path, {"predicted": predicted, "labels": labels.long()})
             found[name] = read_tensors(path)
+            if found[name].keys() != {"predicted", "labels"}:
+                raise UserError(f"{path}: holds {', '.join(sorted(found[name]))}, expected labels, predicted")
         first, *others = found
         for name in others:
             if not torch.equal(found[name]["labels"], found[first]["labels"]):
                 raise UserError(f"evaluate.function {self.function}: the labels of {name} are not those of {first}")
-        return {"test": {name: Evaluation.of(tensors["wrong"]) for name, tensors in found.items()}}
+        return {
+            "test": {
+                name: Evaluation.of(tensors["predicted"] != tensors["labels"], tensors["predicted"])
+                for name, tensors in found.items()
+            }
+        }
 
 
 def run_function(

@@ -26,14 +26,41 @@ def files_of(folder: Path, exclude: Sequence[str] = ()) -> list[Path]:
     return sorted((path for path in found if path.name not in out), key=by_value)
 
 
-def checkpoint_files(folder: Path, exclude: Sequence[str] = ()) -> list[Path]:
+def files_at(place: Path) -> list[Path]:
+    """The checkpoint files of a folder, see `files_of`; or a single file."""
+    return [place] if place.is_file() else files_of(place)
+
+
+def some_files(place: Path, *, key: str) -> list[Path]:
+    """As `files_at`, but at least one file.
+
+    Args:
+        place: a folder, or a file.
+        key: of the configuration, for messages.
+
+    Raises:
+        UserError: there is no such place, or no checkpoint file.
+    """
+    if not place.exists():
+        raise UserError(f"{key}: {place} is neither a folder nor a file")
+    if (place.is_file() and place.suffix not in SUFFIXES) or not files_at(place):
+        raise UserError(f"{key}: {place} holds no file {'/'.join(SUFFIXES)}")
+    return files_at(place)
+
+
+def checkpoint_files(folder: Path, exclude: Sequence[str] = (), *, key: str = "prepare.source") -> list[Path]:
     """As `files_of`, but at least two files.
+
+    Args:
+        folder: of the files.
+        exclude: names or patterns of files to leave out.
+        key: of the configuration that names the folder, for messages.
 
     Raises:
         UserError: there is no such folder, too few files, or a name or pattern in `exclude` that matches none.
     """
     if not folder.is_dir():
-        raise UserError(f"prepare.source: {folder} is not a folder")
+        raise UserError(f"{key}: {folder} is not a folder")
     paths = files_of(folder)
     for pattern in exclude:
         if not matching([path.name for path in paths], [pattern]):
@@ -42,5 +69,5 @@ def checkpoint_files(folder: Path, exclude: Sequence[str] = ()) -> list[Path]:
     if len(kept) < 2:
         left = f" beside {len(paths) - len(kept)} excluded ones" if exclude else ""
         suffixes = "/".join(SUFFIXES)
-        raise UserError(f"prepare.source: {folder} holds {len(kept)} files {suffixes}{left}, expected at least 2")
+        raise UserError(f"{key}: {folder} holds {len(kept)} files {suffixes}{left}, expected at least 2")
     return kept

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.method.collection import Collection, StateDict, is_generated, not_finite
-from pdiff.networks.imported.files import checkpoint_files
+from pdiff.networks.imported.files import checkpoint_files, some_files
 from pdiff.networks.imported.template import Template
 from pdiff.networks.patterns import EVERYTHING, matching
 
@@ -41,29 +41,57 @@ def read_collection(folder: Path, patterns: Sequence[str] = ("all",), exclude: S
             layouts, NaN or infinity; with file and tensor. Or nothing that can be generated differs between the files.
     """
     paths = checkpoint_files(folder, exclude)
+    first = selected(paths[0], patterns)
+    collection = _stacked(paths, patterns, like=first, named=str(paths[0]))
+    of = "" if tuple(patterns) == EVERYTHING else f"{', '.join(patterns)} of "
+    check_varying(collection.varying(), first, f"prepare.source: {of}the {len(paths)} files in {folder}")
+    return collection
 
-    def selected(path: Path) -> StateDict:
-        state = Template.read(path).state
-        names = matching(state, patterns)
-        if not names:
-            raise UserError(f"{path}: no tensor matches prepare.parameters {', '.join(patterns)}")
-        return {name: state[name] for name in names}
 
-    first = selected(paths[0])
-    stacked = {name: torch.empty(len(paths), *t.shape, dtype=t.dtype) for name, t in first.items()}
+def read_like(place: Path, like: StateDict, *, named: str, key: str, patterns: Sequence[str] = ("all",)) -> Collection:
+    """Read a folder of checkpoint files, or a single file, whose networks have the layout of other ones.
+
+    As `read_collection`, but one file is enough, and files may be equal.
+
+    Args:
+        place: folder or file.
+        like: one of the other networks; of its numbers only shape and type matter.
+        named: the file of that one, for messages.
+        key: of the configuration that names the place, for messages.
+        patterns: names or patterns of the tensors to read, as they were for the other networks.
+
+    Raises:
+        UserError: nothing to read, an unusable file, or another layout; with file and tensor.
+    """
+    return _stacked(some_files(place, key=key), patterns, like=like, named=named)
+
+
+def selected(path: Path, patterns: Sequence[str]) -> StateDict:
+    """The tensors of a checkpoint file that match some patterns.
+
+    Raises:
+        UserError: none does, or an unusable file.
+    """
+    state = Template.read(path).state
+    names = matching(state, patterns)
+    if not names:
+        raise UserError(f"{path}: no tensor matches prepare.parameters {', '.join(patterns)}")
+    return {name: state[name] for name in names}
+
+
+def _stacked(paths: Sequence[Path], patterns: Sequence[str], *, like: StateDict, named: str) -> Collection:
+    """The networks in some files of one layout."""
+    stacked = {name: torch.empty(len(paths), *t.shape, dtype=t.dtype) for name, t in like.items()}
 
     def fill(row: int) -> None:
-        state = selected(paths[row])
-        check_state(state, str(paths[row]), like=first, named=str(paths[0]))
+        state = selected(paths[row], patterns)
+        check_state(state, str(paths[row]), like=like, named=named)
         for name, tensor in state.items():
             stacked[name][row] = tensor
 
     for _ in in_threads(fill, range(len(paths)), "read"):
         pass
-    collection = Collection(stacked, [path.name for path in paths])
-    of = "" if tuple(patterns) == EVERYTHING else f"{', '.join(patterns)} of "
-    check_varying(collection.varying(), first, f"prepare.source: {of}the {len(paths)} files in {folder}")
-    return collection
+    return Collection(stacked, [path.name for path in paths])
 
 
 def first_template(folder: Path, exclude: Sequence[str] = ()) -> Template:

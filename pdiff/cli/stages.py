@@ -96,5 +96,7 @@ def _table(experiment: Experiment, evaluation: pd.DataFrame) -> pd.DataFrame:
     cells = report.cells(report.table(evaluation))
     if not experiment.evaluator.measures:
         distances = evaluation.groupby("group", sort=False)["nearest_distance"].mean()
-        cells["distance to the nearest original"] = distances.map(find("nearest_distance").text).to_numpy()
+        cells["distance to the nearest original"] = [
+            find("nearest_distance").text(distances[group]) for group in cells["group"]
+        ]
     return cells.loc[:, (cells != MISSING).any()]

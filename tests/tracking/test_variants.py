@@ -106,7 +106,7 @@ evaluate: {noise: [0.05], baselines: average, baseline_count: 4}
 
 
 @pytest.mark.slow
-def test_networks_without_a_data_set_and_an_architecture(workspace):
+def test_networks_without_a_data_set_and_an_architecture(workspace, capsys):
     """Neither data set nor architecture: networks are sampled, and compared in weight space alone."""
     Path("own").mkdir()
     for k in range(6):
@@ -117,6 +117,9 @@ def test_networks_without_a_data_set_and_an_architecture(workspace):
     metrics = runs("main")[0].data.metrics
     assert not any(name.startswith(("val_", "test_", "similarity/")) for name in metrics)
     assert metrics["nearest_distance/average_mean"] > 0
+    rows = {row[0]: row for line in capsys.readouterr().out.splitlines() if (row := line.split())}
+    for group in ("original", "generated", "noise_0.05", "average"):
+        assert float(rows[group][-1]) == pytest.approx(metrics[f"nearest_distance/{group}_mean"], abs=0.001), group
     assert {"nearest_distance", "novelty", "outside_span"} < set(table().columns)
     assert not any("accuracy" in column for column in table())
     sampled = load_file(artifacts(runs("generate")[0]) / "generated.safetensors")

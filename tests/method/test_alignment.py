@@ -12,6 +12,8 @@ from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection, StateDict
 from pdiff.networks.architectures import ARCHITECTURES, build
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"mlp": (1, 8), "cnn_small": (1, 8), "mlp_mini": (3, 16), "convnet_mini": (3, 16), "resnet_mini": (3, 16)}
 SMALL |= {"cnn_medium": (3, 32), "vit_mini": (3, 16), "convnext_mini": (3, 32)}
 PAPER = ("resnet18", "resnet50", "vit_tiny_patch16_224", "vit_base_patch16_224", "convnext_tiny", "convnext_base")

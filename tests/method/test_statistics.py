@@ -47,6 +47,7 @@ def expected_accuracy(mean: float, variance: float) -> float:
 @pytest.mark.parametrize(
     ("count", "spread", "hardness"), [(20, 0.3, 2.0), (20, 0.0, 0.0), (8, 0.5, 2.0), (1, 0.0, 2.0)]
 )
+@pytest.mark.slow
 def test_intervals_of_accuracy_cover_the_truth(count: int, spread: float, hardness: float) -> None:
     g, covered, errors, found = torch.Generator().manual_seed(0), 0, [], []
     accuracies = [expected_accuracy(mean, spread**2 + hardness**2) for mean in (1.0, 1.3)]
@@ -102,6 +103,7 @@ def test_a_difference_without_variation_is_certain() -> None:
     assert certain == Comparison(1, 1, 1, 0) and certain.verdict() == "better"
 
 
+@pytest.mark.slow
 def test_intervals_of_one_group_cover_the_truth() -> None:
     g, means, medians = torch.Generator().manual_seed(0), 0, 0
     for seed in range(200):
@@ -117,6 +119,7 @@ def test_intervals_of_one_group_cover_the_truth() -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), [(10, 10), (30, 12)])
+@pytest.mark.slow
 def test_intervals_of_means_cover_the_truth(n: int, m: int) -> None:
     g, covered = torch.Generator().manual_seed(0), 0
     for seed in range(600):

@@ -22,11 +22,11 @@ from pdiff.method.collection import Collection
 from pdiff.method.novelty import data_copying
 from pdiff.networks.imported.plain import read_collection
 
+pytestmark = pytest.mark.slow
+
 FUNCTION = """
 import torch
 from sklearn.datasets import load_digits
-
-pytestmark = pytest.mark.slow
 x, y = load_digits(return_X_y=True)
 x, y = torch.tensor(x[1000:], dtype=torch.float32) / 16, torch.tensor(y[1000:])
 def predict(state):

@@ -275,15 +275,16 @@ class Alarm(NamedTuple):
     remedy: str
 
 
-COPIES = 0.25  # networks of less novelty are copies
+COPIES = 0.25  # networks of less novelty are copies, even where too few are held out for a test
+COPYING = -3.0  # Z_U below it: nearer to the fitted networks than held-out ones, beyond chance
 FEWER = "a lower autoencoder.latent_size or diffusion.learning_rate, or more diffusion.steps may help"
 NEWER = "fewer diffusion.steps, diffusion.stop_on memorising or more checkpoints may help"
 ALARMS = (
     Alarm("collapsed", "diffusion/final_dispersion", 0.8, FEWER),
     Alarm("collapsed", "dispersion/{group}", 0.8, FEWER),
     Alarm("memorising", "diffusion/final_nearest_ratio", 0.5, NEWER),
-    Alarm("memorising", "z_u/{group}", -3.0, NEWER),
-    Alarm("memorising", "novelty/{group}_median", COPIES, NEWER),  # of few held-out networks Z_U cannot tell copies
+    Alarm("memorising", "z_u/{group}", COPYING, NEWER),
+    Alarm("memorising", "novelty/{group}_median", COPIES, NEWER),
 )
 """What a run is tagged with: samples hardly differ from each other; samples are near copies of fitted networks."""
 

@@ -134,8 +134,7 @@ def calibration_table(groups: Mapping[str, Evaluated]) -> pd.DataFrame:
 
 
 def latents_table(groups: Mapping[str, Evaluated]) -> pd.DataFrame:
-    """The first two coordinates of every network on the principal axes of the fitted ones, and their share of the
-    variance in `spectrum_table`; empty where the originals do not span a plane."""
+    """Coordinates of every network on the first two principal axes of the fitted; empty if there is only one."""
     if groups["original"].coordinates.shape[1] < 2:
         return pd.DataFrame()
     frames = []

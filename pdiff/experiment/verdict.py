@@ -9,12 +9,11 @@ import pandas as pd
 import torch
 
 from pdiff.experiment.measures import Evaluated
-from pdiff.experiment.metrics import COPIES, find
+from pdiff.experiment.metrics import COPIES, COPYING, find
 from pdiff.experiment.summary import GENERATED, ORIGINALS
 from pdiff.method.statistics import Comparison, Replicates, holm, pareto_front
 
 AS_NEW = 0.95  # a null arm is as new as a generator from this share of its novelty on
-COPYING = -3.0  # Z_U below it: nearer to the fitted networks than held-out ones, beyond chance
 UNJUDGED = ("reconstruction", "trajectory")  # neither generators nor null arms
 
 

@@ -1,7 +1,7 @@
 """How baselines are computed: functions (fitted, count, seed) -> standardised vectors (M, D); see `baselines`.
 
 Symbols: x (N, D) the vectors of the originals, m their mean, M the networks that are made, z standard normal numbers.
-Network k has a random generator of its own, so that it does not depend on `count`.
+Each network has its own random generator, so that network k does not depend on `count`.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ class Labeller:
     def joined(self, *values: _Value | None) -> Tensor:
         """Labels of numbers that are each computed from one number of every value, broadcast.
 
-        Units that meet are one. A unit that meets numbers which no permutation moves is told apart by which they are.
+        Units that meet are one. A unit that meets numbers that no permutation moves is identified by those numbers.
         """
         present = [(v, _compact(self.labels(v))) for v in values if v is not None and v.value is not None]
         for (value, a), (other, b) in ordered_pairs(present, 2):
@@ -284,7 +284,7 @@ class Labeller:
         return torch.where(low == high, high, INVARIANT).expand(shape).reshape(result.shape)
 
     def sliced(self, labels: Tensor, dims: tuple[int, ...]) -> None:
-        """Units are told apart by the slices along some dimensions in which they stand with others."""
+        """Units in different slices along some dimensions are not interchangeable."""
         compact = _compact(labels)
         mixed = compact.amin(dims, keepdim=True) != compact.amax(dims, keepdim=True)
         slices = torch.arange(mixed.numel()).reshape(mixed.shape)
@@ -338,7 +338,7 @@ class Labeller:
         *_: Any,
         **__: Any,
     ) -> Tensor:
-        """Every channel is shifted and scaled by numbers of its own."""
+        """Every channel has its own shift and scale."""
         return self.normed(result, self.along(x, 1), 1, mean, var, weight, bias)
 
     def group_norm(
@@ -362,7 +362,7 @@ class Labeller:
     def layer_norm(
         self, result: Tensor, x: _Value, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = None
     ) -> Tensor:
-        """The last dimensions are normalised together, then each number meets numbers of its own."""
+        """The last dimensions are normalised together; then each number has its own shift and scale."""
         labels = self.labels(x)
         self.sliced(labels, tuple(range(-len(normalized_shape), 0)))
         self.units.scaled(_compact(labels))

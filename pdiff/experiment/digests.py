@@ -54,10 +54,9 @@ def pretrained(experiment: Experiment) -> Tree:
 def collected(experiment: Experiment) -> Tree:
     """What decides the collection, given the pretrained network; or given files, by their names, sizes and times."""
     prepare = affecting(experiment)["prepare"]
-    del prepare["pretrain"]
-    source = experiment.prepare.source
+    pretrain, source = prepare.pop("pretrain", None), experiment.prepare.source
     if not source:
-        return {"seed": experiment.seed, "prepare": prepare}
+        return ({"seed": experiment.seed} if pretrain else base_network(experiment)) | {"prepare": prepare}
     del prepare["collect"]  # nothing is trained
     files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
     return base_network(experiment) | {"prepare": prepare, "files": _states(files)}

@@ -51,8 +51,12 @@ def without_stale(tree: Tree, after: Tree) -> Tree:
     A layer that says `autoencoder.kind: pca` does not inherit the options of kind conv.
     """
     stale = set(known_keys(composed(chosen(tree)))) - set(known_keys(composed(chosen(after))))
-    kept = {name: value for name, value in tree.items() if name not in stale}
-    return {
-        name: {key: v for key, v in value.items() if f"{name}.{key}" not in stale} if isinstance(value, dict) else value
-        for name, value in kept.items()
-    }
+
+    def kept(section: Tree, prefix: str = "") -> Tree:
+        return {
+            name: kept(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+            for name, value in section.items()
+            if f"{prefix}{name}" not in stale
+        }
+
+    return kept(tree)

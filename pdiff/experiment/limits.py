@@ -88,10 +88,10 @@ def bounds(experiment: Experiment, size: int, device: str) -> Iterator[Bound]:
         collected, key = len(files_of(Path(prepare.source).expanduser(), prepare.exclude)), "prepare.source"
         yield Bound("prepare", key, STORED * collected * size, STORED * collected * size)
     else:
-        collected, key = prepare.collect.checkpoints, "prepare.collect.checkpoints"
+        collected, key = prepare.collect.total, " ".join(f"prepare.collect.{name}" for name in prepare.collect.counts)
         yield Bound("prepare", key, 2 * STORED * collected * size, STORED * collected * size)  # one by one, and stacked
         yield Bound("prepare", "prepare.collect.batch_size", _images(experiment, prepare.collect.batch_size))
-        if prepare.pretrain.epochs:
+        if prepare.collect.pretrains and prepare.pretrain.epochs:
             yield Bound("pretrain", "prepare.pretrain.batch_size", _images(experiment, prepare.pretrain.batch_size))
     used = experiment.generator.checkpoints or collected
     key = "generator.checkpoints" if experiment.generator.checkpoints else key

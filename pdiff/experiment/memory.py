@@ -106,7 +106,7 @@ def sizes(experiment: Experiment) -> Sizes:
     settings = experiment.prepare
     files = checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
     size = _imported(experiment, files[0]) if files else _generated(experiment)
-    originals, _ = heldout_split(len(files) or settings.collect.checkpoints, settings.heldout, seed=0)
+    originals, _ = heldout_split(len(files) or settings.collect.total, settings.heldout, seed=0)
     used = min(experiment.generator.checkpoints or len(originals), len(originals))
     fitted, held = heldout_split(used, experiment.diffusion.heldout_fraction, seed=0)
     return latent_sizes(experiment, size, len(fitted), len(held))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from pdiff.errors import UserError
 from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import base_network, load_images, make_network
+from pdiff.experiment.population import Population
+from pdiff.experiment.prepared import base_network, load_images, make_network, new_network
 from pdiff.experiment.schema import Experiment
 from pdiff.files import copy_file, write_json, write_tensors
 from pdiff.method.collection import Collection, StateDict, generated_numbers, heldout_split
@@ -18,7 +21,8 @@ from pdiff.method.training import resolve_device
 from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import first_template, read_collection
 from pdiff.networks.patterns import matching
-from pdiff.networks.populations import collect, generated_names
+from pdiff.networks.populations import branches, collect, generated_names, seeds
+from pdiff.networks.predict import accuracy, predictions
 from pdiff.seeds import stream
 
 
@@ -26,41 +30,70 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
     """Collect checkpoints of the generated parameters, or read them from the files of `prepare.source`.
 
     Writes `checkpoints.safetensors` and `.json`, what generators are fitted on; `heldout.safetensors` and `.json`, the
-    checkpoints that are held out from them, unless there are none; `history.csv`; where data set and network are known
-    also `network.safetensors`, `dataset.json`.
+    checkpoints that are held out from them, unless there are none; `population.json`, what is known of them;
+    `history.csv`; where data set and network are known also `network.safetensors`, `dataset.json`.
 
     Args:
         experiment: what to collect.
         out: folder to write to.
         log: receives the loss.
-        pretrain: folder of the pretrained network, without which files are read.
+        pretrain: folder of the pretrained network, where there is one.
     """
-    history = History(out, log)
+    history, settings = History(out, log), experiment.prepare
     images = load_images(experiment) if experiment.dataset else None
-    if pretrain:
-        collection = _collected(experiment, images, pretrain, out, history)
-        copy_file(pretrain / "network.safetensors", out / "network.safetensors")
+    if settings.source:
+        collection, known = _imported(experiment, images, out), {}
     else:
-        collection = _imported(experiment, images, out)
+        collection, known = _collected(experiment, images, pretrain, out, history)
+    dataset = {}
     if images:
         parts = {part: len(getattr(images, part)) for part in ("train", "validation", "test")}
         dataset = {"name": experiment.dataset.name, "digest": images.digest(), "classes": images.classes, **parts}
         write_json(out / "dataset.json", dataset)
-    fitted, heldout = heldout_split(len(collection), experiment.prepare.heldout, seed=stream(experiment.seed, "split"))
+    per_run = 0 if settings.source else settings.collect.per_run
+    options = {"seed": stream(experiment.seed, "split"), "per_run": per_run}
+    fitted, heldout = heldout_split(len(collection), settings.heldout, **options)
     collection.select(fitted).save(out / "checkpoints.safetensors")
     if len(heldout):
         collection.select(heldout).save(out / "heldout.safetensors")
+    Population(
+        kind=experiment.collected_from or "files",
+        recipe={} if settings.source else settings.collect.model_dump(),
+        trained_on={} if settings.source else {"dataset": dataset["name"], "images": dataset["train"]},
+        columns={"name": collection.names} | known,
+        heldout=heldout.tolist(),
+    ).save(out)
     sizes = {"checkpoints": len(fitted), "heldout_checkpoints": len(heldout)}
     return sizes | {"generated_parameters": generated_numbers(collection[0])}
 
 
-def _collected(experiment: Experiment, images: Images, pretrain: Path, out: Path, log: Log) -> Collection:
-    """Checkpoints on the way of the pretrained network through a fine-tuning."""
-    settings, seed = experiment.prepare, stream(experiment.seed, "collect")
-    network = base_network(experiment, images, pretrain).to(resolve_device(experiment.device))
-    names = generated_names(network, settings.parameters)
+def _collected(
+    experiment: Experiment, images: Images, pretrain: Path | None, out: Path, log: Log
+) -> tuple[Collection, dict[str, list[Any]]]:
+    """Checkpoints that are trained here, and what is known of each; the base network is written."""
+    settings, device = experiment.prepare, resolve_device(experiment.device)
+    network = base_network(experiment, images, pretrain) if pretrain else make_network(experiment, images)
+    names, known = generated_names(network, settings.parameters), {}
+    options = {"seed": stream(experiment.seed, "collect"), "log": log}
     with measured(log, "collect"):
-        return collect(network, images, settings.collect, names, seed=seed, log=log, path=out / STATE / "collect.pt")
+        if experiment.collected_from == "trajectory":
+            path = out / STATE / "collect.pt"
+            collection = collect(network.to(device), images, settings.collect, names, path=path, **options)
+        else:
+            options |= {"device": device, "folder": out / STATE / "collect"}
+            if experiment.collected_from == "branches":
+                collection, known = branches(network, images, settings.collect, names, **options)
+            else:
+                build = partial(new_network, experiment, images)
+                collection, known = seeds(build, images, settings.collect, names, **options)
+                network.load_state_dict(collection[0], strict=False)
+            predicted = predictions(network, collection, images.validation, device=device, label="validate")
+            known["val_accuracy"] = accuracy(predicted, images.validation.labels).tolist()
+    if pretrain:
+        copy_file(pretrain / "network.safetensors", out / "network.safetensors")
+    else:
+        write_tensors(out / "network.safetensors", network.state_dict())
+    return collection, known
 
 
 def _imported(experiment: Experiment, images: Images | None, out: Path) -> Collection:

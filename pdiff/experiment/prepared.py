@@ -30,8 +30,13 @@ def load_images(experiment: Experiment) -> Images:
 
 
 def make_network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
-    """A freshly initialised network for the data set of an experiment."""
+    """A freshly initialised network for the data set of an experiment, the same at every call."""
     torch.manual_seed(experiment.seed)
+    return new_network(experiment, images, pretrained=pretrained)
+
+
+def new_network(experiment: Experiment, images: Images, *, pretrained: bool = False) -> nn.Module:
+    """A freshly initialised network for the data set of an experiment, another one at every call."""
     sizes = {"classes": images.classes, "channels": images.channels, "image_size": images.image_size}
     network = experiment.network
     return build(network.architecture, pretrained=pretrained, weights=network.weights, **sizes)

@@ -24,7 +24,7 @@ from pdiff.method.options import NonNegative, Place, Positive, Section, Seed, Se
 from pdiff.method.samplers import samplers_of
 from pdiff.networks import evaluators
 from pdiff.networks.evaluators import EVALUATORS, EvaluatorOptions
-from pdiff.networks.options import Collect, Dataset, Network, Pretrain
+from pdiff.networks.options import COLLECTORS, Dataset, Network, Pretrain
 
 warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which is never called here
 
@@ -34,15 +34,15 @@ Tree = dict[str, Any]
 class Prepare(Section):
     """Where the collection comes from: `parameters` are names or patterns of what is generated, or "all";
     `source` is a folder of existing checkpoint files instead of training, `exclude` names or patterns of files
-    there that are left out. The fraction `heldout` of the collection, in blocks of consecutive checkpoints, is never
-    read by a generator or a baseline: what they make is compared with it."""
+    there that are left out. Else checkpoints are collected as `collect` says, of a network that is first trained as
+    `pretrain` says, unless they come from independent seeds. The fraction `heldout` of the collection, in blocks of
+    consecutive checkpoints or, of several trainings, whole ones, is never read by a generator or a baseline: what they
+    make is compared with it."""
 
     parameters: Annotated[tuple[str, ...], Several] = ("all",)
     source: Place = ""
     exclude: Annotated[tuple[str, ...], Several] = ()
     heldout: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    pretrain: Pretrain = Pretrain()
-    collect: Collect = Collect()
 
     @field_validator("parameters")
     @classmethod
@@ -52,10 +52,13 @@ class Prepare(Section):
         return parameters
 
 
+class CollectSection(Section):
+    """How checkpoints are collected: `from` is one of COLLECTORS."""
+
+
 class GeneratorSection(Section):
     """Which generator is fitted, on the first `checkpoints` of those that are not held out, 0 for all of them."""
 
-    kind: str = "latent_diffusion"
     checkpoints: Annotated[int, Field(ge=0)] = 0
 
 
@@ -63,16 +66,12 @@ class AutoencoderSection(Section):
     """Vectors <-> latents. Reconstructed networks may lose `max_accuracy_drop` of validation accuracy; what happens
     when they lose more is `on_accuracy_drop`."""
 
-    kind: str = "pca"
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] = 0.02
     on_accuracy_drop: Literal["warn", "stop"] = "warn"
 
 
 class DiffusionSection(DiffusionOptions):
     """Latent diffusion: the training of a `denoiser` that learns a `prediction`."""
-
-    denoiser: str = "mlp"
-    prediction: str = "flow"
 
 
 class Generate(Section):
@@ -89,7 +88,6 @@ class Evaluate(Section):
     is how networks are evaluated; `auto` is by `function` or `command` where one is given, else on images where there
     is a data set."""
 
-    kind: str = "auto"
     noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
     baselines: Annotated[tuple[str, ...], Several] = ("auto",)
     baseline_count: Positive = 25
@@ -172,12 +170,15 @@ class Experiment(Section):
         missing = [name for name in ("dataset", "network") if getattr(self, name) is None]
         if missing and not (self.prepare.source and len(missing) == 2):
             raise ValueError(f"{' and '.join(missing)}: is missing; only prepare.source can do without both")
-        used, collected = self.generator.checkpoints, self.prepare.collect.checkpoints
-        if used > collected and not self.prepare.source:
-            raise ValueError(
-                f"generator.checkpoints <= prepare.collect.checkpoints must hold, but got ({used}, {collected})"
-            )
-        trained = {"prepare.pretrain": self.prepare.pretrain, "prepare.collect": self.prepare.collect}
+        used, collect = self.generator.checkpoints, self.prepare.collect
+        if used > collect.total and not self.prepare.source:
+            keys = " * ".join(f"prepare.collect.{key}" for key in collect.counts)
+            raise ValueError(f"generator.checkpoints <= {keys} must hold, but got ({used}, {collect.total})")
+        if not (collect.pretrains or self.prepare.source or self.prepare.parameters == ("all",)):
+            raise ValueError(f"prepare.parameters must be all where prepare.collect.from is {self.collected_from}")
+        trained = {"prepare.collect": collect}
+        if collect.pretrains:
+            trained["prepare.pretrain"] = self.prepare.pretrain
         trained |= {name: getattr(self, name) for name in GENERATORS[self.generator.kind].sections}
         for name, section in trained.items():
             batch_size = getattr(section, "batch_size", self.processes)
@@ -217,6 +218,11 @@ class Experiment(Section):
         return experiment, (self.model_dump(),)  # the composed class cannot be imported by name
 
     @property
+    def collected_from(self) -> str:
+        """How checkpoints are collected: a name of COLLECTORS; empty where they are read from files."""
+        return "" if self.prepare.source else getattr(self.prepare.collect, "from")
+
+    @property
     def generator_options(self) -> GeneratorOptions:
         """The options of the generator that is fitted."""
         kind = GENERATORS[self.generator.kind]
@@ -239,6 +245,7 @@ class Experiment(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
+    "prepare.collect": CollectSection,
     "generator": GeneratorSection,
     "autoencoder": AutoencoderSection,
     "diffusion": DiffusionSection,
@@ -254,6 +261,7 @@ class Choice(NamedTuple):
     section: str
     key: str
     registry: Mapping[str, type[Section]]
+    default: str
     automatic: Callable[[Tree], str] | None = None  # what `auto` chooses
 
     @property
@@ -266,7 +274,7 @@ class Choice(NamedTuple):
         value = _section(tree, self.section).get(self.key)
         if isinstance(value, str) and value in self.registry:
             return value
-        return self.automatic(tree) if self.automatic else SECTIONS[self.section].model_fields[self.key].default
+        return self.automatic(tree) if self.automatic else self.default
 
     def field(self, kind: str) -> tuple[Any, Any]:
         """The type of the key, and its default, where an entry is chosen."""
@@ -281,11 +289,12 @@ def _automatic_evaluator(tree: Tree) -> str:
 
 
 CHOICES = (
-    Choice("generator", "kind", GENERATORS),
-    Choice("autoencoder", "kind", AUTOENCODERS),
-    Choice("diffusion", "denoiser", DENOISERS),
-    Choice("diffusion", "prediction", OBJECTIVES),
-    Choice("evaluate", "kind", EVALUATORS, _automatic_evaluator),
+    Choice("generator", "kind", GENERATORS, "latent_diffusion"),
+    Choice("autoencoder", "kind", AUTOENCODERS, "pca"),
+    Choice("diffusion", "denoiser", DENOISERS, "mlp"),
+    Choice("diffusion", "prediction", OBJECTIVES, "flow"),
+    Choice("evaluate", "kind", EVALUATORS, "auto", _automatic_evaluator),
+    Choice("prepare.collect", "from", COLLECTORS, "trajectory"),
 )
 
 
@@ -311,8 +320,8 @@ def composed(kinds: tuple[str, ...]) -> type[Experiment]:
 @lru_cache
 def _composed(kinds: tuple[str, ...], options: tuple[type[Section], ...]) -> type[Experiment]:
     """The schema where some entries, with these options, are chosen: another entry of a name has another schema."""
-    generator = options[0]  # it decides which sections there are
-    parts: dict[str, list[type[Section]]] = {name: [] for name in ("generator", *generator.sections)}
+    generator, collect = options[0], options[-1]  # they decide which sections there are
+    parts: dict[str, list[type[Section]]] = {name: [] for name in ("prepare.collect", "generator", *generator.sections)}
     parts |= {"generate": [generator.sampling, *generator.extras], "evaluate": []}
     keys: dict[str, dict[str, Any]] = {name: {} for name in parts}
     for choice, kind, option in zip(CHOICES, kinds, options, strict=True):
@@ -325,6 +334,11 @@ def _composed(kinds: tuple[str, ...], options: tuple[type[Section], ...]) -> typ
         bases = (*reversed(mixed), SECTIONS[name])  # keys come in the reversed order of bases
         section = create_model(SECTIONS[name].__name__, __base__=bases, __module__=__name__, **keys[name])
         sections[name] = (section, Field(default_factory=section))
+    nested = {"collect": sections.pop("prepare.collect")}
+    if collect.pretrains:
+        nested = {"pretrain": (Pretrain, Pretrain())} | nested
+    prepare = create_model("Prepare", __base__=Prepare, __module__=__name__, **nested)
+    sections["prepare"] = (prepare, Field(default_factory=prepare))
     sections["register"] = (bool, Experiment.model_fields["register"])  # or pydantic would find ABCMeta.register
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message='Field name "register"')
@@ -332,8 +346,12 @@ def _composed(kinds: tuple[str, ...], options: tuple[type[Section], ...]) -> typ
 
 
 def _section(tree: Tree, name: str) -> Tree:
-    section = tree.get(name)
-    return section if isinstance(section, dict) else {}
+    """A section by its dotted name; empty where there is none."""
+    for part in name.split("."):
+        tree = tree.get(part)
+        if not isinstance(tree, dict):
+            return {}
+    return tree
 
 
 def affecting(section: BaseModel) -> dict[str, Any]:

@@ -51,6 +51,11 @@ def collects(experiment: Experiment) -> bool:
     return not experiment.prepare.source
 
 
+def pretrains(experiment: Experiment) -> bool:
+    """Whether a network is trained before checkpoints are collected."""
+    return collects(experiment) and experiment.prepare.collect.pretrains
+
+
 def fits(experiment: Experiment) -> bool:
     """Whether a generator is fitted here, and not one of other people audited."""
     return experiment.audit is None
@@ -81,8 +86,8 @@ STAGES = {
         "pdiff.experiment.pretrain:pretrain",
         reads=(),
         decided_by=digests.pretrained,
-        exists=collects,
-        distributed=collects,
+        exists=pretrains,
+        distributed=pretrains,
         part_of=("prepare",),
         logs=lambda experiment: ("pretrain/loss", "pretrain/val_accuracy", *names_of_measured("pretrain")),
     ),

@@ -140,19 +140,35 @@ def generated_numbers(state: StateDict) -> int:
     return sum(tensor.numel() for tensor in generated_tensors(state).values())
 
 
-def heldout_split(count: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
+def heldout_split(count: int, fraction: float, *, seed: int, per_run: int = 0) -> tuple[Tensor, Tensor]:
     """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, if there are.
 
-    Held out are a few blocks of consecutive checkpoints: neighbours on a trajectory are nearly copies of each other,
-    so the loss on single held-out checkpoints would be low even for a generator that memorises.
+    Of one trajectory, held out are a few blocks of consecutive checkpoints: neighbours on it are nearly copies of each
+    other, so the loss on single held-out checkpoints would be low even for a generator that memorises. Of several runs
+    some whole ones are held out, at random.
+
+    Args:
+        count: of all checkpoints.
+        fraction: of them that is held out.
+        seed: of the choice.
+        per_run: consecutive checkpoints of one run; 0 if all are of one.
     """
-    held = min(round(count * fraction), max(count - 2, 0))
-    blocks = min(HELDOUT_BLOCKS, max(held, 1))
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(count, dtype=torch.bool)
-    for block in range(blocks):
-        start, end = block * count // blocks, (block + 1) * count // blocks
-        length = (block + 1) * held // blocks - block * held // blocks
-        first = start + int(torch.randint(end - start - length + 1, (), generator=generator))
-        mask[first : first + length] = True
+    if per_run:
+        runs = count // per_run
+        mask.view(runs, per_run)[torch.randperm(runs, generator=generator)[: _held(runs, fraction, per_run)]] = True
+    else:
+        held = _held(count, fraction)
+        blocks = min(HELDOUT_BLOCKS, max(held, 1))
+        for block in range(blocks):
+            start, end = block * count // blocks, (block + 1) * count // blocks
+            length = (block + 1) * held // blocks - block * held // blocks
+            first = start + int(torch.randint(end - start - length + 1, (), generator=generator))
+            mask[first : first + length] = True
     return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
+
+
+def _held(count: int, fraction: float, each: int = 1) -> int:
+    """How many of some runs of `each` checkpoints are held out, so that two checkpoints are left."""
+    return min(round(count * fraction), max(count - -(-2 // each), 0))

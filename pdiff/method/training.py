@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -70,13 +70,20 @@ def shuffled(count: int, batch_size: int, *, seed: int, start: int = 0) -> Itera
     Where there are fewer indices than a batch holds, each batch consists of as many shuffles as fill it. Batch k
     depends on (seed, k) alone, so an interrupted loop meets the same batches again.
     """
+    return (rows[0] for rows in shuffled_each(count, batch_size, seeds=[seed], start=start))
+
+
+def shuffled_each(count: int, batch_size: int, *, seeds: Sequence[int], start: int = 0) -> Iterator[Tensor]:
+    """The batches of `shuffled` for several seeds at once, (seeds, batch_size)."""
     shuffles = max(1, -(-batch_size // count))
     per_epoch = shuffles * count // batch_size
     epoch, skip = divmod(start, per_epoch)
     while True:
-        generator = torch.Generator().manual_seed(stream(seed, epoch))
-        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(shuffles)])
-        yield from order.split(batch_size)[skip:per_epoch]
+        orders = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(stream(seed, epoch))
+            orders.append(torch.cat([torch.randperm(count, generator=generator) for _ in range(shuffles)]))
+        yield from torch.stack(orders).split(batch_size, dim=1)[skip:per_epoch]
         epoch, skip = epoch + 1, 0
 
 
@@ -133,6 +140,7 @@ class Trainer:
         seed: of the whole training.
         ema: decay of the exponential moving average of the weights, 0 for none.
         autocast: compute the loss in bfloat16 on GPUs of CUDA that can.
+        shared: several processes share every batch; otherwise each trains a module of its own.
     """
 
     def __init__(
@@ -146,12 +154,13 @@ class Trainer:
         seed: int,
         ema: float = 0.0,
         autocast: bool = False,
+        shared: bool = True,
     ) -> None:
         self.module, self.loss, self.batches, self.steps, self.seed = module, loss, batches, steps, seed
         self.optimizer = make_optimizer((p for p in module.parameters() if p.requires_grad), settings)
         self.schedule = make_schedule(self.optimizer, settings, steps)
         self.ema = AveragedModel(module, **compat.ema(ema), use_buffers=True) if ema else None
-        self.autocast = autocast
+        self.autocast, self.shared = autocast, shared
         self.batch_size = settings.batch_size
         self.step = 0
 
@@ -164,7 +173,9 @@ class Trainer:
         kind = next(self.module.parameters()).device.type
         autocast = self.autocast and kind == "cuda" and torch.cuda.is_bf16_supported()
         batches = self.batches(self.step)
-        objective = training.shared(self.module, lambda batch: self.loss(batch), self.batch_size)
+        objective = self.loss
+        if self.shared:
+            objective = training.shared(self.module, lambda batch: self.loss(batch), self.batch_size)
         while self.step < self.steps:
             seed_generators(kind, stream(self.seed, self.step))
             self.optimizer.zero_grad()  # before the activations need memory

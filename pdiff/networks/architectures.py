@@ -23,6 +23,7 @@ KEY = "network.architecture"
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module] | str] = {
     "mlp": "pdiff.networks.small:mlp",
+    "mlp_deep": "pdiff.networks.small:mlp_deep",
     "cnn_small": "pdiff.networks.small:cnn_small",
     "cnn_medium": "pdiff.networks.small:cnn_medium",
     "mlp_mini": "pdiff.networks.small:mlp_mini",

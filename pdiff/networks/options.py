@@ -6,7 +6,7 @@ and checked without importing torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -71,12 +71,90 @@ class Pretrain(Optimization):
     weight_decay: NonNegative = 1e-4
 
 
-class Collect(Optimization):
-    """Fine-tuning of the generated parameters: a checkpoint every `every_steps` steps until there are `checkpoints`;
-    `every_steps: auto` spreads them over one epoch."""
+class CollectOptions(Optimization):
+    """Options of one way to collect checkpoints.
+
+    Attributes:
+        pretrains: whether a network is pretrained first.
+        counts: the keys that decide how many checkpoints there will be.
+    """
+
+    pretrains: ClassVar[bool] = True
+    counts: ClassVar[tuple[str, ...]]
+
+    @property
+    def total(self) -> int:
+        """How many checkpoints there will be."""
+        raise NotImplementedError
+
+    @property
+    def per_run(self) -> int:
+        """How many consecutive checkpoints come from one training; 0 if all do."""
+        return 0
+
+
+class TrajectoryOptions(CollectOptions):
+    """Steps of one run: the generated parameters of the pretrained network are fine-tuned, and a checkpoint is taken
+    every `every_steps` steps until there are `checkpoints`; `every_steps: auto` spreads them over one epoch."""
+
+    counts: ClassVar[tuple[str, ...]] = ("checkpoints",)
 
     learning_rate: Rate = 0.03
     weight_decay: NonNegative = 5e-4
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     checkpoints: Annotated[int, Field(ge=2)] = 300
     every_steps: Positive | Literal["auto"] = 1
+
+    @property
+    def total(self) -> int:
+        return self.checkpoints
+
+
+class RunsOptions(CollectOptions):
+    """Several `networks`, each trained for `steps` steps, or for `epochs` where `steps` is 0, on batches in an order of
+    its own; of each the last `snapshots` of evenly spaced checkpoints are taken, which end with the last step."""
+
+    counts: ClassVar[tuple[str, ...]] = ("networks", "snapshots")
+
+    networks: Annotated[int, Field(ge=2)] = 100
+    steps: Annotated[int, Field(ge=0)] = 0
+    epochs: Positive = 20
+    snapshots: Positive = 1
+    batch_size: Positive = 64
+
+    @property
+    def total(self) -> int:
+        return self.networks * self.snapshots
+
+    @property
+    def per_run(self) -> int:
+        return self.snapshots
+
+    @model_validator(mode="after")
+    def _check_snapshots(self) -> RunsOptions:
+        if self.steps and self.snapshots > self.steps:
+            raise ValueError(f"snapshots <= steps must hold, but got ({self.snapshots}, {self.steps})")
+        return self
+
+
+class SeedsOptions(RunsOptions):
+    """Networks from independent seeds: each has its own initialisation, and nothing is pretrained."""
+
+    pretrains: ClassVar[bool] = False
+
+    learning_rate: Rate = 1e-2
+    schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
+
+
+class BranchesOptions(RunsOptions):
+    """Branches of one trunk: each network starts as the pretrained one, of which the generated parameters go on."""
+
+    learning_rate: Rate = 3e-3
+
+
+COLLECTORS: dict[str, type[CollectOptions]] = {
+    "trajectory": TrajectoryOptions,
+    "seeds": SeedsOptions,
+    "branches": BranchesOptions,
+}
+"""The ways to collect checkpoints; see `populations`."""

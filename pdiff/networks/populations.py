@@ -1,22 +1,23 @@
-"""Populations of checkpoints: pretrain a network, then fine-tune its generated parameters and collect N checkpoints."""
+"""Populations of checkpoints: steps of one run, networks from independent seeds, or branches of one trunk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdiff.errors import UserError
-from pdiff.method.collection import Collection, StateDict, generated_numbers
+from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.log import Log, Point
 from pdiff.method.training import Best, Trainer, follow
 from pdiff.networks.images import Batch, Images, Part
-from pdiff.networks.options import Collect, Pretrain
+from pdiff.networks.options import Pretrain, RunsOptions, TrajectoryOptions
 from pdiff.networks.patterns import EVERYTHING, matching
+from pdiff.networks.runs import Snapshots, Trained, train_all
 from pdiff.networks.split import split
 from pdiff.parallel import ranks
 
@@ -90,7 +91,7 @@ def pretrain(
 def collect(
     network: nn.Module,
     images: Images,
-    settings: Collect,
+    settings: TrajectoryOptions,
     names: Sequence[str],
     *,
     seed: int,
@@ -115,16 +116,8 @@ def collect(
     Raises:
         UserError: `names` are buffers only.
     """
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in names)
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise UserError(f"prepare.parameters {', '.join(names)}: buffers alone cannot be fine-tuned")
-    prefix, suffix = split(network, names)
-    measuring = {name.rpartition(".")[0] for name in names if name.endswith(STATISTICS)}
-    if measuring:
-        prefix, suffix = (lambda batch: (batch,)), network
-        for name in measuring:
-            network.get_submodule(name).train()
+    measuring = _only_trains(network, names)
+    prefix, suffix = ((lambda batch: (batch,)), network) if measuring else split(network, names)
 
     def loss(batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -142,7 +135,7 @@ def collect(
         seed=seed,
         autocast=True,
     )
-    collected = _Collected()
+    collected = Snapshots()
     for step in follow(trainer, "collect/loss", log, path=path, beside=(collected,)):
         if step.number % every == 0:
             state = network.state_dict()
@@ -150,20 +143,88 @@ def collect(
     return Collection.stack(collected.states)
 
 
+def seeds(
+    make: Callable[[], nn.Module],
+    images: Images,
+    settings: RunsOptions,
+    names: Sequence[str],
+    *,
+    seed: int,
+    device: torch.device | str,
+    log: Log,
+    folder: Path,
+) -> Trained:
+    """Networks from independent seeds: each has its own initialisation and its own order of batches.
+
+    Args:
+        make: a freshly initialised network.
+        images: data set; its training part is used.
+        settings: number of networks, steps, optimiser.
+        names: generated tensors of the state dict.
+        seed: of all trainings.
+        device: where to train.
+        log: receives `collect/loss`.
+        folder: of finished networks, from which an interrupted collection continues.
+    """
+    return train_all(
+        lambda k: make().train(), images.train, settings, names, seed=seed, device=device, log=log, folder=folder
+    )
+
+
+def branches(
+    trunk: nn.Module,
+    images: Images,
+    settings: RunsOptions,
+    names: Sequence[str],
+    *,
+    seed: int,
+    device: torch.device | str,
+    log: Log,
+    folder: Path,
+) -> Trained:
+    """Branches of a pretrained network, the trunk, whose generated parameters are trained on, in an order of batches of
+    their own. They can be averaged (linear mode connectivity: Frankle et al. 2020, arXiv 1912.05671), yet differ.
+
+    Args:
+        trunk: pretrained.
+        images: data set; its training part is used.
+        settings: number of networks, steps, optimiser.
+        names: generated tensors of the state dict.
+        seed: of all trainings.
+        device: where to train.
+        log: receives `collect/loss`.
+        folder: of finished networks, from which an interrupted collection continues.
+
+    Raises:
+        UserError: `names` are buffers only.
+    """
+    _only_trains(trunk, names)
+    return train_all(
+        lambda k: deepcopy(trunk), images.train, settings, names, seed=seed, device=device, log=log, folder=folder
+    )
+
+
+def _only_trains(network: nn.Module, names: Sequence[str]) -> bool:
+    """Freeze everything but some tensors, and let the normalisation layers whose statistics are among them measure.
+
+    Returns:
+        Whether there are such layers.
+
+    Raises:
+        UserError: `names` are buffers only.
+    """
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in names)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"prepare.parameters {', '.join(names)}: buffers alone cannot be fine-tuned")
+    measuring = {name.rpartition(".")[0] for name in names if name.endswith(STATISTICS)}
+    network.eval()
+    for name in measuring:
+        network.get_submodule(name).train()
+    return bool(measuring)
+
+
 def _training_batches(images: Part, size: int, seed: int, device: torch.device) -> Callable[[int], Iterator[Batch]]:
     """First batch -> endless shuffled batches; of each, the rows of this process."""
     rows = ranks.rows()
     return lambda start: images.stream(size, seed=seed, start=start, device=device, rows=rows)
-
-
-class _Collected:
-    """The checkpoints so far, saved with the training state."""
-
-    def __init__(self) -> None:
-        self.states: list[StateDict] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"states": self.states}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.states = state["states"]

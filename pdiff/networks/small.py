@@ -15,6 +15,14 @@ def mlp(*, classes: int, channels: int, image_size: int, hidden: int = 32) -> nn
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
+def mlp_deep(*, classes: int, channels: int, image_size: int) -> nn.Module:
+    """Two hidden layers of 32; 3 466 parameters on 8 x 8 digits."""
+    inputs = channels * image_size**2
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, classes)
+    )
+
+
 def cnn_small(*, classes: int, channels: int, image_size: int) -> nn.Module:
     """Two convolutions with BatchNorm; 1 946 parameters and 48 running statistics on 8 x 8 digits."""
     return nn.Sequential(

@@ -7,14 +7,14 @@ from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import GENERATORS, DiffusionOptions
 from pdiff.method.objectives import OBJECTIVES
 from pdiff.networks.evaluators import EVALUATORS
-from pdiff.networks.options import Collect, Dataset, Network, Pretrain
+from pdiff.networks.options import TrajectoryOptions, Dataset, Network, Pretrain
 
 REGISTRIES = (AUTOENCODERS, DENOISERS, GENERATORS, OBJECTIVES, EVALUATORS)
 SECTIONS = {kind for registry in REGISTRIES for kind in registry.values()} | {DiffusionOptions}
 SECTIONS |= {kind.sampling for kind in GENERATORS.values()} | {
     part for kind in GENERATORS.values() for part in kind.extras
 }
-SECTIONS |= {Collect, Dataset, Network, Pretrain}
+SECTIONS |= {TrajectoryOptions, Dataset, Network, Pretrain}
 
 
 @pytest.mark.parametrize("section", sorted(SECTIONS, key=lambda kind: f"{kind.__module__}.{kind.__name__}"))

@@ -13,7 +13,7 @@ from pdiff.errors import UserError
 from pdiff.method import training
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
-from pdiff.networks.options import Collect, Dataset, Pretrain
+from pdiff.networks.options import TrajectoryOptions, Dataset, Pretrain
 from pdiff.networks.populations import collect, generated_names, pretrain
 
 LAST_NORM = ["5.weight", "5.bias"]  # of cnn_small
@@ -82,7 +82,7 @@ def test_a_pattern_without_match():
 
 def collected(images, names=LAST_NORM, *, network=None, log=ignore, path=None, **settings):
     options = {"checkpoints": 5, "batch_size": 16, "learning_rate": 0.01} | settings
-    return collect(network or cnn(), images, Collect(**options), names, seed=3, log=log, path=path)
+    return collect(network or cnn(), images, TrajectoryOptions(**options), names, seed=3, log=log, path=path)
 
 
 def test_collect_is_a_plain_loop_over_the_generated_parameters(digits):

@@ -7,7 +7,7 @@ from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import GENERATORS, DiffusionOptions
 from pdiff.method.objectives import OBJECTIVES
 from pdiff.networks.evaluators import EVALUATORS
-from pdiff.networks.options import TrajectoryOptions, Dataset, Network, Pretrain
+from pdiff.networks.options import Dataset, Network, Pretrain, TrajectoryOptions
 
 REGISTRIES = (AUTOENCODERS, DENOISERS, GENERATORS, OBJECTIVES, EVALUATORS)
 SECTIONS = {kind for registry in REGISTRIES for kind in registry.values()} | {DiffusionOptions}

@@ -13,7 +13,7 @@ from pdiff.errors import UserError
 from pdiff.method import training
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
-from pdiff.networks.options import TrajectoryOptions, Dataset, Pretrain
+from pdiff.networks.options import Dataset, Pretrain, TrajectoryOptions
 from pdiff.networks.populations import collect, generated_names, pretrain
 
 LAST_NORM = ["5.weight", "5.bias"]  # of cnn_small

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from pdiff.errors import UserError
 from pdiff.experiment import limits, summary
-from pdiff.experiment.evaluate import baselines, results_of, write_audit
+from pdiff.experiment.evaluate import aligned, baselines, results_of, write_audit
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import heldout_networks, original_networks, unit_groups
+from pdiff.experiment.prepared import heldout_networks, original_networks, reference
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.log import Log, measured
@@ -17,7 +15,6 @@ from pdiff.method.standardize import Standardizer
 from pdiff.networks.imported.files import checkpoint_files
 from pdiff.networks.imported.plain import read_like
 from pdiff.parallel import ranks
-from pdiff.seeds import stream
 
 
 def audit(experiment: Experiment, out: Path, log: Log, *, prepare: Path, originals: Path | None = None) -> Metrics:
@@ -38,17 +35,16 @@ def audit(experiment: Experiment, out: Path, log: Log, *, prepare: Path, origina
     history, settings = History(out, log), experiment.audit
     fitted, apart = original_networks(experiment, prepare), heldout_networks(prepare)
     limits.check(experiment, ["audit"], out, size=generated_numbers(fitted[0]))
-    heldout = read(experiment, settings.heldout, fitted, "audit.heldout") if settings.heldout else apart
-    groups = {"original": fitted} | ({"heldout": heldout} if heldout else {})
-    for name, place in settings.generated.items():
-        groups[name] = read(experiment, place, fitted, f"audit.generated.{name}")
-    if settings.align == "weights":
-        with measured(history, "align"):
-            groups = aligned(experiment, prepare, groups)
-    standardizer = Standardizer.fit(groups["original"])
+    places = {"heldout": settings.heldout} if settings.heldout else {}
+    keys = {name: f"audit.generated.{name}" for name in settings.generated} | {"heldout": "audit.heldout"}
+    places |= settings.generated
+    found = {name: read(experiment, place, fitted, keys[name]) for name, place in places.items()}
+    groups = {"original": fitted} | ({"heldout": apart} if apart else {})
+    groups |= aligned(to := reference(experiment, prepare), found, history)
+    standardizer = Standardizer.fit(fitted)
     with measured(history, "baselines"):  # one of them is matched to the first generator
-        first = groups[experiment.generators[0]]
-        groups |= baselines(experiment, prepare, groups["original"], standardizer, first)
+        arms = baselines(experiment, prepare, fitted, standardizer, groups[experiment.generators[0]])
+        groups |= aligned(to, arms)
     with measured(history, "evaluate"):
         results = results_of(experiment, groups, out / STATE, prepare, originals)
     if ranks.rank():  # rank 0 has the results of all
@@ -70,22 +66,6 @@ def read(experiment: Experiment, place: str, originals: Collection, key: str) ->
     first = checkpoint_files(Path(settings.source).expanduser(), settings.exclude)[0]
     options = {"named": str(first), "key": key, "patterns": settings.parameters}
     return read_like(Path(place).expanduser(), originals[0], **options)
-
-
-def aligned(experiment: Experiment, prepare: Path, groups: Mapping[str, Collection]) -> dict[str, Collection]:
-    """Groups of networks with their units permuted towards those of the first original; they predict the same.
-
-    Raises:
-        UserError: no unit of the architecture is known to be interchangeable.
-    """
-    from pdiff.method.alignment.matching import align
-
-    units = unit_groups(experiment, prepare)
-    if not len(units):
-        reason = next(iter(units.left_alone.values()), "it has no hidden units")
-        raise UserError(f"audit.align weights: nothing to permute in {experiment.network.architecture}: {reason}")
-    reference, seed = groups["original"][0], stream(experiment.seed, "align")
-    return {name: align(networks, reference, units, seed=seed)[0] for name, networks in groups.items()}
 
 
 def cost_of_a_split(fitted: int, apart: int, generated: int) -> str:

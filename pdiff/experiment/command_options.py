@@ -101,7 +101,7 @@ def audit(
         architecture: of the networks, likewise.
         function: measures one network, see `evaluate.function`.
         command: measures one network, see `evaluate.command`.
-        align: see `audit.align`.
+        align: see `prepare.align`.
         overrides: further keys of the configuration -> value as text, in YAML.
 
     Raises:
@@ -112,12 +112,13 @@ def audit(
     given = {
         "dataset": {"name": dataset},
         "network": {"architecture": architecture},
-        "prepare": {"source": written(source), **({"heldout": 0} if heldout else {})},
+        "prepare": {"source": written(source)}
+        | ({"heldout": 0} if heldout else {})
+        | ({"align": align} if align != "none" else {}),
         "evaluate": evaluation(command, function),
         "audit": {
             "generated": {name: written(config.expanded(place)) for name, place in places.items()},
             "heldout": written(config.expanded(heldout)) if heldout else "",
-            "align": align,
         },
     }
     tag = "audit_" + re.sub(r"[^A-Za-z0-9_.-]", "_", source.resolve().name)

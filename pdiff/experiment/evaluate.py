@@ -15,14 +15,15 @@ from pdiff.experiment import board, config, costs, limits, published, report, su
 from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
-from pdiff.experiment.prepared import evaluator, heldout_networks, original_networks, unit_groups
+from pdiff.experiment.prepared import evaluator, heldout_networks, original_networks, reference, unit_groups
 from pdiff.experiment.schema import Experiment
 from pdiff.files import copy_file, read_json, write_json, write_tensors, write_text
 from pdiff.method.alignment.groups import recombine
+from pdiff.method.alignment.reference import Reference
 from pdiff.method.baselines import BASELINES, Fitted, available, noise
 from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.generators.base import Generator
-from pdiff.method.log import Log, measured
+from pdiff.method.log import Log, ignore, measured
 from pdiff.method.novelty import nearest_two, squared_distances
 from pdiff.method.standardize import Standardizer
 from pdiff.method.training import resolve_device
@@ -61,10 +62,11 @@ def evaluate(
     limits.check(experiment, ["evaluate"], out, size=generated_numbers(fitted[0]))
     standardizer = Standardizer.fit(fitted)
     groups = {"original": fitted} | ({"heldout": heldout} if heldout else {})
-    groups["generated"] = Collection.load(generate / "generated.safetensors")
-    generator = Generator.load(train / "generator")
+    generator, to = Generator.load(train / "generator"), reference(experiment, prepare)
+    groups |= aligned(to, {"generated": Collection.load(generate / "generated.safetensors")}, history)
     with measured(history, "baselines"):
-        groups |= baselines(experiment, prepare, fitted, standardizer, groups["generated"], generator)
+        arms = baselines(experiment, prepare, fitted, standardizer, groups["generated"], generator)
+        groups |= aligned(to, arms)
     intermediate = generate / "trajectory.safetensors"
     extra = {"trajectory": Collection.load(intermediate)} if intermediate.exists() else {}
     with measured(history, "evaluate"):
@@ -77,6 +79,14 @@ def evaluate(
     upstream = {name: folder for name, folder in folders.items() if folder}
     found = summary.evaluated(groups, results, standardizer)
     return write_audit(experiment, out, history, found, summary.GENERATED, upstream)
+
+
+def aligned(to: Reference | None, groups: Mapping[str, Collection], log: Log = ignore) -> Mapping[str, Collection]:
+    """Groups of networks, aligned as the originals are, if they are; they predict what they did."""
+    if not to:
+        return groups
+    with measured(log, "align"):
+        return {name: to.align(networks)[0] for name, networks in groups.items()}
 
 
 def write_audit(

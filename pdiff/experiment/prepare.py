@@ -6,15 +6,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.population import Population
-from pdiff.experiment.prepared import base_network, load_images, make_network, new_network
+from pdiff.experiment.prepared import (
+    ALIGNMENT,
+    alignment_options,
+    base_network,
+    load_images,
+    make_network,
+    new_network,
+    unit_groups,
+)
 from pdiff.experiment.schema import Experiment
 from pdiff.files import copy_file, write_json, write_tensors
+from pdiff.method.alignment.reference import Reference
 from pdiff.method.collection import Collection, StateDict, generated_numbers, heldout_split
 from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
@@ -31,7 +41,8 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
 
     Writes `checkpoints.safetensors` and `.json`, what generators are fitted on; `heldout.safetensors` and `.json`, the
     checkpoints that are held out from them, unless there are none; `population.json`, what is known of them;
-    `history.csv`; where data set and network are known also `network.safetensors`, `dataset.json`.
+    `history.csv`; where data set and network are known also `network.safetensors`, `dataset.json`; and where networks
+    are aligned, `alignment.safetensors`, with which they can be given back as they were.
 
     Args:
         experiment: what to collect.
@@ -53,6 +64,9 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
     per_run = 0 if settings.source else settings.collect.per_run
     options = {"seed": stream(experiment.seed, "split"), "per_run": per_run}
     fitted, heldout = heldout_split(len(collection), settings.heldout, **options)
+    if experiment.aligns:
+        with measured(history, "align"):
+            collection = _aligned(experiment, collection, fitted, out)
     collection.select(fitted).save(out / "checkpoints.safetensors")
     if len(heldout):
         collection.select(heldout).save(out / "heldout.safetensors")
@@ -94,6 +108,26 @@ def _collected(
     else:
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection, known
+
+
+def _aligned(experiment: Experiment, collection: Collection, fitted: Tensor, out: Path) -> Collection:
+    """The networks with their units in one order, which those that are held out have no part in.
+
+    Raises:
+        UserError: alignment is asked for, and no units of the architecture are known to be interchangeable.
+    """
+    groups = unit_groups(experiment, out).within(collection.tensors)
+    if not len(groups):
+        reason = next(iter(groups.left_alone.values()), "it has no hidden units")
+        line = f"prepare.align: nothing to permute in {experiment.network.architecture}: {reason}"
+        if experiment.prepare.align == "weights":
+            raise UserError(line)
+        tqdm.write(f"note: {line}")
+        return collection
+    reference = Reference.fit(collection.select(fitted), groups, **alignment_options(experiment))
+    aligned, changes = reference.align(collection)
+    reference.save(out / ALIGNMENT, changes)
+    return aligned
 
 
 def _imported(experiment: Experiment, images: Images | None, out: Path) -> Collection:

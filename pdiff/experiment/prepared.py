@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from pdiff.errors import UserError
 from pdiff.experiment.schema import Experiment
 from pdiff.files import read_tensors
 from pdiff.method.alignment.groups import Groups
+from pdiff.method.alignment.reference import Reference
 from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection
 from pdiff.method.training import resolve_device
@@ -21,6 +23,10 @@ from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import first_template
 from pdiff.networks.imported.template import Template
 from pdiff.parallel.ranks import rank_zero_first
+from pdiff.seeds import stream
+
+ALIGNMENT = "alignment.safetensors"
+"""What the networks of `prepare` were aligned to, and how each was."""
 
 
 def load_images(experiment: Experiment) -> Images:
@@ -66,6 +72,19 @@ def unit_groups(experiment: Experiment, prepared: Path) -> Groups:
     images = load_images(experiment)
     example = torch.zeros(1, images.channels, images.image_size, images.image_size)
     return permutation_groups(base_network(experiment, images, prepared), example)
+
+
+def reference(experiment: Experiment, prepared: Path) -> Reference | None:
+    """What networks are aligned to before they are compared; None where the population is not aligned."""
+    path = prepared / ALIGNMENT
+    if not path.exists():
+        return None
+    return Reference.load(path, unit_groups(experiment, prepared), **alignment_options(experiment))[0]
+
+
+def alignment_options(experiment: Experiment) -> dict[str, Any]:
+    """How networks are aligned."""
+    return {"balance": experiment.prepare.balance, "seed": stream(experiment.seed, "align")}
 
 
 def heldout_networks(prepared: Path) -> Collection | None:

@@ -37,12 +37,18 @@ class Prepare(Section):
     there that are left out. Else checkpoints are collected as `collect` says, of a network that is first trained as
     `pretrain` says, unless they come from independent seeds. The fraction `heldout` of the collection, in blocks of
     consecutive checkpoints or, of several trainings, whole ones, is never read by a generator or a baseline: what they
-    make is compared with it."""
+    make is compared with it.
+
+    `align: weights` permutes the units of every network so that they match those of a reference, the mean of the fitted
+    ones, and with `balance` rescales them first where that changes nothing; generated networks are then aligned, too,
+    before they are compared. `auto` does so for networks from independent seeds whose units are interchangeable."""
 
     parameters: Annotated[tuple[str, ...], Several] = ("all",)
     source: Place = ""
     exclude: Annotated[tuple[str, ...], Several] = ()
     heldout: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    align: Literal["auto", "none", "weights"] = "auto"
+    balance: bool = True
 
     @field_validator("parameters")
     @classmethod
@@ -116,12 +122,10 @@ GENERATOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,59}")
 class Audit(Section):
     """Networks of other people's generators, in place of one that is fitted here. `generated` is a folder of checkpoint
     files, a single file, or several of them by the names of their generators; `heldout` a folder of originals that no
-    generator was fitted on, without which a part of `prepare.source` is set apart (`prepare.heldout`). `align: weights`
-    permutes the units of every network so that they match those of the first original."""
+    generator was fitted on, without which a part of `prepare.source` is set apart (`prepare.heldout`)."""
 
     generated: dict[str, Place]
     heldout: Place = ""
-    align: Literal["none", "weights"] = "none"
 
     @field_validator("generated", mode="before")
     @classmethod
@@ -186,6 +190,8 @@ class Experiment(Section):
                 raise ValueError(f"processes <= {name}.batch_size must hold, but got ({self.processes}, {batch_size})")
         if hasattr(self.generate, "sampler"):
             self._check_sampling()
+        if self.prepare.align == "weights" and not self.network:
+            raise ValueError("prepare.align weights: needs dataset and network, whose units are matched")
         return self
 
     def _check_audit(self, audit: Audit) -> None:
@@ -195,8 +201,6 @@ class Experiment(Section):
             raise ValueError(
                 f"prepare.heldout must be 0 where audit.heldout gives the held-out ones, but got {self.prepare.heldout}"
             )
-        if audit.align == "weights" and not self.network:
-            raise ValueError("audit.align weights: needs dataset and network, whose units are matched")
 
     def _check_sampling(self) -> None:
         prediction, generate = self.diffusion.prediction, self.generate
@@ -221,6 +225,12 @@ class Experiment(Section):
     def collected_from(self) -> str:
         """How checkpoints are collected: a name of COLLECTORS; empty where they are read from files."""
         return "" if self.prepare.source else getattr(self.prepare.collect, "from")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether networks are aligned, where their units are interchangeable."""
+        align = self.prepare.align
+        return align == "weights" or (align == "auto" and self.collected_from == "seeds")
 
     @property
     def generator_options(self) -> GeneratorOptions:

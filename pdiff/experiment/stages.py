@@ -76,7 +76,7 @@ def _evaluated(experiment: Experiment) -> list[str]:
     parts = [part for part in evaluator.parts if part != "test" or getattr(evaluator, "test", True)]
     found = metrics.of_evaluation(["original", "heldout", *generators, *arms], parts, generators)
     measured = ["baselines", "evaluate", "audit"]
-    if experiment.audit and experiment.audit.align != "none":
+    if experiment.aligns:
         measured.append("align")
     return [*found, *names_of_measured(*measured)]
 
@@ -96,7 +96,7 @@ STAGES = {
         reads=("pretrain",),
         decided_by=digests.collected,
         distributed=collects,
-        logs=lambda experiment: (*SIZES, "collect/loss", *names_of_measured("collect")),
+        logs=lambda experiment: (*SIZES, "collect/loss", *names_of_measured("collect", "align")),
     ),
     "train": Stage(
         "pdiff.experiment.train:train",

@@ -8,13 +8,21 @@ from torch.func import functional_call
 
 from pdiff.method.alignment.groups import Groups, balance, inverse, permute, recombine
 from pdiff.method.alignment.matching import align
+from pdiff.method.alignment.reference import Reference
 from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection, StateDict
 from pdiff.networks.architectures import ARCHITECTURES, build
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"mlp": (1, 8), "cnn_small": (1, 8), "mlp_mini": (3, 16), "convnet_mini": (3, 16), "resnet_mini": (3, 16)}
+SMALL = {
+    "mlp": (1, 8),
+    "mlp_deep": (1, 8),
+    "cnn_small": (1, 8),
+    "mlp_mini": (3, 16),
+    "convnet_mini": (3, 16),
+    "resnet_mini": (3, 16),
+}
 SMALL |= {"cnn_medium": (3, 32), "vit_mini": (3, 16), "convnext_mini": (3, 32)}
 PAPER = ("resnet18", "resnet50", "vit_tiny_patch16_224", "vit_base_patch16_224", "convnext_tiny", "convnext_base")
 
@@ -92,7 +100,15 @@ def test_function_of_small_networks(name: str) -> None:
     torch.manual_seed(0)
     network = build(name, pretrained=False, classes=10, channels=channels, image_size=size)
     groups = assert_same_function(network, image(channels, size))
-    expected = {"mlp": 1, "cnn_small": 2, "cnn_medium": 4, "mlp_mini": 2, "convnet_mini": 4, "resnet_mini": 4}
+    expected = {
+        "mlp": 1,
+        "mlp_deep": 2,
+        "cnn_small": 2,
+        "cnn_medium": 4,
+        "mlp_mini": 2,
+        "convnet_mini": 4,
+        "resnet_mini": 4,
+    }
     assert len(groups) == (expected | {"vit_mini": 8, "convnext_mini": 4 + 7})[name]
     assert bool(groups.left_alone) == (name == "vit_mini")  # its fixed positions tell the stream's units apart
 
@@ -359,7 +375,8 @@ def test_balance_undoes_random_scales() -> None:
             scaled[f"{row}.bias"] * scale,
         )
         scaled[f"{column}.weight"] = scaled[f"{column}.weight"] / scale
-    balanced = balance(Collection.stack([state, scaled]), groups)
+    balanced, scales = balance(Collection.stack([state, scaled]), groups)
+    assert scales.keys() == {group.name for group in groups}
     for name, tensor in balanced.tensors.items():
         torch.testing.assert_close(tensor[0], tensor[1], rtol=1e-4, atol=1e-6)
         assert name == "4.bias" or not torch.allclose(tensor[0], state[name])
@@ -373,7 +390,7 @@ def test_what_is_not_homogeneous_is_not_balanced() -> None:
     groups = permutation_groups(network, torch.zeros(1, 4))
     assert len(groups) == 2 and not any(group.balanceable for group in groups)
     collection = Collection.stack([random_state(network)])
-    assert all(torch.equal(t, collection.tensors[n]) for n, t in balance(collection, groups).tensors.items())
+    assert all(torch.equal(t, collection.tensors[n]) for n, t in balance(collection, groups)[0].tensors.items())
 
 
 def test_balanced_alignment_sees_through_scales() -> None:
@@ -382,8 +399,39 @@ def test_balanced_alignment_sees_through_scales() -> None:
     tensors = dict(collection.tensors)
     tensors["0.weight"], tensors["0.bias"] = tensors["0.weight"] * scale[:, None], tensors["0.bias"] * scale
     tensors["2.weight"] = tensors["2.weight"] / scale
-    _, found = align(Collection(tensors), reference, groups, balance=True)
-    assert torch.equal(found[name], inverse(permutations)[name])
+    _, found = Reference(reference, groups, balance=True, seed=0).align(Collection(tensors))
+    assert torch.equal(found.permutations[name], inverse(permutations)[name])
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_reference_gives_networks_back_as_they_came(tmp_path, balanced) -> None:
+    """Also from a file; aligned networks compute what they did, and are aligned to the mean of their own."""
+    network, x = deep_mlp(), torch.randn(16, 64)
+    groups = permutation_groups(network, torch.zeros(1, 64))
+    collection = Collection.stack([random_state(network, seed) for seed in range(6)])
+    reference = Reference.fit(collection, groups, balance=balanced, seed=0)
+    aligned, changes = reference.align(collection)
+    for before, after in zip(collection, aligned, strict=True):
+        torch.testing.assert_close(outputs(network, after, x), outputs(network, before, x), rtol=1e-4, atol=1e-4)
+    again, nothing = reference.align(aligned)
+    assert all(torch.equal(p, torch.arange(p.shape[1]).expand_as(p)) for p in nothing.permutations.values())
+    for name, tensor in again.tensors.items():
+        torch.testing.assert_close(tensor, aligned.tensors[name], rtol=1e-4, atol=1e-5)
+    reference.save(tmp_path / "alignment.safetensors", changes)
+    read, of_file = Reference.load(tmp_path / "alignment.safetensors", groups, balance=balanced, seed=0)
+    assert all(torch.equal(read.state[name], tensor) for name, tensor in reference.state.items())
+    for name, tensor in of_file.undo(aligned, groups).tensors.items():
+        torch.testing.assert_close(tensor, collection.tensors[name], rtol=1e-5, atol=1e-6)
+        assert balanced or torch.equal(tensor, collection.tensors[name])
+
+
+def test_the_mean_of_aligned_networks_is_nearer_than_that_of_networks_as_they_come() -> None:
+    """Planted: permuted copies with noise have a mean without that noise only in one order of units."""
+    groups, _, collection, _ = planted(deep_mlp(), torch.zeros(1, 64), 12, noise=0.1)
+    aligned, _ = Reference.fit(collection, groups, balance=False, seed=0).align(collection)
+    apart = sum(tensor.var(0).sum() for tensor in collection.tensors.values())
+    together = sum(tensor.var(0).sum() for tensor in aligned.tensors.values())
+    assert together < 0.2 * apart
 
 
 def test_a_part_of_the_tensors_is_left_alone() -> None:

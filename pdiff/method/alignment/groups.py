@@ -166,7 +166,7 @@ def take(stacked: Tensor, axis: int, index: Tensor) -> Tensor:
     return stacked.movedim(axis + 1, 1)[rows, index].movedim(1, axis + 1).contiguous()
 
 
-def balance(collection: Collection, groups: Groups, *, sweeps: int = 100) -> Collection:
+def balance(collection: Collection, groups: Groups, *, sweeps: int = 100) -> tuple[Collection, dict[str, Tensor]]:
     """Rescale units to equal norms on both sides: c_j = sqrt(|outgoing_j| / |incoming_j|).
 
     Positively homogeneous activations let unit j be computed c_j times as large and read 1 / c_j times as large. Each
@@ -177,25 +177,42 @@ def balance(collection: Collection, groups: Groups, *, sweeps: int = 100) -> Col
         collection: N networks.
         groups: of their architecture; those that are not balanceable, or not wholly in the collection, are left alone.
         sweeps: at most so many.
+
+    Returns:
+        The rescaled networks, and by what: group -> c, float64 (N, size).
     """
-    tensors = dict(collection.tensors)
-    balanceable = [group for group in groups.within(tensors) if group.balanceable]
+    balanceable = [group for group in groups.within(collection.tensors) if group.balanceable]
+    scales = {group.name: torch.ones(len(collection), group.size, dtype=torch.float64) for group in balanceable}
     for _ in range(sweeps):
         largest = 0.0
         for group in balanceable:
-            incoming, outgoing = (_norms(tensors, group, incoming=side) for side in (True, False))
+            incoming, outgoing = (_norms(collection.tensors, group, incoming=side) for side in (True, False))
             scale = (outgoing / incoming).sqrt()
             scale = torch.where((incoming > 0) & (outgoing > 0), scale, 1.0)
             largest = max(largest, float(scale.log().abs().max()))
-            for place in group.places:
-                stacked = tensors[place.name]
-                factors = torch.ones(len(scale), stacked.shape[place.axis + 1], dtype=stacked.dtype)
-                factors[:, place.index(group.size)] = (scale if place.incoming else 1 / scale)[:, :, None].to(
-                    stacked.dtype
-                )
-                tensors[place.name] = stacked * _along(factors, stacked, place.axis)
+            collection = rescale(collection, groups, {group.name: scale})
+            scales[group.name] = scales[group.name] * scale
         if largest < BALANCED:
             break
+    return collection, scales
+
+
+def rescale(collection: Collection, groups: Groups, scales: Mapping[str, Tensor]) -> Collection:
+    """Multiply units by c > 0 where they are computed and by 1 / c where they are read.
+
+    Args:
+        collection: N networks.
+        groups: of their architecture.
+        scales: name of a group that may be rescaled -> c, float64 (N, size).
+    """
+    tensors = dict(collection.tensors)
+    for group in (group for group in groups if group.name in scales):
+        scale = scales[group.name]
+        for place in group.places:
+            stacked = tensors[place.name]
+            factors = torch.ones(len(scale), stacked.shape[place.axis + 1], dtype=stacked.dtype)
+            factors[:, place.index(group.size)] = (scale if place.incoming else 1 / scale)[:, :, None].to(stacked.dtype)
+            tensors[place.name] = stacked * _along(factors, stacked, place.axis)
     return Collection(tensors, collection.names)
 
 

@@ -18,7 +18,7 @@ SWEEPS = 100  # at most; a few suffice
 
 
 def align(
-    collection: Collection, reference: StateDict, groups: Groups, *, balance: bool = False, seed: int = 0
+    collection: Collection, reference: StateDict, groups: Groups, *, seed: int = 0
 ) -> tuple[Collection, dict[str, Tensor]]:
     """Permute the units of every network of a collection to where they resemble a reference most.
 
@@ -31,16 +31,12 @@ def align(
         collection: N networks.
         reference: one network of the same architecture.
         groups: of that architecture; those that are not wholly in the collection are left alone (`Groups.within`).
-        balance: first rescale units to equal norms on both sides, in the reference, too (`groups.balance`).
         seed: of the order of groups.
 
     Returns:
         The aligned networks, and the permutations that were applied: group -> int64 (N, size).
     """
     groups = groups.within(collection.tensors).within(reference)
-    if balance:
-        collection = units.balance(collection, groups)
-        reference = units.balance(Collection.stack([reference]), groups)[0]
     names = dict.fromkeys(place.name for group in groups for place in group.places)
     target = {name: _over_mean_square(reference[name].float()) for name in names}
     size = sum(4 * tensor.numel() for tensor in target.values())

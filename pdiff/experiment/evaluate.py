@@ -15,7 +15,14 @@ from pdiff.experiment import board, config, costs, limits, published, report, su
 from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
-from pdiff.experiment.prepared import evaluator, heldout_networks, original_networks, reference, unit_groups
+from pdiff.experiment.prepared import (
+    evaluator,
+    heldout_networks,
+    original_networks,
+    reference,
+    unit_groups,
+    with_statistics,
+)
 from pdiff.experiment.schema import Experiment
 from pdiff.files import copy_file, read_json, write_json, write_tensors, write_text
 from pdiff.method.alignment.groups import recombine
@@ -66,6 +73,7 @@ def evaluate(
     groups |= aligned(to, {"generated": Collection.load(generate / "generated.safetensors")}, history)
     with measured(history, "baselines"):
         arms = baselines(experiment, prepare, fitted, standardizer, groups["generated"], generator)
+        arms = {name: with_statistics(experiment, prepare, arm, name) for name, arm in arms.items()}
         groups |= aligned(to, arms)
     intermediate = generate / "trajectory.safetensors"
     extra = {"trajectory": Collection.load(intermediate)} if intermediate.exists() else {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
+from pdiff.experiment.prepared import with_statistics
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection
 from pdiff.method.generators.base import Generator
@@ -13,7 +14,7 @@ from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
 
 
-def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Metrics:
+def generate(experiment: Experiment, out: Path, log: Log, *, train: Path, prepare: Path) -> Metrics:
     """Sample networks, batch by batch; an interrupted run goes on after its last whole batch.
 
     Writes `generated.safetensors` and `.json`, and with `generate.trajectory_every` also `trajectory.safetensors` and
@@ -33,7 +34,8 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path) -> Met
                 label = f"generate {first + count}/{settings.count}"
                 generator.sample(count, first=first, label=label, **options).save(path)
             parts.append(Collection.load(path))
-    Collection.concatenate(parts).save(out / "generated.safetensors")
+        networks = with_statistics(experiment, prepare, Collection.concatenate(parts), "batchnorm")
+    networks.save(out / "generated.safetensors")
     if every := getattr(settings, "trajectory_every", 0):
         count = min(settings.trajectory_count, settings.count)
         looks = list(generator.trajectory(count, every=every, **options))

@@ -16,7 +16,7 @@ from pdiff.method.alignment.reference import Reference
 from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection
 from pdiff.method.training import resolve_device
-from pdiff.networks import datasets
+from pdiff.networks import batchnorm, datasets
 from pdiff.networks.architectures import build
 from pdiff.networks.evaluators import Context, Evaluator
 from pdiff.networks.images import Images
@@ -72,6 +72,23 @@ def unit_groups(experiment: Experiment, prepared: Path) -> Groups:
     images = load_images(experiment)
     example = torch.zeros(1, images.channels, images.image_size, images.image_size)
     return permutation_groups(base_network(experiment, images, prepared), example)
+
+
+def with_statistics(experiment: Experiment, prepared: Path, networks: Collection, label: str) -> Collection:
+    """Networks that nobody trained, with the running statistics that `generate.batchnorm` asks for.
+
+    Raises:
+        UserError: the running statistics are not among the checkpoints.
+    """
+    how = experiment.generate.batchnorm
+    if how == "generate":
+        return networks
+    images = load_images(experiment)
+    network = base_network(experiment, images, prepared)
+    if how == "keep":
+        return batchnorm.kept(networks, network)
+    options = {"images": experiment.generate.recompute_images, "device": resolve_device(experiment.device)}
+    return batchnorm.recomputed(networks, network, images.train, label=label, **options)
 
 
 def reference(experiment: Experiment, prepared: Path) -> Reference | None:

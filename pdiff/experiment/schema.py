@@ -81,10 +81,16 @@ class DiffusionSection(DiffusionOptions):
 
 
 class Generate(Section):
-    """How many networks are sampled; `batch_size` at a time."""
+    """How many networks are sampled; `batch_size` at a time.
+
+    `batchnorm` says where the running statistics of their batch normalisation come from, if they are among the
+    checkpoints: they are generated like everything else; `keep` takes those of the base network; `recompute` measures
+    them on `recompute_images` training images. The null arms have theirs from the same source."""
 
     count: Positive = 200
     seed: Seed = 0
+    batchnorm: Literal["generate", "keep", "recompute"] = "generate"
+    recompute_images: Positive = 1000
     batch_size: Positive = without_effect(64)
 
 
@@ -190,6 +196,8 @@ class Experiment(Section):
                 raise ValueError(f"processes <= {name}.batch_size must hold, but got ({self.processes}, {batch_size})")
         if hasattr(self.generate, "sampler"):
             self._check_sampling()
+        if self.generate.batchnorm != "generate" and not self.network:
+            raise ValueError(f"generate.batchnorm {self.generate.batchnorm}: needs dataset and network")
         if self.prepare.align == "weights" and not self.network:
             raise ValueError("prepare.align weights: needs dataset and network, whose units are matched")
         return self

@@ -108,7 +108,7 @@ STAGES = {
     ),
     "generate": Stage(
         "pdiff.experiment.generate:generate",
-        reads=("train",),
+        reads=("prepare", "train"),
         decided_by=digests.sections("generate"),
         exists=fits,
         logs=lambda experiment: ("generated", *names_of_measured("generate")),

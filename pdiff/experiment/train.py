@@ -17,6 +17,7 @@ from pdiff.method.collection import Collection, generated_numbers, is_generated
 from pdiff.method.generators.base import Generator
 from pdiff.method.log import Log, Point, ignore
 from pdiff.method.training import resolve_device
+from pdiff.networks import batchnorm
 from pdiff.networks.predict import accuracy, predictions
 
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
@@ -27,6 +28,8 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     history, device = History(out, log), resolve_device(experiment.device)
     collection = original_networks(experiment, prepare)
     limits.check(experiment, ["train"], out, size=generated_numbers(collection[0]), device=device.type)
+    if experiment.generate.batchnorm != "generate":
+        batchnorm.statistics(collection, base_network(experiment, load_images(experiment), prepare))
     if not any(is_generated(name, collection[0][name]) for name in collection.varying()):
         equal = "the 1 checkpoint" if len(collection) == 1 else f"{len(collection)} equal checkpoints"
         tqdm.write(f"warning: the generator is fitted on {equal}: every network that it generates will be a copy")

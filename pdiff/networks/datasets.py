@@ -111,7 +111,7 @@ def read(settings: Settings) -> Images:
     """
     import torch
 
-    from pdiff.networks.images import Files, Images, Part
+    from pdiff.networks.images import Files, Images, Part, TrainingPart
 
     source, root = DATASETS[settings.name], data_root(settings)
     try:
@@ -128,7 +128,7 @@ def read(settings: Settings) -> Images:
     size, channels = _size(settings, source), _channels(settings, train.channels)
     store = (root if os.access(root, os.W_OK) else default_root()) / "preprocessed"
     return Images(
-        train=Part(train.select(order[held:]), settings, augment=settings.augment, store=store),
+        train=TrainingPart(train.select(order[held:]), settings, augment=settings.augment, store=store),
         validation=Part(train.select(order[:held]), settings, store=store),
         test=Part(test, settings, store=store),
         classes=classes,

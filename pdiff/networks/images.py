@@ -249,6 +249,10 @@ class Part:
                 bar.update(len(images))
 
 
+class TrainingPart(Part):
+    """The part that networks are trained on. What decides what a network becomes accepts no other part."""
+
+
 class _Decoder(torch.utils.data.Dataset):
     """Key -> uint8 images (B, c, size, size) and labels."""
 
@@ -278,7 +282,7 @@ class _Decoder(torch.utils.data.Dataset):
 class Images:
     """A data set: training images, a validation part split off them, test images."""
 
-    train: Part
+    train: TrainingPart
     validation: Part
     test: Part
     classes: int

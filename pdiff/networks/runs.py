@@ -18,7 +18,7 @@ from pdiff.files import read_json, write_json
 from pdiff.method.collection import Collection
 from pdiff.method.log import Log, Point
 from pdiff.method.training import Trainer, resumable, shuffled_each
-from pdiff.networks.images import Batch, Part
+from pdiff.networks.images import Batch, TrainingPart
 from pdiff.networks.options import RunsOptions
 from pdiff.parallel import ranks
 from pdiff.seeds import stream
@@ -78,7 +78,7 @@ class Trained(NamedTuple):
 
 def train_all(
     make: Callable[[int], nn.Module],
-    part: Part,
+    part: TrainingPart,
     settings: RunsOptions,
     names: Sequence[str],
     *,
@@ -134,7 +134,7 @@ class _Trainings(NamedTuple):
     """What all trainings share."""
 
     make: Callable[[int], nn.Module]
-    part: Part
+    part: TrainingPart
     settings: RunsOptions
     steps: int
     seeds: list[int]

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from pdiff.errors import UserError
 from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks
+from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks, unit_groups
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection, generated_numbers, is_generated
 from pdiff.method.generators.base import Generator
@@ -37,7 +37,9 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     if experiment.dataset and hasattr(experiment, "autoencoder"):
         check = partial(check_reconstruction, experiment, collection, prepare, history)
     options = {"seed": experiment.seed, "device": device, "log": history, "state": out / STATE, "check": check}
-    generator = Generator.fit(collection, experiment.generator_options, **options)
+    chosen = experiment.generator_options
+    known = {"groups": unit_groups(experiment, prepare)} if "groups" in chosen.needs else {}
+    generator = Generator.fit(collection, chosen, **options, **known)
     generator.save(out / "generator")
     sizes = generator.sizes()
     asked, used = getattr(getattr(experiment, "autoencoder", None), "latent_size", "auto"), sizes.get("latent_size", 0)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from pdiff.method.autoencoders import AUTOENCODERS, PCAOptions
-from pdiff.method.denoisers import DENOISERS, DenoiserOptions, MLPDenoiserOptions
+from pdiff.method.denoisers import DENOISERS, DenoiserOptions, GraphDenoiserOptions, MLPDenoiserOptions
 from pdiff.method.log import names_of_measured
 from pdiff.method.objectives import OBJECTIVES, Flow, Objective
 from pdiff.method.options import NonNegative, Positive, Rate, Section, TrainingOptions
@@ -27,14 +27,19 @@ class GeneratorOptions(Section):
         implementation: a subclass of `Generator` (pdiff.method.generators.base), or its name as "module:class".
         sampling: the options of its `sample`.
         extras: further options of the stage that samples.
-        sections: of a configuration, beside `generator`, that hold its options.
+        sections: of a configuration that hold its options, beside `generator` where that is not named, each with the
+            options that it has whatever else is chosen; without any, `generator` has all fields of this class.
+        settles: choices of those sections that it makes itself.
+        needs: what `fit` must know of the networks beside the collection: `groups`.
         logs: the metrics that `fit` and `sizes` may log; a sweep looks at no others.
     """
 
     implementation: ClassVar[Any]
     sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
     extras: ClassVar[tuple[type[Section], ...]] = ()
-    sections: ClassVar[tuple[str, ...]] = ()
+    sections: ClassVar[dict[str, tuple[type[Section], ...]]] = {}
+    settles: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
     logs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -99,7 +104,7 @@ class LatentDiffusionOptions(GeneratorOptions):
     implementation: ClassVar[Any] = "pdiff.method.generators.latent_diffusion:LatentDiffusion"
     sampling: ClassVar[type[SamplingOptions]] = DiffusionSampling
     extras: ClassVar[tuple[type[Section], ...]] = (TrajectoryOptions,)
-    sections: ClassVar[tuple[str, ...]] = ("autoencoder", "diffusion")
+    sections: ClassVar[dict[str, tuple[type[Section], ...]]] = {"autoencoder": (), "diffusion": ()}
     logs: ClassVar[tuple[str, ...]] = (
         *("autoencoder/loss", "diffusion/loss", "diffusion/heldout_loss", "latent_size"),
         *("diffusion/dispersion", "diffusion/nearest_ratio", "diffusion/final_dispersion"),
@@ -137,7 +142,67 @@ class GaussianOptions(GeneratorOptions):
     variance: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class NeuronsTraining(DiffusionOptions):
+    """Training of the denoiser of tokens; all keys are those of DiffusionOptions, with other defaults: `steps`,
+    `learning_rate`, `batch_size`, `evaluate_every`, `stop_on`."""
+
+    steps: Annotated[int, Field(ge=1)] = 3000
+    learning_rate: Rate = 2e-3
+    batch_size: Positive = 96
+    evaluate_every: Positive = 250
+    stop_on: Literal["heldout_loss", "memorising", "none"] = "none"
+
+
+class NeuronsSampling(DiffusionSampling):
+    """The same as for latents: `sampler` and `sampling_steps`, with another default."""
+
+    sampling_steps: Annotated[int, Field(ge=0)] = 40
+
+
+class Tokenization(Section):
+    """With `balance` the units of every network are scaled to equal norms where they are computed and where they are
+    read, as far as that changes no prediction."""
+
+    balance: bool = True
+
+
+class NeuronsOptions(GeneratorOptions):
+    """A diffusion of neurons: the tokens of a network are its units, with their weights; `denoiser` is a transformer
+    that does not know their order and predicts what `objective` says, and `diffusion` is how it is trained."""
+
+    implementation: ClassVar[Any] = "pdiff.method.generators.neurons:Neurons"
+    sampling: ClassVar[type[SamplingOptions]] = NeuronsSampling
+    extras: ClassVar[tuple[type[Section], ...]] = (TrajectoryOptions,)
+    sections: ClassVar[dict[str, tuple[type[Section], ...]]] = {
+        "generator": (Tokenization, GraphDenoiserOptions),
+        "diffusion": (NeuronsTraining,),
+    }
+    settles: ClassVar[tuple[str, ...]] = ("diffusion.denoiser",)
+    needs: ClassVar[tuple[str, ...]] = ("groups",)
+    logs: ClassVar[tuple[str, ...]] = (
+        *("diffusion/loss", "diffusion/heldout_loss", "latent_size"),
+        *("diffusion/dispersion", "diffusion/nearest_ratio", "diffusion/final_dispersion"),
+        "diffusion/final_nearest_ratio",
+        *names_of_measured("diffusion"),
+    )
+
+    tokens: Tokenization = Tokenization()
+    denoiser: GraphDenoiserOptions = GraphDenoiserOptions()
+    objective: SerializeAsAny[Objective] = Flow()
+    diffusion: DiffusionOptions = NeuronsTraining()
+
+    @classmethod
+    def of(cls, generator: Section, *, diffusion: Any) -> NeuronsOptions:
+        return cls(
+            tokens=generator.part(Tokenization),
+            denoiser=generator.part(GraphDenoiserOptions),
+            objective=diffusion.part(OBJECTIVES[diffusion.prediction]),
+            diffusion=diffusion.part(NeuronsTraining),
+        )
+
+
 GENERATORS: dict[str, type[GeneratorOptions]] = {
     "latent_diffusion": LatentDiffusionOptions,
     "gaussian": GaussianOptions,
+    "neurons": NeuronsOptions,
 }

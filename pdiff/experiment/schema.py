@@ -225,6 +225,12 @@ class Experiment(Section):
                 f"generate.sampling_steps <= diffusion.timesteps must hold, "
                 f"but got ({generate.sampling_steps}, {self.diffusion.timesteps})"
             )
+        unknown = set(getattr(generate, "condition", {})) - set(getattr(self.generator, "condition", ()))
+        if unknown:
+            names = ", ".join(self.generator.condition) or "no column"
+            raise ValueError(
+                f"generate.condition: expected columns of generator.condition ({names}), got {min(unknown)}"
+            )
         if generate.trajectory_every and not self.diffusion.steps:
             raise ValueError("generate.trajectory_every needs diffusion.steps > 0: without a denoiser there is no way")
 

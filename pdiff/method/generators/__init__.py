@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pdiff.method.autoencoders import AUTOENCODERS, PCAOptions
 from pdiff.method.denoisers import DENOISERS, DenoiserOptions, GraphDenoiserOptions, MLPDenoiserOptions
 from pdiff.method.log import names_of_measured
 from pdiff.method.objectives import OBJECTIVES, Flow, Objective
-from pdiff.method.options import NonNegative, Positive, Rate, Section, TrainingOptions
+from pdiff.method.options import NonNegative, Positive, Rate, Section, Several, TrainingOptions
 
 
 class SamplingOptions(Section):
@@ -31,6 +31,7 @@ class GeneratorOptions(Section):
             options that it has whatever else is chosen; without any, `generator` has all fields of this class.
         settles: choices of those sections that it makes itself.
         needs: what `fit` must know of the networks beside the collection: `groups`.
+        columns: of the description of the population, whose values `fit` takes as `conditions`.
         logs: the metrics that `fit` and `sizes` may log; a sweep looks at no others.
     """
 
@@ -41,6 +42,10 @@ class GeneratorOptions(Section):
     settles: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     logs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
 
     @classmethod
     def of(cls, generator: Section) -> GeneratorOptions:
@@ -154,16 +159,30 @@ class NeuronsTraining(DiffusionOptions):
 
 
 class NeuronsSampling(DiffusionSampling):
-    """The same as for latents: `sampler` and `sampling_steps`, with another default."""
+    """As for latents, `sampler` and `sampling_steps`, with another default. `condition` are the values that networks
+    are asked to have in the columns of `generator.condition`; absent ones are the 95th percentile of the fitted
+    networks. `guidance` w extrapolates from the unconditional prediction (Ho and Salimans 2022, arXiv 2207.12598): 0 is
+    without condition, 1 is plain conditioning, above 1 conditions count for more."""
 
     sampling_steps: Annotated[int, Field(ge=0)] = 40
+    condition: dict[str, float] = {}
+    guidance: NonNegative = 1.0
 
 
 class Tokenization(Section):
-    """With `balance` the units of every network are scaled to equal norms where they are computed and where they are
-    read, as far as that changes no prediction."""
+    """What the denoiser sees of a network. With `balance` its units are scaled to equal norms where they are computed
+    and where they are read, as far as that changes no prediction. `condition` are columns of numbers in the description
+    of the population, such as `val_accuracy`, on which networks are conditioned."""
 
     balance: bool = True
+    condition: Annotated[tuple[str, ...], Several] = ()
+
+    @field_validator("condition")
+    @classmethod
+    def _check_condition(cls, condition: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(condition)) < len(condition):
+            raise ValueError(f"a column stands twice: {list(condition)}")
+        return condition
 
 
 class NeuronsOptions(GeneratorOptions):
@@ -190,6 +209,10 @@ class NeuronsOptions(GeneratorOptions):
     denoiser: GraphDenoiserOptions = GraphDenoiserOptions()
     objective: SerializeAsAny[Objective] = Flow()
     diffusion: DiffusionOptions = NeuronsTraining()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.tokens.condition
 
     @classmethod
     def of(cls, generator: Section, *, diffusion: Any) -> NeuronsOptions:

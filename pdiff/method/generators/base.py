@@ -68,13 +68,15 @@ class Generator(ABC):
             check: called with the function that reconstructs a collection through the fitted compression, as soon as
                 there is one; an exception that it raises ends the fit.
             population: what else the kind must know of the networks, by the names in its `needs`: `groups`, the
-                interchangeable units of their architecture (`Groups`).
+                interchangeable units of their architecture (`Groups`); and `conditions` (N, C) where its options name
+                `columns`, NaN where a value is not known.
 
         Raises:
             ValueError: nothing in the collection can be generated, it holds NaN or infinity, or the training diverged.
         """
         options = options or LatentDiffusionOptions()
-        if missing := [name for name in options.needs if name not in population]:
+        needs = (*options.needs, *(["conditions"] if options.columns else []))
+        if missing := [name for name in needs if name not in population]:
             raise ValueError(f"{type(options).__name__}: fit needs {' and '.join(missing)}, but got none")
         kind = resolve(options.implementation)
         common = {"seed": seed, "device": device, "log": log, "state": state, "check": check}

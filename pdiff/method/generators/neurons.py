@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from pdiff.method.collection import Collection, generated_tensors, heldout_split
 from pdiff.method.denoisers.graph import GraphDenoiser
 from pdiff.method.generators import NeuronsOptions
 from pdiff.method.generators.base import Check, Tensors, with_prefix
+from pdiff.method.generators.conditions import Conditions, Guided
 from pdiff.method.generators.denoising import DenoisingGenerator, fit_denoiser, objective_from
 from pdiff.method.log import Log, ignore
 from pdiff.method.objectives import Objective
@@ -43,6 +44,7 @@ class Neurons(DenoisingGenerator):
         tokens: vectors (N, D) <-> rows of tokens (N, L = D).
         denoiser: predicts rows of tokens.
         objective: what the denoiser predicts.
+        conditions: what networks are conditioned on.
         diagnostics: of the denoiser, as fitted; not saved.
     """
 
@@ -50,6 +52,7 @@ class Neurons(DenoisingGenerator):
     tokens: Tokens
     denoiser: nn.Module
     objective: Objective
+    conditions: Conditions
     diagnostics: diffusion.Diagnostics | None = None
 
     @classmethod
@@ -59,6 +62,7 @@ class Neurons(DenoisingGenerator):
         options: NeuronsOptions,
         *,
         groups: Groups,
+        conditions: Tensor | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         log: Log = ignore,
@@ -78,8 +82,9 @@ class Neurons(DenoisingGenerator):
             some = collection.select(rows)
             return balance(some, groups) if options.tokens.balance else some
 
-        def encoded(rows: Tensor) -> Tensor:  # (len(rows), L)
-            return tokens.encode(standardizer.encode(networks(rows))).to(device)
+        def encoded(rows: Tensor) -> diffusion.Batch:  # (len(rows), L), and conditions (len(rows), C)
+            z = tokens.encode(standardizer.encode(networks(rows))).to(device)
+            return (z, columns.encode(conditions[rows]).to(device)) if columns.names else z
 
         measured = networks(kept[evenly(len(kept), MEASURED)])
         standardizer = Standardizer.fit(measured)
@@ -87,13 +92,30 @@ class Neurons(DenoisingGenerator):
         standardize = options.diffusion.standardize_latents
         tokens = Tokens.fit(x, standardizer.slots, groups.groups, standardize=standardize)
         check_memory(tokens.layout, options, device)
+        columns = Conditions.fit(options.columns, conditions[kept] if options.columns else torch.empty(1, 0))
         z = tokens.encode(x).to(device)  # (n, L)
-        build = partial(GraphDenoiser, tokens.layout.config(), **options.denoiser.model_dump())
+        sizes = {"conditions": len(columns.names), **options.denoiser.model_dump()}
+        build = partial(GraphDenoiser, tokens.layout.config(), **sizes)
         few = heldout[evenly(len(heldout), EVALUATED)]
         data = (options.objective, Made(encoded, kept), encoded(few) if len(few) else z[:0], options.diffusion)
         resume = {"seed": seed, "device": device, "log": log, "state": state}
         denoiser, diagnostics = fit_denoiser(build, *data, fitted=z, view=tokens.layout.unordered, **resume)
-        return cls(standardizer, tokens, denoiser, options.objective, diagnostics)
+        return cls(standardizer, tokens, denoiser, options.objective, columns, diagnostics)
+
+    def sampling(
+        self,
+        seeds: list[int],
+        *,
+        device: torch.device | str,
+        condition: Mapping[str, float] | None = None,
+        guidance: float = 1.0,
+        **options: Any,
+    ) -> diffusion.Sampling:
+        steps = super().sampling(seeds, device=device, **options)
+        asked = self.conditions.asked(condition or {})
+        if self.conditions.names:
+            steps.denoiser = Guided(steps.denoiser, asked.to(device), guidance)
+        return steps
 
     @property
     def latent_size(self) -> int:
@@ -104,10 +126,12 @@ class Neurons(DenoisingGenerator):
 
     def tensors(self) -> Tensors:
         denoiser = {f"denoiser.{name}": tensor for name, tensor in self.denoiser.state_dict().items()}
-        return {"order": self.tokens.order, "mean": self.tokens.mean, "std": self.tokens.std} | denoiser
+        tokens = {"order": self.tokens.order, "mean": self.tokens.mean, "std": self.tokens.std}
+        return tokens | {"conditions": self.conditions.values} | denoiser
 
     def config(self) -> dict[str, Any]:
-        return {"denoiser": self.denoiser.options, "objective": self.objective_config()}
+        names = list(self.conditions.names)
+        return {"denoiser": self.denoiser.options, "objective": self.objective_config(), "conditions": names}
 
     @classmethod
     def from_saved(cls, standardizer: Standardizer, tensors: Tensors, config: dict[str, Any]) -> Neurons:
@@ -116,7 +140,10 @@ class Neurons(DenoisingGenerator):
         tokens = Tokens(denoiser.layout, *(tensors[name] for name in ("order", "mean", "std")))
         if standardizer.size != tokens.layout.size:
             raise ValueError(f"its slots hold {standardizer.size} numbers, its tokens {tokens.layout.size}")
-        return cls(standardizer, tokens, denoiser.eval(), objective_from(config["objective"]))
+        conditions = Conditions(tuple(config["conditions"]), tensors["conditions"])
+        if len(conditions.names) != denoiser.conditions:
+            raise ValueError(f"its denoiser has {denoiser.conditions} conditions, not {len(conditions.names)}")
+        return cls(standardizer, tokens, denoiser.eval(), objective_from(config["objective"]), conditions)
 
 
 class Made:

@@ -13,7 +13,7 @@ from pdiff.method.standardize import Slot, Standardizer
 from pdiff.method.tokens import Layout, Tokens, arranged
 from pdiff.networks.architectures import ARCHITECTURES, build
 
-SIZES = {"mlp": (1, 8), "cnn_small": (1, 8), "cnn_medium": (3, 32), "convnext_mini": (3, 32)}
+SIZES = {"mlp": (1, 8), "mlp_deep": (1, 8), "cnn_small": (1, 8), "cnn_medium": (3, 32), "convnext_mini": (3, 32)}
 SLOW = {"vit_mini", "convnext_mini", "convnet_mini", "cnn_medium"}
 
 
@@ -45,7 +45,8 @@ def example(name: str) -> tuple[Groups, Collection]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in (*ARCHITECTURES, "residual")]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in (*ARCHITECTURES, "residual")],
 )
 def test_tokens_hold_every_number_once_and_the_denoiser_keeps_every_symmetry(name: str) -> None:
     groups, collection = example(name)
@@ -55,7 +56,6 @@ def test_tokens_hold_every_number_once_and_the_denoiser_keeps_every_symmetry(nam
     assert tokens.layout.size == x.shape[1] and len(tokens.layout.nodes) == len(groups)
     z = tokens.encode(x)
     torch.testing.assert_close(tokens.decode(z), x, rtol=1e-5, atol=1e-5)
-    assert torch.equal(tokens.decode(z).argsort(1), x.argsort(1)) or name != "mlp"
 
     generator = torch.Generator().manual_seed(1)
     shuffles = {g.name: torch.stack([torch.randperm(g.size, generator=generator) for _ in range(3)]) for g in groups}

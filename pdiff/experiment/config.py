@@ -284,7 +284,7 @@ def _problem(item: Any, origins: dict[str, str], path: str, chosen: Mapping[str,
 
 def _foreign(key: str, chosen: Mapping[str, str]) -> str:
     """Why a key that exists cannot be used: it belongs to another entry than the one that is chosen."""
-    choice, kinds = keys.belongs_to(key)
+    choice, kinds = keys.belongs_to(key, chosen)
     name = choice.key if key.startswith(f"{choice.section}.") else choice.name
     return f"belongs to {name} {' or '.join(kinds)}, but {name} is {chosen[choice.name]}"
 

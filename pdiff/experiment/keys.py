@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 from pydantic import BaseModel
@@ -32,15 +32,19 @@ def all_keys() -> list[str]:
     return list(dict.fromkeys(key for _, kinds in alternatives() for keys in kinds.values() for key in keys))
 
 
-def belongs_to(key: str) -> tuple[Choice, list[str]]:
-    """The choice that a dotted key depends on, and those of its entries that have the key.
+def belongs_to(key: str, chosen: Mapping[str, str]) -> tuple[Choice, list[str]]:
+    """The choice that keeps a configuration from having a dotted key, and those of its entries that have the key.
 
     A key of a denoiser depends on the generator, too: of several choices it is the last one, which is the narrowest.
+
+    Args:
+        key: which the configuration cannot have.
+        chosen: what it chooses, by the name of the choice.
     """
     found = []
     for choice, kinds in alternatives():
         having = [kind for kind, keys in kinds.items() if key in keys]
-        if 0 < len(having) < len(kinds):
+        if 0 < len(having) < len(kinds) and chosen[choice.name] not in having:
             found.append((choice, having))
     return found[-1]
 

@@ -77,7 +77,7 @@ class AutoencoderSection(Section):
 
 
 class DiffusionSection(DiffusionOptions):
-    """Latent diffusion: the training of a `denoiser` that learns a `prediction`."""
+    """The training of a `denoiser` that learns a `prediction`."""
 
 
 class Generate(Section):
@@ -180,6 +180,8 @@ class Experiment(Section):
         missing = [name for name in ("dataset", "network") if getattr(self, name) is None]
         if missing and not (self.prepare.source and len(missing) == 2):
             raise ValueError(f"{' and '.join(missing)}: is missing; only prepare.source can do without both")
+        if GENERATORS[self.generator.kind].needs and not self.network:
+            raise ValueError(f"generator.kind {self.generator.kind}: needs dataset and network, to know its units")
         used, collect = self.generator.checkpoints, self.prepare.collect
         if used > collect.total and not self.prepare.source:
             keys = " * ".join(f"prepare.collect.{key}" for key in collect.counts)
@@ -223,6 +225,12 @@ class Experiment(Section):
                 f"generate.sampling_steps <= diffusion.timesteps must hold, "
                 f"but got ({generate.sampling_steps}, {self.diffusion.timesteps})"
             )
+        unknown = set(getattr(generate, "condition", {})) - set(getattr(self.generator, "condition", ()))
+        if unknown:
+            names = ", ".join(self.generator.condition) or "no column"
+            raise ValueError(
+                f"generate.condition: expected columns of generator.condition ({names}), got {min(unknown)}"
+            )
         if generate.trajectory_every and not self.diffusion.steps:
             raise ValueError("generate.trajectory_every needs diffusion.steps > 0: without a denoiser there is no way")
 
@@ -244,7 +252,7 @@ class Experiment(Section):
     def generator_options(self) -> GeneratorOptions:
         """The options of the generator that is fitted."""
         kind = GENERATORS[self.generator.kind]
-        return kind.of(self.generator, **{name: getattr(self, name) for name in kind.sections})
+        return kind.of(**{name: getattr(self, name) for name in ("generator", *kind.sections)})
 
     @property
     def evaluator(self) -> EvaluatorOptions:
@@ -274,7 +282,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 class Choice(NamedTuple):
-    """A key whose value chooses an entry of a registry, whose options its section then has."""
+    """A key whose value chooses an entry of a registry, whose options its section then has; or the default one."""
 
     section: str
     key: str
@@ -339,11 +347,12 @@ def composed(kinds: tuple[str, ...]) -> type[Experiment]:
 def _composed(kinds: tuple[str, ...], options: tuple[type[Section], ...]) -> type[Experiment]:
     """The schema where some entries, with these options, are chosen: another entry of a name has another schema."""
     generator, collect = options[0], options[-1]  # they decide which sections there are
-    parts: dict[str, list[type[Section]]] = {name: [] for name in ("prepare.collect", "generator", *generator.sections)}
+    parts: dict[str, list[type[Section]]] = {"prepare.collect": [], "generator": []}
+    parts |= {name: list(mixed) for name, mixed in generator.sections.items()}
     parts |= {"generate": [generator.sampling, *generator.extras], "evaluate": []}
     keys: dict[str, dict[str, Any]] = {name: {} for name in parts}
     for choice, kind, option in zip(CHOICES, kinds, options, strict=True):
-        if choice.section in parts:
+        if choice.section in parts and choice.name not in generator.settles:
             keys[choice.section][choice.key] = choice.field(kind)
             if not (option is generator and generator.sections):  # else its options are in those sections
                 parts[choice.section].append(option)

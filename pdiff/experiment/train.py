@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.experiment import limits
 from pdiff.experiment.history import STATE, History, Metrics
-from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks
+from pdiff.experiment.population import Population
+from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, original_networks, unit_groups
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection, generated_numbers, is_generated
 from pdiff.method.generators.base import Generator
@@ -37,7 +42,11 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
     if experiment.dataset and hasattr(experiment, "autoencoder"):
         check = partial(check_reconstruction, experiment, collection, prepare, history)
     options = {"seed": experiment.seed, "device": device, "log": history, "state": out / STATE, "check": check}
-    generator = Generator.fit(collection, experiment.generator_options, **options)
+    chosen = experiment.generator_options
+    known: dict[str, Any] = {"groups": unit_groups(experiment, prepare)} if "groups" in chosen.needs else {}
+    if chosen.columns:
+        known["conditions"] = conditions(Population.load(prepare), chosen.columns)[: len(collection)]
+    generator = Generator.fit(collection, chosen, **options, **known)
     generator.save(out / "generator")
     sizes = generator.sizes()
     asked, used = getattr(getattr(experiment, "autoencoder", None), "latent_size", "auto"), sizes.get("latent_size", 0)
@@ -45,6 +54,21 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
         span = f"the {len(collection)} checkpoints, without those held out, span no more dimensions"
         tqdm.write(f"warning: autoencoder.latent_size {asked}: {used} are used (metric latent_size); {span}")
     return sizes | (generator.diagnostics.final() if generator.diagnostics else {})
+
+
+def conditions(population: Population, columns: Sequence[str]) -> Tensor:
+    """The values of some columns for the checkpoints that generators are fitted on, (N, C); NaN where there is none.
+
+    Raises:
+        UserError: a column that is not there, or holds something else than numbers.
+    """
+    found = []
+    for name in columns:
+        values = population.column(name)
+        if wrong := [value for value in values if not (value is None or isinstance(value, int | float))]:
+            raise UserError(f"generator.condition {name}: expected a column of numbers, but it holds {wrong[0]!r}")
+        found.append([math.nan if value is None else float(value) for value in values])
+    return torch.tensor(found).T
 
 
 def check_reconstruction(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,21 +34,35 @@ MEMORISED = 0.5  # of the expected nearest ratio. A copy has 0, and in many dime
 # half of that, a sample stands twice as near to one fitted latent as to any other.
 
 
-def denoising_loss(objective: Objective, denoiser: nn.Module, z: Tensor) -> Tensor:
+Batch = Tensor | tuple[Tensor, Tensor]
+"""Latents (B, L); or latents, and the conditions of each (B, C), which the denoiser takes as its third argument."""
+
+
+class Rows(Protocol):
+    """Batches by their indices: a tensor (N, L), or what makes the rows when they are asked for."""
+
+    device: torch.device
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor, /) -> Any: ...
+
+
+def denoising_loss(objective: Objective, denoiser: nn.Module, batch: Batch) -> Tensor:
     """Mean squared error of the prediction from latents z (B, L) with noise at random positions, a scalar."""
+    z, *condition = batch if isinstance(batch, tuple) else (batch,)
     z_t, t, target = objective.add_noise(z, torch.randn_like(z), torch.rand_like(z[:, 0]))
-    return F.mse_loss(denoiser(z_t, t), target)
+    return F.mse_loss(denoiser(z_t, t, *condition), target)
 
 
 @torch.no_grad()
-def heldout_loss(objective: Objective, denoiser: nn.Module, z: Tensor, *, repeats: int = 32) -> float:
+def heldout_loss(objective: Objective, denoiser: nn.Module, batch: Batch, *, repeats: int = 32) -> float:
     """Denoising error of latents (B, L), each at `repeats` evenly spaced positions; the same noise at every call."""
     generator = torch.Generator().manual_seed(0)
-    z = z.repeat(repeats, 1)
+    z, *condition = (part.repeat(repeats, 1) for part in (batch if isinstance(batch, tuple) else (batch,)))
     noise = torch.randn(z.shape, generator=generator).to(z.device)
     u = ((torch.randperm(len(z), generator=generator) + 0.5) / len(z)).to(z.device)
     z_t, t, target = objective.add_noise(z, noise, u)
-    batches = zip(z_t.split(HELDOUT_BATCH), t.split(HELDOUT_BATCH), strict=True)
+    batches = zip(*(part.split(HELDOUT_BATCH) for part in (z_t, t, *condition)), strict=True)
     return F.mse_loss(torch.cat([denoiser(*batch) for batch in batches]), target).item()
 
 
@@ -57,8 +71,8 @@ def trainer(
 ) -> Trainer:
     """The training of a denoiser on batches of latents (B, L)."""
 
-    def loss(z: Tensor) -> Tensor:
-        return denoising_loss(objective, denoiser, z)
+    def loss(batch: Batch) -> Tensor:
+        return denoising_loss(objective, denoiser, batch)
 
     return Trainer(denoiser, loss, batches, options, steps=options.steps, seed=seed, ema=options.ema, autocast=True)
 
@@ -66,8 +80,8 @@ def trainer(
 def fit(
     denoiser: nn.Module,
     objective: Objective,
-    z: Tensor,
-    heldout: Tensor,
+    z: Rows,
+    heldout: Batch,
     options: DiffusionOptions,
     *,
     seed: int,
@@ -81,7 +95,7 @@ def fit(
         denoiser: untrained, on the device of the latents.
         objective: what it predicts.
         z: latents that it is trained on.
-        heldout: latents that it is evaluated on.
+        heldout: latents that it is evaluated on; they may be none.
         options: of the training.
         seed: of batches and noise.
         log: receives `diffusion/loss` and, of every evaluation, `diffusion/heldout_loss` and the diagnostics.
@@ -94,18 +108,19 @@ def fit(
     """
     steps = trainer(denoiser.train(), shuffled_rows(z, options.batch_size, seed), objective, options, seed=seed)
     preview, best, memorised = preview or Preview(objective, z, seed=seed), Best(), False
+    evaluated = len(heldout[0] if isinstance(heldout, tuple) else heldout)
     for step in follow(steps, "diffusion/loss", log, path=path, beside=(best,)):
         if step.number % options.evaluate_every:
             continue
         averaged = steps.averaged.eval()
         found = preview(averaged)
         metrics = found.metrics()
-        if len(heldout):
+        if evaluated:
             metrics["diffusion/heldout_loss"] = loss = heldout_loss(objective, averaged, heldout)
         denoiser.train()
         for name, value in metrics.items():
             log(Point(name, value, step.number))
-        if options.stop_on == "heldout_loss" and len(heldout):
+        if options.stop_on == "heldout_loss" and evaluated:
             best.update(-loss, averaged)
             if best.since_best >= options.patience:
                 break
@@ -165,11 +180,21 @@ class Preview:
         seed: of the noise.
         samples: how many latents.
         calls: denoiser calls, at most.
+        view: latents (B, L) -> rows as they are compared: the same for latents that stand for the same network.
     """
 
     def __init__(
-        self, objective: Objective, z: Tensor, *, seed: int, samples: int = PREVIEWED, calls: int = PREVIEW_CALLS
+        self,
+        objective: Objective,
+        z: Tensor,
+        *,
+        seed: int,
+        samples: int = PREVIEWED,
+        calls: int = PREVIEW_CALLS,
+        view: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self.view = view or (lambda z: z)
+        z = self.view(z)
         self.objective, self.known = objective, len(z.unique(dim=0)) >= FEWEST
         if self.known:
             std = z.std(0)
@@ -190,7 +215,7 @@ class Preview:
         size, device = self.fitted.shape[1], self.fitted.device
         options = {"sampler": self.sampler, "steps": self.steps, "device": device}
         *_, (_, z) = Sampling(self.objective, denoiser, size, self.seeds, **options)
-        z = z / self.scale
+        z = self.view(z) / self.scale
         dispersion = (z.var(0).mean() / self.fitted.var(0).mean()).sqrt().item()
         ratio = nearest_ratio(z, self.fitted)
         return Diagnostics(ranks.mean(dispersion), ranks.mean(ratio), self.expected_ratio)

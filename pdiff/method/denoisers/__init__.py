@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import model_validator
+
 from pdiff.method.options import Positive, Section, resolve
 
 if TYPE_CHECKING:
@@ -51,6 +53,23 @@ class ConvDenoiserOptions(DenoiserOptions):
 
     def least_parameters(self, latent_size: int) -> int:
         return latent_size**2
+
+
+class GraphDenoiserOptions(Section):
+    """A transformer over the units of a network: `blocks` blocks of nodes of a `width`, with attention of so many
+    `heads`, and edges of a width `edge_width` between the units of neighbouring layers. It needs tokens, and is none of
+    DENOISERS, which take any latents."""
+
+    width: Positive = 128
+    blocks: Positive = 4
+    heads: Positive = 4
+    edge_width: Positive = 32
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> GraphDenoiserOptions:
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width, but got ({self.heads}, {self.width})")
+        return self
 
 
 DENOISERS: dict[str, type[DenoiserOptions]] = {"mlp": MLPDenoiserOptions, "conv": ConvDenoiserOptions}

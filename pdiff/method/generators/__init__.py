@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pdiff.method.autoencoders import AUTOENCODERS, PCAOptions
-from pdiff.method.denoisers import DENOISERS, DenoiserOptions, MLPDenoiserOptions
+from pdiff.method.denoisers import DENOISERS, DenoiserOptions, GraphDenoiserOptions, MLPDenoiserOptions
 from pdiff.method.log import names_of_measured
 from pdiff.method.objectives import OBJECTIVES, Flow, Objective
-from pdiff.method.options import NonNegative, Positive, Rate, Section, TrainingOptions
+from pdiff.method.options import NonNegative, Positive, Rate, Section, Several, TrainingOptions
 
 
 class SamplingOptions(Section):
@@ -27,15 +27,25 @@ class GeneratorOptions(Section):
         implementation: a subclass of `Generator` (pdiff.method.generators.base), or its name as "module:class".
         sampling: the options of its `sample`.
         extras: further options of the stage that samples.
-        sections: of a configuration, beside `generator`, that hold its options.
+        sections: of a configuration that hold its options, beside `generator` where that is not named, each with the
+            options that it has whatever else is chosen; without any, `generator` has all fields of this class.
+        settles: choices of those sections that it makes itself.
+        needs: what `fit` must know of the networks beside the collection: `groups`.
+        columns: of the description of the population, whose values `fit` takes as `conditions`.
         logs: the metrics that `fit` and `sizes` may log; a sweep looks at no others.
     """
 
     implementation: ClassVar[Any]
     sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
     extras: ClassVar[tuple[type[Section], ...]] = ()
-    sections: ClassVar[tuple[str, ...]] = ()
+    sections: ClassVar[dict[str, tuple[type[Section], ...]]] = {}
+    settles: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
     logs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ()
 
     @classmethod
     def of(cls, generator: Section) -> GeneratorOptions:
@@ -99,7 +109,7 @@ class LatentDiffusionOptions(GeneratorOptions):
     implementation: ClassVar[Any] = "pdiff.method.generators.latent_diffusion:LatentDiffusion"
     sampling: ClassVar[type[SamplingOptions]] = DiffusionSampling
     extras: ClassVar[tuple[type[Section], ...]] = (TrajectoryOptions,)
-    sections: ClassVar[tuple[str, ...]] = ("autoencoder", "diffusion")
+    sections: ClassVar[dict[str, tuple[type[Section], ...]]] = {"autoencoder": (), "diffusion": ()}
     logs: ClassVar[tuple[str, ...]] = (
         *("autoencoder/loss", "diffusion/loss", "diffusion/heldout_loss", "latent_size"),
         *("diffusion/dispersion", "diffusion/nearest_ratio", "diffusion/final_dispersion"),
@@ -137,7 +147,85 @@ class GaussianOptions(GeneratorOptions):
     variance: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class NeuronsTraining(DiffusionOptions):
+    """Training of the denoiser of tokens; all keys are those of DiffusionOptions, with other defaults: `steps`,
+    `learning_rate`, `batch_size`, `evaluate_every`, `stop_on`."""
+
+    steps: Annotated[int, Field(ge=1)] = 3000
+    learning_rate: Rate = 2e-3
+    batch_size: Positive = 96
+    evaluate_every: Positive = 250
+    stop_on: Literal["heldout_loss", "memorising", "none"] = "none"
+
+
+class NeuronsSampling(DiffusionSampling):
+    """As for latents, `sampler` and `sampling_steps`, with another default. `condition` are the values that networks
+    are asked to have in the columns of `generator.condition`; absent ones are the 95th percentile of the fitted
+    networks. `guidance` w extrapolates from the unconditional prediction (Ho and Salimans 2022, arXiv 2207.12598): 0 is
+    without condition, 1 is plain conditioning, above 1 conditions count for more."""
+
+    sampling_steps: Annotated[int, Field(ge=0)] = 40
+    condition: dict[str, float] = {}
+    guidance: NonNegative = 1.0
+
+
+class Tokenization(Section):
+    """What the denoiser sees of a network. With `balance` its units are scaled to equal norms where they are computed
+    and where they are read, as far as that changes no prediction. `condition` are columns of numbers in the description
+    of the population, such as `val_accuracy`, on which networks are conditioned."""
+
+    balance: bool = True
+    condition: Annotated[tuple[str, ...], Several] = ()
+
+    @field_validator("condition")
+    @classmethod
+    def _check_condition(cls, condition: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(condition)) < len(condition):
+            raise ValueError(f"a column stands twice: {list(condition)}")
+        return condition
+
+
+class NeuronsOptions(GeneratorOptions):
+    """A diffusion of neurons: the tokens of a network are its units, with their weights; `denoiser` is a transformer
+    that does not know their order and predicts what `objective` says, and `diffusion` is how it is trained."""
+
+    implementation: ClassVar[Any] = "pdiff.method.generators.neurons:Neurons"
+    sampling: ClassVar[type[SamplingOptions]] = NeuronsSampling
+    extras: ClassVar[tuple[type[Section], ...]] = (TrajectoryOptions,)
+    sections: ClassVar[dict[str, tuple[type[Section], ...]]] = {
+        "generator": (Tokenization, GraphDenoiserOptions),
+        "diffusion": (NeuronsTraining,),
+    }
+    settles: ClassVar[tuple[str, ...]] = ("diffusion.denoiser",)
+    needs: ClassVar[tuple[str, ...]] = ("groups",)
+    logs: ClassVar[tuple[str, ...]] = (
+        *("diffusion/loss", "diffusion/heldout_loss", "latent_size"),
+        *("diffusion/dispersion", "diffusion/nearest_ratio", "diffusion/final_dispersion"),
+        "diffusion/final_nearest_ratio",
+        *names_of_measured("diffusion"),
+    )
+
+    tokens: Tokenization = Tokenization()
+    denoiser: GraphDenoiserOptions = GraphDenoiserOptions()
+    objective: SerializeAsAny[Objective] = Flow()
+    diffusion: DiffusionOptions = NeuronsTraining()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.tokens.condition
+
+    @classmethod
+    def of(cls, generator: Section, *, diffusion: Any) -> NeuronsOptions:
+        return cls(
+            tokens=generator.part(Tokenization),
+            denoiser=generator.part(GraphDenoiserOptions),
+            objective=diffusion.part(OBJECTIVES[diffusion.prediction]),
+            diffusion=diffusion.part(NeuronsTraining),
+        )
+
+
 GENERATORS: dict[str, type[GeneratorOptions]] = {
     "latent_diffusion": LatentDiffusionOptions,
     "gaussian": GaussianOptions,
+    "neurons": NeuronsOptions,
 }

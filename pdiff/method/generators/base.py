@@ -54,6 +54,7 @@ class Generator(ABC):
         log: Log = ignore,
         state: Path | None = None,
         check: Check = ignore,
+        **population: Any,
     ) -> Generator:
         """Fit the kind of generator that the options name; every kind overrides this with the same arguments.
 
@@ -66,13 +67,20 @@ class Generator(ABC):
             state: a folder of this fit alone, from whose files it resumes after an interruption.
             check: called with the function that reconstructs a collection through the fitted compression, as soon as
                 there is one; an exception that it raises ends the fit.
+            population: what else the kind must know of the networks, by the names in its `needs`: `groups`, the
+                interchangeable units of their architecture (`Groups`); and `conditions` (N, C) where its options name
+                `columns`, NaN where a value is not known.
 
         Raises:
             ValueError: nothing in the collection can be generated, it holds NaN or infinity, or the training diverged.
         """
         options = options or LatentDiffusionOptions()
+        needs = (*options.needs, *(["conditions"] if options.columns else []))
+        if missing := [name for name in needs if name not in population]:
+            raise ValueError(f"{type(options).__name__}: fit needs {' and '.join(missing)}, but got none")
         kind = resolve(options.implementation)
-        return kind.fit(collection, options, seed=seed, device=device, log=log, state=state, check=check)
+        common = {"seed": seed, "device": device, "log": log, "state": state, "check": check}
+        return kind.fit(collection, options, **common, **population)
 
     @torch.no_grad()
     def sample(

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import AUTOENCODERS
 from pdiff.method.collection import Collection, heldout_split
 from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import LatentDiffusionOptions
-from pdiff.method.generators.base import Check, Generator, Tensors, with_prefix
+from pdiff.method.generators.base import Check, Tensors, with_prefix
+from pdiff.method.generators.denoising import DenoisingGenerator, fit_denoiser, objective_from
 from pdiff.method.log import Log, ignore, measured
-from pdiff.method.objectives import OBJECTIVES, Objective
+from pdiff.method.objectives import Objective
 from pdiff.method.options import Section, resolve
-from pdiff.method.samplers import samplers_of
 from pdiff.method.standardize import Standardizer
 from pdiff.seeds import stream
 
-CHECKED, CHECKED_CALLS = 128, 20  # samples of the fitted denoiser that are looked at, and their denoiser calls
 ENCODED = 256  # vectors that the autoencoder encodes at a time
 
 
 @dataclass
-class LatentDiffusion(Generator):
+class LatentDiffusion(DenoisingGenerator):
     """Networks from noise, by a denoiser in the latent space of an autoencoder.
 
     Attributes:
@@ -77,91 +75,24 @@ class LatentDiffusion(Generator):
         z = ((z - mean) / std).to(device)
         denoiser = diagnostics = None
         if steps:
-            preview = diffusion.Preview(options.objective, z[kept], seed=stream(seed, "denoiser"))
-            with measured(log, "diffusion"):
-                resume = {"log": log, "path": state and state / "diffusion.pt"}
-                torch.manual_seed(stream(seed, "denoiser"))
-                denoiser = options.denoiser.build(z.shape[1]).to(device)
-                data = (options.objective, z[kept], z[heldout], options.diffusion)
-                denoiser = diffusion.fit(denoiser, *data, seed=stream(seed, "denoiser"), preview=preview, **resume)
-            of_samples = {"seed": stream(seed, "denoiser"), "samples": CHECKED, "calls": CHECKED_CALLS}
-            diagnostics = diffusion.Preview(options.objective, z[kept], **of_samples)(denoiser)
+            build = partial(options.denoiser.build, z.shape[1])
+            data = (options.objective, z[kept], z[heldout], options.diffusion)
+            resume = {"seed": seed, "device": device, "log": log, "state": state}
+            denoiser, diagnostics = fit_denoiser(build, *data, fitted=z[kept], **resume)
         return cls(standardizer, autoencoder, mean, std, denoiser, options.objective, diagnostics)
-
-    def sample_vectors(
-        self, seeds: list[int], *, device: torch.device | str, label: str = "sample", **options: Any
-    ) -> Tensor:
-        if self.denoiser is None:
-            z, _ = diffusion.gaussian_noise(len(self.latent_mean), seeds)
-            return self.decode(z.to(device))
-        return self.decode(self.sampling(seeds, device=device, **options).samples(label))
-
-    def sampling(
-        self, seeds: list[int], *, device: torch.device | str, sampler: str = "auto", sampling_steps: int = 20
-    ) -> diffusion.Sampling:
-        """The latents of some seeds on their way from noise to data; the options are those of `DiffusionSampling`.
-
-        Raises:
-            ValueError: there is no denoiser, the sampler cannot follow the objective, or there are too many steps.
-        """
-        if self.denoiser is None:
-            raise ValueError("the generator has no denoiser (its diffusion has 0 steps), so samples have no trajectory")
-        name = samplers_of(self.objective)[0] if sampler == "auto" else sampler
-        steps = sampling_steps or self.objective.timesteps
-        parts = (self.objective, self.denoiser.to(device).eval(), len(self.latent_mean), seeds)
-        return diffusion.Sampling(*parts, sampler=name, steps=steps, device=device)
-
-    def warm_up(self, **options: Any) -> None:
-        if self.denoiser is not None:
-            self.sampling([0], device="cpu", **options)  # imports diffusers
 
     def reconstruct(self, networks: Collection, *, device: torch.device | str = "cpu") -> Collection:
         vectors = self.standardizer.encode(networks)
         return self.standardizer.decode(reconstruct(self.autoencoder.to(device).eval(), vectors, device))
 
-    def sizes(self) -> dict[str, float]:
-        return {"latent_size": len(self.latent_mean)}
+    @property
+    def latent_size(self) -> int:
+        return len(self.latent_mean)
 
     def modules(self) -> dict[str, tuple[nn.Module, int]]:
-        found = {"autoencoder": (self.autoencoder, self.standardizer.size)}
-        if self.denoiser is not None:
-            found["diffusion"] = (OneInput(self.denoiser), len(self.latent_mean) + 1)
-        return found
-
-    @torch.no_grad()
-    def trajectory(
-        self,
-        count: int,
-        *,
-        every: int,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        label: str = "trajectory",
-        **options: Any,
-    ) -> Iterator[tuple[float, Collection]]:
-        """Yield the first samples of a seed on their way: timestep, and the networks that noisy latents decode to.
-
-        Args:
-            count: how many networks.
-            every: yield the networks after every so many denoiser calls; the samples, at timestep 0, come last.
-            seed: of the sampling.
-            device: where to compute.
-            label: of the progress bar.
-            options: of `sampling`.
-
-        Raises:
-            ValueError: as `sampling`.
-        """
-        steps = self.sampling([stream(seed, k) for k in range(count)], device=device, **options)
-        latents: dict[float, Tensor] = {}
-        for call, (t, z) in enumerate(tqdm(steps, desc=label, unit="step", disable=None)):
-            if call % every == 0 or call == len(steps) - 1:
-                latents[t] = z  # Heun's method visits most timesteps twice: the second z counts
-        for t, z in latents.items():
-            yield t, self.standardizer.decode(self.decode(z))
+        return {"autoencoder": (self.autoencoder, self.standardizer.size)} | super().modules()
 
     def decode(self, z: Tensor) -> Tensor:
-        """Vectors (B, D), on the CPU, of latents in the scale of the denoiser, (B, L), on any device."""
         autoencoder = self.autoencoder.to(z.device).eval()
         return autoencoder.decode(z * self.latent_std.to(z.device) + self.latent_mean.to(z.device)).cpu()
 
@@ -173,11 +104,10 @@ class LatentDiffusion(Generator):
         return {"latent_mean": self.latent_mean, "latent_std": self.latent_std} | states
 
     def config(self) -> dict[str, Any]:
-        prediction = next(name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
         return {
             "autoencoder": to_config(AUTOENCODERS, self.autoencoder),
             "denoiser": None if self.denoiser is None else to_config(DENOISERS, self.denoiser),
-            "objective": {"prediction": prediction, **self.objective.model_dump()},
+            "objective": self.objective_config(),
         }
 
     @classmethod
@@ -186,24 +116,12 @@ class LatentDiffusion(Generator):
         denoiser = config["denoiser"]
         if denoiser is not None:
             denoiser = from_config(DENOISERS, denoiser, with_prefix("denoiser.", tensors))
-        objective = dict(config["objective"])
         mean, std = tensors["latent_mean"], tensors["latent_std"]
         if {mean.shape, std.shape} != {(autoencoder.latent_size,)}:
             raise ValueError(f"latent_mean and latent_std do not hold {autoencoder.latent_size} numbers")
         if standardizer.size != autoencoder.size:
             raise ValueError(f"its slots hold {standardizer.size} numbers, its autoencoder {autoencoder.size}")
-        return cls(standardizer, autoencoder, mean, std, denoiser, OBJECTIVES[objective.pop("prediction")](**objective))
-
-
-class OneInput(nn.Module):
-    """A denoiser with one input: latents and, as the last column, timesteps, (B, L + 1) -> prediction (B, L)."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.denoiser(rows[:, :-1], rows[:, -1])
+        return cls(standardizer, autoencoder, mean, std, denoiser, objective_from(config["objective"]))
 
 
 def to_config(registry: dict[str, type[Section]], module: nn.Module) -> dict[str, Any]:

@@ -227,10 +227,8 @@ class Experiment(Section):
             )
         unknown = set(getattr(generate, "condition", {})) - set(getattr(self.generator, "condition", ()))
         if unknown:
-            names = ", ".join(self.generator.condition) or "no column"
-            raise ValueError(
-                f"generate.condition: expected columns of generator.condition ({names}), got {min(unknown)}"
-            )
+            known = ", ".join(self.generator.condition) or "nothing"
+            raise ValueError(f"generate.condition: {min(unknown)!r} is not in generator.condition, which is {known}")
         if generate.trajectory_every and not self.diffusion.steps:
             raise ValueError("generate.trajectory_every needs diffusion.steps > 0: without a denoiser there is no way")
 

@@ -146,7 +146,7 @@ def test_all_problems_in_one_message(write):
         ("prepare: {source: s}\ngenerator: {kind: neurons}", "generator.kind neurons: needs dataset and network"),
         (BASE + "generator: {kind: neurons, width: 9}", "generator: heads must divide width, but got (4, 9)"),
         (BASE + "generator: {kind: neurons, condition: [a, a]}", "generator.condition: a column stands twice"),
-        (BASE + "generator: {kind: neurons}\ngenerate: {condition: {a: 1}}", "generate.condition: expected no column"),
+        (BASE + "generator: {kind: neurons}\ngenerate: {condition: {a: 1}}", "'a' is not in generator.condition"),
         (BASE + "device: tpu", "t.yaml: device: string should match pattern"),
         (BASE + "dataset: {name: mnist}", "t.yaml: not YAML: 'dataset' stands twice"),
         (BASE + "generate: {count: 1, count: 2}", "t.yaml: not YAML: 'count' stands twice"),

@@ -1,5 +1,7 @@
 """Docstrings of sections are the documentation of their keys: every key is explained in one."""
 
+from itertools import chain
+
 import pytest
 
 from pdiff.method.autoencoders import AUTOENCODERS
@@ -12,7 +14,7 @@ from pdiff.networks.options import Dataset, Network, Pretrain, TrajectoryOptions
 REGISTRIES = (AUTOENCODERS, DENOISERS, GENERATORS, OBJECTIVES, EVALUATORS)
 SECTIONS = {kind for registry in REGISTRIES for kind in registry.values()} | {DiffusionOptions}
 SECTIONS |= {kind.sampling for kind in GENERATORS.values()} | {
-    part for kind in GENERATORS.values() for part in kind.extras
+    part for kind in GENERATORS.values() for part in (*kind.extras, *chain(*kind.sections.values()))
 }
 SECTIONS |= {TrajectoryOptions, Dataset, Network, Pretrain}
 

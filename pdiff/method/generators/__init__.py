@@ -186,7 +186,7 @@ class Tokenization(Section):
 
 
 class NeuronsOptions(GeneratorOptions):
-    """A diffusion of neurons: the tokens of a network are its units, with their weights; `denoiser` is a transformer
+    """A diffusion of neurons: `tokens` are the units of a network, with their weights; `denoiser` is a transformer
     that does not know their order and predicts what `objective` says, and `diffusion` is how it is trained."""
 
     implementation: ClassVar[Any] = "pdiff.method.generators.neurons:Neurons"

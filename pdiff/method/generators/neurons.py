@@ -80,7 +80,7 @@ class Neurons(DenoisingGenerator):
 
         def networks(rows: Tensor) -> Collection:
             some = collection.select(rows)
-            return balance(some, groups) if options.tokens.balance else some
+            return balance(some, groups)[0] if options.tokens.balance else some
 
         def encoded(rows: Tensor) -> diffusion.Batch:  # (len(rows), L), and conditions (len(rows), C)
             z = tokens.encode(standardizer.encode(networks(rows))).to(device)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdiff.errors import UserError
+from pdiff.errors import UserError, for_users
 from pdiff.experiment import digests, metrics
 from pdiff.experiment.config import Tree
 from pdiff.experiment.history import Metrics
@@ -184,17 +184,13 @@ def all_digests(experiment: Experiment) -> dict[str, str]:
 
 
 def run(name: str, experiment: Experiment, out: Path, *, log: Log, **folders: Path) -> Metrics:
-    """Run a stage; here what the method raises about its data becomes the line that the user reads.
+    """Run a stage.
 
     Raises:
         UserError: a mistake in the configuration or in the files that it names.
     """
-    try:
+    with for_users(name):
         return resolve(STAGES[name].run)(experiment, out, log=log, **folders)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
 
 
 def processes(name: str, experiment: Experiment) -> int:

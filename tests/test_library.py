@@ -43,10 +43,12 @@ def test_the_public_names():
         pdiff.absent  # noqa: B018
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pdiff", "pdiff.library")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("pdiff", "pdiff.library", "pdiff.method.generators.base")
+]
 
 
-@pytest.mark.parametrize("name", ["pdiff.method.collection", "pdiff.method.generators.base", *SLOW])
+@pytest.mark.parametrize("name", ["pdiff.method.collection", *SLOW])
 def test_examples(name, workspace):
     Path("sweep.yaml").write_text(SWEEP)
     found = doctest.testmod(import_module(name), report=True)

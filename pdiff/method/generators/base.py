@@ -31,8 +31,10 @@ class Generator(ABC):
     """A distribution over networks, fitted on a collection. Users call `fit`, `sample`, `save` and `load`.
 
     Example:
+        >>> import pdiff
         >>> states = [torch.nn.Linear(4, 2).state_dict() for _ in range(20)]
-        >>> generator = Generator.fit(Collection.stack(states), seed=0)
+        >>> options = pdiff.LatentDiffusion(diffusion={"steps": 20})
+        >>> generator = Generator.fit(Collection.stack(states), options, seed=0)
         >>> networks = generator.sample(100, seed=1)
         >>> len(networks), networks[0]["weight"].shape
         (100, torch.Size([2, 4]))

@@ -49,7 +49,7 @@ def LatentDiffusion(
         MLPDenoiserOptions(width=64, blocks=3)
         >>> LatentDiffusion(diffusion={"stepz": 200})
         Traceback (most recent call last):
-        pdiff.errors.UserError: LatentDiffusion: diffusion.stepz: unknown key; did you mean diffusion.steps?
+        pdiff.errors.UserError: LatentDiffusion: diffusion.stepz: unknown key; did you mean diffusion.steps or ...
     """
     sections = {"autoencoder": dict(autoencoder or {}), "diffusion": dict(diffusion or {})}
     return _options("LatentDiffusion", {"generator": {"kind": "latent_diffusion"}, **sections})
@@ -195,6 +195,8 @@ def run(tag: str, stage: str = "main", overrides: Mapping[str, Any] | None = Non
         >>> import pdiff
         >>> few = {"prepare.pretrain.epochs": 1, "prepare.collect.checkpoints": 20}
         >>> prepared = pdiff.run("digits_mlp", stage="prepare", overrides=few)
+        pretrain: run ...
+        prepare: run ...
         >>> len(pdiff.Collection.load(prepared.folder / "checkpoints.safetensors"))
         18
     """
@@ -230,6 +232,8 @@ def sweep(
         >>> import pdiff
         >>> few = {"prepare.pretrain.epochs": 1, "prepare.collect.checkpoints": 20, "generate.count": 4}
         >>> study = pdiff.sweep("digits_mlp", "sweep.yaml", trials=2, overrides=few)
+        trial 0: complete, val_accuracy/generated_mean 0...
+        trial 1: complete, val_accuracy/generated_mean 0...
         >>> len(study.trials), list(study.best_params)
         (2, ['generator.scale'])
     """

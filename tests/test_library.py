@@ -43,15 +43,13 @@ def test_the_public_names():
         pdiff.absent  # noqa: B018
 
 
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("pdiff", "pdiff.library", "pdiff.method.generators.base")
-]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pdiff.library", "pdiff.method.generators.base")]
 
 
 @pytest.mark.parametrize("name", ["pdiff.method.collection", *SLOW])
 def test_examples(name, workspace):
     Path("sweep.yaml").write_text(SWEEP)
-    found = doctest.testmod(import_module(name), report=True)
+    found = doctest.testmod(import_module(name), optionflags=doctest.ELLIPSIS)
     assert found.attempted and not found.failed
 
 
@@ -113,7 +111,7 @@ def test_the_audit_of_several_generators(tmp_path):
     networks = {"copies": originals.select(slice(6)), "fresh": collection(20, 2)}
     found = pdiff.audit(originals, networks, evaluate=predict, heldout=heldout, overrides=FEW)
     assert "The networks of copies are copies" in found.verdict and found.verdict == str(found)
-    assert found.metrics["novelty/copies_median"] == 0 and found.metrics["novelty/fresh_median"] > 0.5
+    assert found.metrics["novelty/copies_median"] < 1e-6 and found.metrics["novelty/fresh_median"] > 0.5
     frame = found.frame.set_index("group")
     assert frame["networks"].to_dict() == {
         **{"original": 30, "heldout": 12, "copies": 6, "fresh": 20},
@@ -162,22 +160,16 @@ def fails(state: dict[str, Tensor]) -> None:
 
 
 ALONE = """
-import sys, torch, pdiff
-collection = pdiff.Collection.stack([torch.nn.Linear(4, 2).state_dict() for _ in range(30)])
-generator = pdiff.Generator.fit(collection, pdiff.LatentDiffusion(diffusion={"steps": 5}), seed=0)
-networks = generator.sample(3, seed=1)
-x, labels = torch.randn(50, 4), torch.randint(2, (50,))
-report = pdiff.audit(collection, networks, evaluate=lambda state: (x @ state["weight"].T).argmax(1) == labels)
-print(report.verdict, *sorted({"mlflow", "optuna"} & set(sys.modules)), sep="\\n")
+import doctest, sys, pdiff
+found = doctest.testmod(pdiff)
+print(found.attempted, found.failed, *sorted({"mlflow", "optuna"} & set(sys.modules)))
 """
 
 
 @pytest.mark.slow
-def test_it_needs_no_platform(tmp_path):
+def test_the_first_example_needs_no_platform(tmp_path):
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Better than the originals?")
-    assert done.stdout.splitlines()[-1].startswith("Held out:"), "neither MLflow nor Optuna is imported"
+    assert done.stdout == "9 0\n", done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -39,8 +39,8 @@ class Generator(ABC):
         >>> len(networks), networks[0]["weight"].shape
         (100, torch.Size([2, 4]))
         >>> generator.save("generator")
-        >>> again = Generator.load("generator").sample(2, seed=1)
-        >>> torch.equal(again[1]["weight"], networks[1]["weight"])
+        >>> again = Generator.load("generator").sample(100, seed=1)
+        >>> torch.equal(again.tensors["weight"], networks.tensors["weight"])
         True
 
     A new kind is a subclass, entered into GENERATORS with its options. It implements `fit`, `sample_vectors` and, for

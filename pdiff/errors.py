@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -26,6 +28,21 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+@contextmanager
+def for_users(what: str) -> Iterator[None]:
+    """Make what the method raises about its data in the block the line that the user reads, which begins with `what`.
+
+    Raises:
+        UserError: in place of another ValueError.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 class Failure(UserError):

@@ -46,19 +46,11 @@ for stage, (description, example) in STAGES.items():
 
 
 def execute(experiment: Experiment, name: str, *, fresh: bool, repair: bool) -> None:
-    """Run a stage after what it needs, or all of them (`main`), and print what came out, and where it is."""
-    from pdiff.experiment import limits, stages
-    from pdiff.tracking import engine
+    """Run a stage, or all of them (`main`), and print what came out, and where it is."""
+    from pdiff import library
+    from pdiff.experiment import stages
 
-    names = stages.of(experiment) if name == "main" else stages.needed(name, experiment)
-    limits.check(experiment, names, engine.work_folder())
-    from pdiff.tracking import store
-
-    with store.connected() as runs:
-        if name == "main":
-            done = engine.main(experiment, runs, fresh=fresh, repair=repair)
-        else:
-            done = engine.Pipeline(experiment, runs, repair=repair).execute(name, fresh=fresh)
+    done = library.execute(experiment, name, fresh=fresh, repair=repair)
     if name in ("main", stages.evaluation(experiment)):
         _print_evaluation(experiment, done.folder)
     print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")

@@ -47,14 +47,11 @@ def sweep(
     ] = "{}",
 ) -> None:
     """Search for the best settings with Optuna."""
+    from pdiff import library
     from pdiff.experiment import documents
-    from pdiff.sweeps.command import Command, check
+    from pdiff.sweeps.command import Command
     from pdiff.sweeps.storage import default_storage, without_password
 
-    if workers < 1:
-        raise UserError(f"--workers {workers}: expected a positive number")
-    if trials < 0:
-        raise UserError(f"--trials {trials}: expected a positive number, or 0 for that of the sweep")
     options = documents.value(launcher_options)
     if not isinstance(options, dict):
         raise UserError(f"--launcher-options: expected a mapping in YAML, but got {launcher_options!r}")
@@ -69,12 +66,7 @@ def sweep(
         launcher=launcher,
         options=options,
     )
-    check(asked)
-    from pdiff.sweeps import leader
-    from pdiff.tracking import store
-
-    with store.connected():
-        result = leader.run(asked)
+    result = library.lead(asked)
     if not result.final.empty:
         print(f"\n{result.final_text()}")
     print(f"\nstudy      {asked.name} in {without_password(asked.storage)}")

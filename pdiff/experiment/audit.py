@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pdiff.experiment import limits, summary
+from pdiff.errors import UserError
+from pdiff.experiment import command_options, limits, summary
 from pdiff.experiment.evaluate import aligned, baselines, results_of, write_audit
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import heldout_networks, original_networks, reference
 from pdiff.experiment.schema import Experiment
-from pdiff.method.collection import Collection, generated_numbers
-from pdiff.method.log import Log, measured
+from pdiff.method.alignment.reference import Reference
+from pdiff.method.collection import Collection, generated_numbers, heldout_split, not_finite
+from pdiff.method.log import Log, ignore, measured
 from pdiff.method.standardize import Standardizer
+from pdiff.networks.evaluators import Evaluations
+from pdiff.networks.evaluators.function import FunctionEvaluator
 from pdiff.networks.imported.files import checkpoint_files
-from pdiff.networks.imported.plain import read_like
+from pdiff.networks.imported.plain import check_state, check_varying, read_like
 from pdiff.parallel import ranks
+from pdiff.seeds import stream
+
+IN_MEMORY = "in memory"  # takes the place of a folder in the configuration of an audit that reads no files
 
 
 def audit(experiment: Experiment, out: Path, log: Log, *, prepare: Path, originals: Path | None = None) -> Metrics:
@@ -41,17 +49,99 @@ def audit(experiment: Experiment, out: Path, log: Log, *, prepare: Path, origina
     found = {name: read(experiment, place, fitted, keys[name]) for name, place in places.items()}
     groups = {"original": fitted} | ({"heldout": apart} if apart else {})
     groups |= aligned(to := reference(experiment, prepare), found, history)
-    standardizer = Standardizer.fit(fitted)
+
+    def evaluate(groups: Mapping[str, Collection]) -> Evaluations:
+        return results_of(experiment, groups, out / STATE, prepare, originals)
+
+    upstream = {"prepare": prepare} | ({"originals": originals} if originals else {})
+    return _compared(experiment, out, history, groups, evaluate, upstream, apart=len(apart or ()), to=to)
+
+
+def audit_in_memory(
+    out: Path,
+    originals: Collection,
+    generated: Mapping[str, Collection],
+    *,
+    heldout: Collection | None = None,
+    evaluate: Callable | None = None,
+    overrides: Mapping[str, str] | None = None,
+) -> Metrics:
+    """The audit of collections, without files and stages before it.
+
+    Args:
+        out: an empty folder to write to.
+        originals: what the generators were fitted on.
+        generated: name of a generator -> its networks.
+        heldout: originals that no generator was fitted on; when absent, a part of the originals is set apart.
+        evaluate: measures one network, see `run_function`; when absent, weights alone are compared.
+        overrides: dotted key of the configuration -> value as text, in YAML.
+
+    Raises:
+        UserError: networks of different layouts, numbers that are not finite, or an option that cannot be used.
+    """
+    given = {
+        "dataset": {},
+        "network": {},
+        "prepare": {"source": IN_MEMORY, **({"heldout": 0} if heldout else {})},
+        "evaluate": {"function": getattr(evaluate, "__qualname__", type(evaluate).__name__) if evaluate else ""},
+        "audit": {"generated": dict.fromkeys(generated, IN_MEMORY), "heldout": IN_MEMORY if heldout else ""},
+    }
+    tree = command_options.tree(given, overrides or {})
+    experiment = command_options.experiment("audit", tree, place="audit")
+    for name, networks in {"originals": originals, "heldout": heldout, **generated}.items():
+        if networks:
+            check_state(networks[0], name, like=originals[0], named="the originals")
+            if tensor := not_finite(networks.tensors):
+                raise UserError(f"{name}: {tensor} holds NaN or infinity, expected finite numbers")
+    check_varying(originals.varying(), originals[0], f"the {len(originals)} originals")
+    limits.check(experiment, ["audit"], out, size=generated_numbers(originals[0]))
+    split = heldout_split(len(originals), experiment.prepare.heldout, seed=stream(experiment.seed, "split"))
+    fitted, apart = (originals.select(index) if len(index) else None for index in split)
+    held = heldout or apart
+    groups = {"original": fitted} | ({"heldout": held} if held else {}) | dict(generated)
+
+    def results(groups: Mapping[str, Collection]) -> Evaluations:
+        return FunctionEvaluator(evaluate)(groups, out / STATE) if evaluate else {}
+
+    history = History(out, ignore)
+    return _compared(experiment, out, history, groups, results, {}, apart=len(apart or ()))
+
+
+def _compared(
+    experiment: Experiment,
+    out: Path,
+    history: History,
+    groups: dict[str, Collection],
+    evaluate: Callable[[Mapping[str, Collection]], Evaluations],
+    upstream: Mapping[str, Path],
+    *,
+    apart: int,
+    to: Reference | None = None,
+) -> Metrics:
+    """Add baselines to originals, held-out and generated networks; evaluate and compare all.
+
+    Args:
+        experiment: what to compare.
+        out: folder to write to.
+        history: receives seconds and memory.
+        groups: name -> networks.
+        evaluate: measures them.
+        upstream: stage -> its folder, of those before this one; `prepare` among them where the network is known.
+        apart: originals that were set apart to be held out.
+        to: what the networks are aligned to, if they are.
+    """
+    originals = groups["original"]
+    standardizer = Standardizer.fit(originals)
     with measured(history, "baselines"):  # one of them is matched to the first generator
-        arms = baselines(experiment, prepare, fitted, standardizer, groups[experiment.generators[0]])
-        groups |= aligned(to, arms)
+        first = groups[experiment.generators[0]]
+        arms = baselines(experiment, upstream.get("prepare"), originals, standardizer, first)
+        groups = {**groups, **aligned(to, arms)}
     with measured(history, "evaluate"):
-        results = results_of(experiment, groups, out / STATE, prepare, originals)
+        results = evaluate(groups)
     if ranks.rank():  # rank 0 has the results of all
         return {}
-    upstream = {"prepare": prepare} | ({"originals": originals} if originals else {})
     largest = max(len(groups[name]) for name in experiment.generators)
-    notes = [cost_of_a_split(len(fitted), len(apart), largest)] if apart else []
+    notes = [cost_of_a_split(len(originals), apart, largest)] if apart else []
     found = summary.evaluated(groups, results, standardizer)
     return write_audit(experiment, out, history, found, experiment.generators, upstream, notes)
 

@@ -145,6 +145,14 @@ def changes(experiment: Experiment) -> dict[str, Any]:
     return changed(load(experiment.tag), flat(experiment)) if experiment.tag in tags() else {}
 
 
+def words(experiment: Experiment) -> list[str]:
+    """The options of a command that name an experiment; none where its tag is in no file of `experiments/`."""
+    if experiment.tag not in tags() or experiment.audit:
+        return []
+    given = [word for key, value in changes(experiment).items() for word in (f"--{key}", str(value))]
+    return ["--tag", experiment.tag, *given]
+
+
 def changed(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some values by dotted key, as they are or as text, that differ from an experiment's."""
     there = flat(experiment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 from copy import deepcopy
@@ -92,6 +93,11 @@ def value(text: str) -> Any:
         return _content(text) if text.strip() else text
     except (yaml.YAMLError, UnicodeEncodeError):
         return text
+
+
+def as_text(value: Any) -> str:
+    """A value as YAML on one line."""
+    return json.dumps(value, default=str)  # YAML knows dates
 
 
 def dump(content: Any, **options: Any) -> str:

@@ -146,7 +146,7 @@ def write_audit(
     matrix = next(reversed(matrices.values()), torch.zeros(0, 0))
     there = published.published(experiment.tag)
     lineage = read_json(out / LINEAGE) if (out / LINEAGE).exists() else {}  # the engine writes it
-    trajectory, histories = out / "trajectory.csv", [pd.read_csv(folder / HISTORY) for folder in upstream.values()]
+    trajectory, histories = out / "trajectory.csv", [pd.read_csv(folder / HISTORY) for folder in of_stages.values()]
     html = report.report(
         title=experiment.tag,
         verdict=sentences,
@@ -174,7 +174,7 @@ def _networks(groups: Mapping[str, Evaluated], generated: tuple[str, ...], stage
 
 def baselines(
     experiment: Experiment,
-    prepare: Path,
+    prepare: Path | None,
     originals: Collection,
     standardizer: Standardizer,
     generated: Collection,
@@ -184,7 +184,7 @@ def baselines(
 
     Args:
         experiment: which, and how many.
-        prepare: folder of the base network, whose units are recombined, if there is one.
+        prepare: folder of the base network, whose units are recombined, if the experiment has one.
         originals: what they are made of.
         standardizer: of the originals.
         generated: networks of a generator, to whose distance from the originals one baseline is matched.

@@ -367,11 +367,11 @@ def label(name: str) -> str:
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of runs for people: metrics as text in their units, under the labels of COMPARED."""
+    """A table of runs for people: metrics as text in their units, under the labels of COMPARED; short ids."""
     names = [name for name in table if "/" in name]
     cells = {name: table[name].map(find(name).text).astype(str) for name in names}
     labels = {name: label(name) for name in names} | {name: text for text, name in COMPARED.items()}
-    return table.assign(**cells).rename(columns=labels)
+    return table.assign(**cells, run=table["run"].str[:8]).rename(columns=labels)
 
 
 def family(group: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdiff.errors import UserError
+from pdiff.errors import UserError, for_users
 from pdiff.experiment import digests, metrics
 from pdiff.experiment.config import Tree
 from pdiff.experiment.history import Metrics
@@ -31,6 +31,7 @@ class Stage:
         distributed: whether the `processes` of an experiment share its work; otherwise one process does it.
         part_of: stages that read it, and that no one can repeat without repeating this one.
         logs: the metrics that it may log for an experiment; a sweep looks at no others.
+        does: a sentence for the description of its run.
     """
 
     run: Callable[..., Metrics] | str
@@ -40,6 +41,7 @@ class Stage:
     distributed: Callable[[Experiment], bool] = lambda experiment: False
     part_of: tuple[str, ...] = ()
     logs: Callable[[Experiment], Sequence[str]] = lambda experiment: ()
+    does: str = ""
 
 
 SIZES = ("checkpoints", "heldout_checkpoints", "generated_parameters")
@@ -84,6 +86,7 @@ def _evaluated(experiment: Experiment) -> list[str]:
 STAGES = {
     "pretrain": Stage(
         "pdiff.experiment.pretrain:pretrain",
+        does="Trains the base network.",
         reads=(),
         decided_by=digests.pretrained,
         exists=pretrains,
@@ -93,6 +96,7 @@ STAGES = {
     ),
     "prepare": Stage(
         "pdiff.experiment.prepare:prepare",
+        does="Collects checkpoints of the network, or reads them from files.",
         reads=("pretrain",),
         decided_by=digests.collected,
         distributed=collects,
@@ -100,6 +104,7 @@ STAGES = {
     ),
     "train": Stage(
         "pdiff.experiment.train:train",
+        does="Fits the generator to the checkpoints.",
         reads=("prepare",),
         decided_by=digests.sections("seed", "generator", "autoencoder", "diffusion"),
         exists=fits,
@@ -108,6 +113,7 @@ STAGES = {
     ),
     "generate": Stage(
         "pdiff.experiment.generate:generate",
+        does="Samples networks from the generator.",
         reads=("prepare", "train"),
         decided_by=digests.sections("generate"),
         exists=fits,
@@ -115,6 +121,7 @@ STAGES = {
     ),
     "originals": Stage(
         "pdiff.experiment.originals:originals",
+        does="Evaluates the original networks.",
         reads=("prepare",),
         decided_by=digests.evaluated,
         exists=lambda experiment: experiment.evaluator.measures,
@@ -124,6 +131,7 @@ STAGES = {
     ),
     "evaluate": Stage(
         "pdiff.experiment.evaluate:evaluate",
+        does="Compares generated networks with the originals and the baselines.",
         reads=("pretrain", "prepare", "train", "generate", "originals"),
         decided_by=digests.sections("seed", "evaluate"),
         exists=fits,
@@ -132,6 +140,7 @@ STAGES = {
     ),
     "audit": Stage(
         "pdiff.experiment.audit:audit",
+        does="Compares networks of other people's generators with their originals and the baselines.",
         reads=("prepare", "originals"),
         decided_by=digests.audited,
         exists=lambda experiment: not fits(experiment),
@@ -184,17 +193,13 @@ def all_digests(experiment: Experiment) -> dict[str, str]:
 
 
 def run(name: str, experiment: Experiment, out: Path, *, log: Log, **folders: Path) -> Metrics:
-    """Run a stage; here what the method raises about its data becomes the line that the user reads.
+    """Run a stage.
 
     Raises:
         UserError: a mistake in the configuration or in the files that it names.
     """
-    try:
+    with for_users(name):
         return resolve(STAGES[name].run)(experiment, out, log=log, **folders)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
 
 
 def processes(name: str, experiment: Experiment) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdiff.errors import Damaged
+from pdiff.errors import Damaged, UserError
 from pdiff.files import read_json, read_tensors, write_json, write_tensors
 
 StateDict = dict[str, Tensor]
@@ -23,27 +23,64 @@ class Collection:
         names: what each checkpoint is called, N of them; numbered when absent.
 
     Raises:
-        ValueError: no checkpoints, or tensors that disagree about N.
+        UserError: no checkpoints, or tensors that disagree about N.
+
+    Example:
+        >>> import torch
+        >>> collection = Collection.stack([torch.nn.Linear(4, 2).state_dict() for _ in range(3)])
+        >>> len(collection), list(collection[0]), collection.tensors["weight"].shape
+        (3, ['weight', 'bias'], torch.Size([3, 2, 4]))
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str] | None = None) -> None:
         self.tensors = dict(tensors)
         counts = {tensor.shape[0] if tensor.ndim else 0 for tensor in self.tensors.values()}
         if len(counts) != 1 or 0 in counts:
-            raise ValueError(f"a collection needs tensors of one count, at least 1, but got counts {sorted(counts)}")
+            raise UserError(f"a collection needs tensors of one count, at least 1, but got counts {sorted(counts)}")
         (self.count,) = counts
         self.names = list(names) if names is not None else [f"{k:05d}" for k in range(self.count)]
         if len(self.names) != self.count:
-            raise ValueError(f"a collection of {self.count} checkpoints needs as many names, but got {len(self.names)}")
+            raise UserError(f"a collection of {self.count} checkpoints needs as many names, but got {len(self.names)}")
 
     @classmethod
     def stack(cls, states: Sequence[StateDict], names: Sequence[str] | None = None) -> Collection:
-        """Stack N state dicts of one layout.
+        """Stack N state dicts of one layout, from any device; the collection is on the CPU.
 
         Raises:
-            ValueError: there are none, or they hold different tensors.
+            UserError: there are none, or they hold different tensors, or tensors of different shapes or types.
+
+        Example:
+            >>> network = torch.nn.Linear(4, 2)
+            >>> collection = Collection.stack([network.state_dict(), network.state_dict()], names=["first", "again"])
+            >>> network.load_state_dict(collection[1])
+            <All keys matched successfully>
         """
-        return cls(_joined(torch.stack, states), names)
+        return cls(_joined(torch.stack, [_on_cpu(state, f"part {k}") for k, state in enumerate(states)]), names)
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, *, parameters: Sequence[str] = ("all",)) -> Collection:
+        """Read a folder of .pth, .pt or .safetensors files, one state dict each; nothing in a pickle is run.
+
+        Args:
+            folder: of the files; numbers in their names are sorted by value.
+            parameters: names or patterns of the tensors to read.
+
+        Raises:
+            UserError: fewer than two files, or one that is damaged or of another layout; with file and tensor.
+
+        Example:
+            >>> for seed in range(3):
+            ...     torch.save(torch.nn.Linear(4, 2).state_dict(), f"network_{seed}.pth")
+            >>> Collection.from_folder(".").names
+            ['network_0.pth', 'network_1.pth', 'network_2.pth']
+        """
+        from pdiff.networks.imported.plain import read_collection
+
+        return read_collection(Path(folder), parameters, key="folder")
+
+    def cpu(self) -> Collection:
+        """The same checkpoints on the CPU."""
+        return Collection({name: tensor.detach().cpu() for name, tensor in self.tensors.items()}, self.names)
 
     def __len__(self) -> int:
         return self.count
@@ -69,7 +106,7 @@ class Collection:
         """Several collections of one layout, one after the other; the checkpoints are numbered when `names` is absent.
 
         Raises:
-            ValueError: there are none, or they hold different tensors.
+            UserError: there are none, or they hold different tensors, or tensors of different shapes or types.
         """
         return cls(_joined(torch.cat, [part.tensors for part in parts]), names)
 
@@ -77,19 +114,28 @@ class Collection:
         """Names of the tensors in which the checkpoints differ."""
         return {name for name, rows in self.tensors.items() if any(not torch.equal(row, rows[0]) for row in rows)}
 
-    def save(self, path: Path) -> None:
-        """Write `path` (safetensors, each tensor (N, *shape)) and its index beside it (JSON)."""
+    def save(self, path: Path | str) -> None:
+        """Write `path` (safetensors, each tensor (N, *shape)) and its index beside it (JSON).
+
+        Example:
+            >>> collection = Collection({"weight": torch.randn(5, 2, 4)})
+            >>> collection.save("networks.safetensors")
+            >>> len(Collection.load("networks.safetensors"))
+            5
+        """
+        path = Path(path)
         write_tensors(path, self.tensors)
         layout = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in self.tensors.items()}
         write_json(path.with_suffix(".json"), {"count": self.count, "layout": layout, "checkpoints": self.names})
 
     @classmethod
-    def load(cls, path: Path) -> Collection:
+    def load(cls, path: Path | str) -> Collection:
         """Read what `save` wrote, checked against its index.
 
         Raises:
             Damaged: a missing or unreadable file, another layout than the index says, NaN or infinity.
         """
+        path = Path(path)
         index, tensors = read_json(path.with_suffix(".json")), read_tensors(path)
         found = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
         if (
@@ -106,11 +152,25 @@ class Collection:
 def _joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of several parts, joined by name; the order of names is that of the first part."""
     if not parts:
-        raise ValueError("nothing to join, expected at least one part")
+        raise UserError("nothing to join, expected at least one part")
+    rows = 0 if join is torch.stack else 1  # leading dimensions that may differ
     for k, part in enumerate(parts):
         if different := sorted(part.keys() ^ parts[0].keys()):
-            raise ValueError(f"part {k} holds other tensors than part 0: they differ in {', '.join(different[:4])}")
+            raise UserError(f"part {k} holds other tensors than part 0: they differ in {', '.join(different[:4])}")
+        for name, tensor in part.items():
+            found, expected = ((tuple(t.shape[rows:]), t.dtype) for t in (tensor, parts[0][name]))
+            if found != expected:
+                what, like = (f"{shape} {str(dtype)[6:]}" for shape, dtype in (found, expected))
+                raise UserError(f"part {k}: {name} is {what}, expected {like} as in part 0")
     return {name: join([part[name] for part in parts]) for name in parts[0]}
+
+
+def _on_cpu(state: StateDict, where: str) -> StateDict:
+    """The tensors of a state dict on the CPU."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{where}: {name} is a {type(value).__name__}, expected a tensor")
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

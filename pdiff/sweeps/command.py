@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import optuna
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, limits, metrics, stages
+from pdiff.experiment import config, documents, limits, metrics, stages
 from pdiff.experiment.keys import all_keys
 from pdiff.experiment.schema import Experiment
 from pdiff.sweeps import schema
@@ -79,6 +79,10 @@ def check(command: Command) -> Checked:
     Raises:
         UserError: where it is, and what was expected.
     """
+    if command.workers < 1:
+        raise UserError(f"workers {command.workers}: expected a positive number")
+    if command.trials < 0:
+        raise UserError(f"trials {command.trials}: expected a positive number, or 0 for that of the sweep")
     config.load(command.tag, command.overrides)
     sweep, path = schema.load(command.sweep), str(schema.find(command.sweep))
     fixed = sweep.fixed(command.overrides)
@@ -178,7 +182,7 @@ def _experiment(sweep: Sweep, tag: str, given: dict[str, str], path: str) -> Exp
             if key not in (*sweep.parameters, *keys):
                 problems.append(f"{path}: {where}: unknown; {config.nearest(key, [*sweep.parameters, *keys])}")
             for value in wanted if key in known and not sweep.setters(key) else ():
-                problems += _about(key, tag, given | {key: schema.as_text(value)}, path, where=where)
+                problems += _about(key, tag, given | {key: documents.as_text(value)}, path, where=where)
         for key in set(parameter.keys or (parameter_name,)) - set(keys):
             problems.append(f"{path}: {key}: unknown key; {config.nearest(key, keys)}")
         if (where := sweep.context(parameter, known)) is not None:

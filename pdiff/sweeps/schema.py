@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,7 +72,7 @@ class Parameter(Section):
     @classmethod
     def _label(cls, choices: Any) -> Any:
         values = list(choices.values() if isinstance(choices, dict) else choices if isinstance(choices, list) else ())
-        texts = [as_text(value) for value in values]
+        texts = [documents.as_text(value) for value in values]
         if twice := [text for text in texts if texts.count(text) > 1]:
             raise ValueError(f"{twice[0]} stands twice")
         return dict(zip(texts, values, strict=True)) if isinstance(choices, list) else choices
@@ -129,7 +128,7 @@ class Parameter(Section):
 
     def settings(self, name: str, suggested: Any) -> dict[str, str]:
         """Configuration key -> value as text, of a suggested value."""
-        return dict.fromkeys(self.keys or (name,), as_text(self.value(suggested)))
+        return dict.fromkeys(self.keys or (name,), documents.as_text(self.value(suggested)))
 
     def known(self, name: str, suggested: Any) -> Known:
         """What conditions may call a suggested value."""
@@ -302,7 +301,7 @@ class Sweep(Section):
 
     def fixed(self, overrides: Mapping[str, str]) -> dict[str, str]:
         """Configuration key -> value as text, of every trial."""
-        return {key: as_text(value) for key, value in self.set.items()} | dict(overrides)
+        return {key: documents.as_text(value) for key, value in self.set.items()} | dict(overrides)
 
     def suggest(self, trial: Any, given: Mapping[str, Any]) -> dict[str, str]:
         """The configuration of a trial.
@@ -366,11 +365,6 @@ class Sweep(Section):
         if (size := math.prod(map(len, found.values()))) > GRID:
             raise UserError(f"parameters: a grid of {size} points, expected at most {GRID}")
         return found
-
-
-def as_text(value: Any) -> str:
-    """A value as YAML on one line."""
-    return json.dumps(value, default=str)  # YAML knows dates
 
 
 def sweeps() -> dict[str, Path]:

@@ -172,12 +172,11 @@ class Pipeline:
 
     def _remedy(self, stage: str) -> str:
         """How a user heals the damaged artifacts of a stage."""
-        tag, same = self.experiment.tag, "the same command with --repair computes it again"
-        if tag not in config.tags() or self.experiment.audit:
+        words, same = config.words(self.experiment), "the same command with --repair computes it again"
+        if not words:
             return same
-        changes = [word for key, value in config.changes(self.experiment).items() for word in (f"--{key}", str(value))]
         whole = next(iter(stages.STAGES[stage].part_of), stage)
-        command = shlex.join(["pdiff", whole, "--tag", tag, *changes, "--fresh"])
+        command = shlex.join(["pdiff", whole, *words, "--fresh"])
         return f"`{command}` or {same}"
 
     def _run(self, stage: str, *, fresh: bool) -> Done:

@@ -18,6 +18,9 @@ from pdiff.tracking.engine import Done
 from pdiff.tracking.runs import CONFIG, tracked
 from pdiff.tracking.store import artifacts_of, named, search
 
+COLUMNS = ["tag", "seed", *COMPARED.values(), "seconds/fit", "seconds/generate", "run"]
+"""Of the table of `compare`."""
+
 
 def finished(*stages: str) -> list[Run]:
     """All finished runs of some stages of experiments, except those of trials, the latest first."""
@@ -26,18 +29,24 @@ def finished(*stages: str) -> list[Run]:
     return sorted(found, key=lambda run: run.info.start_time, reverse=True)
 
 
-def compare() -> pd.DataFrame:
-    """Every finished run of all stages, one row each, the oldest first; `metrics.readable` makes a table for people."""
+def compare(tag: str = "") -> pd.DataFrame:
+    """Every finished run of all stages, one row each, the oldest first; `metrics.readable` makes a table for people.
+
+    Args:
+        tag: of the experiment; that of any when absent.
+    """
     rows = []
     for run in reversed(finished("main")):
+        if tag not in ("", run.data.tags["pdiff.tag"]):
+            continue
         metrics, parameters = run.data.metrics, run.data.params
         row = {"tag": run.data.tags["pdiff.tag"], "seed": parameters.get("config.seed", "")}
         row |= {name: metrics.get(name, math.nan) for name in COMPARED.values()}
         fit = [metrics[name] for name in FIT_SECONDS if name in metrics]
         row["seconds/fit"] = sum(fit) if fit else math.nan
         row["seconds/generate"] = metrics.get("seconds/generate", math.nan)
-        rows.append(row | {"run": run.info.run_id[:8]})
-    return pd.DataFrame(rows)
+        rows.append(row | {"run": run.info.run_id})
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def audits(run_ids: Sequence[str]) -> tuple[dict[str, dict[str, pd.DataFrame]], pd.DataFrame]:

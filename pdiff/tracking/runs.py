@@ -30,6 +30,7 @@ from pdiff.method.log import Log, Point
 from pdiff.parallel.interrupts import uninterrupted
 from pdiff.parallel.liveness import this_process
 from pdiff.tracking.engine import VERDICT, Done, work_folder
+from pdiff.tracking.notes import NOTE, note
 
 BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
@@ -54,8 +55,8 @@ def listening(log: Log) -> Iterator[None]:
 class TrackedRun:
     """An MLflow run in progress, see `pdiff.tracking.engine.Run`; points and tags are sent in batches."""
 
-    def __init__(self, record: Record, experiment: Experiment | None = None) -> None:
-        self.run_id, self.record, self.experiment = record.info.run_id, record, experiment
+    def __init__(self, record: Record, stage: str, experiment: Experiment | None = None) -> None:
+        self.run_id, self.record, self.stage, self.experiment = record.info.run_id, record, stage, experiment
         self.client, self.sent = mlflow.MlflowClient(), time.monotonic()
         self.latest: dict[str, Point] = {}
         self.times: dict[str, int] = {}  # of each metric, when it was last logged, in milliseconds
@@ -101,7 +102,7 @@ class TrackedRun:
                 dataset = MetaDataset(source, name=described["name"], digest=described["digest"])
                 mlflow.log_input(dataset, context="training")
             elif path.name == VERDICT:
-                self.tag({"mlflow.note.content": path.read_text(encoding="utf-8")})
+                self.tag({NOTE: note(self.stage, self.experiment, path.read_text(encoding="utf-8"))})
             elif path.name == "generator" and (self.experiment.log_models or self.experiment.register):
                 from pdiff.tracking import models  # imports torch
 
@@ -133,15 +134,16 @@ def tracked(
         tags: more tags.
     """
     about = {"pdiff.tag": experiment.tag, "pdiff.digest": digest} if experiment else {}
+    described = {NOTE: note(stage, experiment)} if experiment and stage in ("main", *stages.STAGES) else {}
     process = {"pdiff.process": this_process(), "pdiff.commit": commit(), "pdiff.interpreter": sys.executable}
-    tags = _inherited.get() | dict(tags or {}) | {"pdiff.stage": stage} | about | process
+    tags = described | _inherited.get() | dict(tags or {}) | {"pdiff.stage": stage} | about | process
     nested = mlflow.active_run() is not None
     name = f"{experiment.tag} {label or stage}" if experiment else stage
     run, status, already_failed = None, RunStatus.FINISHED, nullcontext()
     try:
         with uninterrupted():
             started = mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
-            run = TrackedRun(started, experiment)
+            run = TrackedRun(started, stage, experiment)
         if not nested and re.fullmatch(r"[a-z]+-[a-z]+-\d+", run.record.info.run_name or ""):
             run.tag({"mlflow.runName": name})  # `mlflow run` began it, and its user chose no name
         if experiment:

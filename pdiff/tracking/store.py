@@ -31,6 +31,7 @@ from pdiff.tracking.engine import Done, work_folder
 from pdiff.tracking.runs import CONFIG_FILE, TrackedRun, artifacts, commit, local_artifacts, tracked
 
 EXPERIMENT = "pdiff"
+KIND = "mlflow.experimentKind"  # tag by which MLflow's user interface shows model training, or GenAI
 USER_INTERFACE = "http://127.0.0.1:5000"  # of `mlflow ui`
 MISTAKES = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")  # MLflow's names of errors
 LONGEST = 400  # characters of a message of MLflow, which may hold a whole page or statement
@@ -84,8 +85,12 @@ def connect() -> None:
         database.reach()
         work_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(work_folder() / "store.lock"):
-            if "MLFLOW_RUN_ID" not in os.environ:
-                mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
+            if run_id := os.environ.get("MLFLOW_RUN_ID"):  # `mlflow run` has chosen the experiment
+                experiment = mlflow.get_experiment(mlflow.get_run(run_id).info.experiment_id)
+            else:
+                experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
+            if KIND not in experiment.tags:
+                mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, KIND, "custom_model_development")
             close_dead_runs()
     except OSError as error:
         raise Failure(f"{database.place()} or {work_folder()} cannot be written: {error}") from None

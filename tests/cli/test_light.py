@@ -98,6 +98,16 @@ def seconds(*arguments: str) -> float:
     return min(once() for _ in range(3))
 
 
+def test_the_library_is_imported_when_it_is_used():
+    program = "import sys, pdiff; pdiff.Gaussian(), pdiff.runs; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert not set(done.stdout.split()) & {"torch", "timm", "mlflow", "optuna", "pandas"}, done.stderr
+    program = "import sys; before = set(sys.modules); import pdiff; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert {name.partition(".")[0] for name in done.stdout.split()} - set(sys.stdlib_module_names) == {"pdiff"}
+    assert seconds("-c", "import pdiff") - seconds("-c", "pass") < 0.2
+
+
 @pytest.mark.slow
 def test_answers_at_once():
     """Within five times what importing pydantic, yaml and pandas takes."""

@@ -411,6 +411,11 @@ def test_folders_of_a_plain_script_are_audited_with_one_command(workspace, capsy
     assert run.data.metrics["novelty/copied_median"] == 0 and run.data.metrics["test_accuracy/other_mean"] > 0.2
     note = run.data.tags["mlflow.note.content"]
     assert "The networks of copied are copies" in note and "2 of the 20 originals were set apart" in note
-    assert note in printed and "other" in printed and str(artifacts(run) / "report.html") in printed
+    assert (artifacts(run) / "verdict.md").read_text().strip() in note and "Next: `report.html`" in note
+    assert (
+        (artifacts(run) / "verdict.md").read_text() in printed
+        and "other" in printed
+        and str(artifacts(run) / "report.html") in printed
+    )
     assert main(words) == 0
     assert f"audit: reusing run {run.info.run_id}" in "".join(capsys.readouterr()) and len(runs("audit")) == 1

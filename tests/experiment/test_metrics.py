@@ -13,7 +13,7 @@ from reports import AUDITED, Page, history
 from tracked import TINY
 
 from pdiff.errors import UserError
-from pdiff.experiment import config, leaderboard, metrics, report, stages, summary
+from pdiff.experiment import config, documents, leaderboard, metrics, report, stages, summary
 from pdiff.experiment.leaderboard import Result
 from pdiff.experiment.metrics import Metric
 from pdiff.method.collection import Collection
@@ -182,7 +182,9 @@ def test_a_new_metric_is_compared_in_its_unit(loudness):
 def test_nothing_is_selected_by_a_new_metric_of_test_images(tmp_path, loudness):
     path = tmp_path / "sweep.yaml"
     parameters = {"diffusion.steps": {"kind": "int", "low": 1, "high": 9}}
-    path.write_text(schema.as_text({"objectives": {"loudness/generated_mean": "minimize"}, "parameters": parameters}))
+    path.write_text(
+        documents.as_text({"objectives": {"loudness/generated_mean": "minimize"}, "parameters": parameters})
+    )
     with pytest.raises(UserError, match="loudness/generated_mean is measured on test images"):
         schema.load(str(path))
 

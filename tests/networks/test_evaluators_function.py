@@ -61,8 +61,14 @@ def halves(state):
 def nothing(state):
     return None
 
-def number(state):
-    return 0.93
+def percent(state):
+    return 93.0
+
+def count(state):
+    return 93
+
+def accuracy(state):
+    return classes(state)[0].eq(labels).float().mean().item()
 
 def other_labels(state):
     return labels, labels + state["shift"].long().sum()
@@ -94,30 +100,44 @@ def states(count: int) -> Collection:
 
 @pytest.mark.parametrize("name", ["classes", "lists", "arrays"])
 def test_predictions(user, name):
-    predictions, labels = run_function(f"{user}:{name}", states(5))
-    assert labels.dtype == predictions.dtype == torch.uint8
-    assert torch.equal(labels.long(), LABELS)
+    predictions, labels = run_function(f"{user}:{name}", states(5)).values()
+    assert predictions.dtype == torch.uint8
+    assert torch.equal(labels, LABELS)
     expected = (np.arange(40)[None] + np.arange(5)[:, None]) % 10
     assert np.array_equal(predictions.numpy(), expected)
 
 
 def test_what_is_right(user):
-    predictions, labels = run_function(f"{user}:right", states(11))
+    predictions, labels = run_function(f"{user}:right", states(11)).values()
     assert (predictions == labels).double().mean(dim=1).tolist() == [1.0, *[0.0] * 9, 1.0]
 
 
 def test_a_function_may_change_what_it_gets(user):
     own = states(3)
-    predictions, _ = run_function(f"{user}:changes", own)
+    predictions = run_function(f"{user}:changes", own)["predicted"]
     assert own.tensors["shift"].flatten().tolist() == [0, 1, 2]
     assert torch.equal(predictions[0].long(), (LABELS + 1) % 10)
+
+
+def test_an_accuracy(user, tmp_path):
+    evaluator = FunctionEvaluator(f"{user}:accuracy")
+    evaluation = evaluator({"a": states(11)}, tmp_path / "found")["test"]["a"]
+    assert evaluation.accuracy.tolist() == [1.0, *[0.0] * 9, 1.0]
+    assert evaluation.wrong is evaluation.predicted is None
+
+
+def test_a_function_that_is_in_no_file(tmp_path):
+    evaluator = FunctionEvaluator(lambda state: (LABELS + state["shift"].long()) % 10 == LABELS)
+    assert evaluator({"a": states(3)}, tmp_path / "found")["test"]["a"].accuracy.tolist() == [1, 0, 0]
+    with pytest.raises(UserError, match=r"^evaluate .*<lambda>: network 0: KeyError: 'absent'"):
+        FunctionEvaluator(lambda state: state["absent"])({"a": states(3)}, tmp_path / "other")
 
 
 def test_functions_get_complete_networks(tmp_path, user):
     torch.save({"shift": torch.tensor([5.0, 0.0]), "other": torch.ones(2)}, tmp_path / "0.pth")
     Path(user).write_text(USER + "\ndef both(state):\n    return state['other'].long(), state['shift'].long()\n")
     own = Collection({"other": torch.tensor([[2.0, 3.0], [4.0, 300.0]])})
-    predictions, labels = run_function(f"{user}:both", own, template=Template.read(tmp_path / "0.pth"))
+    predictions, labels = run_function(f"{user}:both", own, template=Template.read(tmp_path / "0.pth")).values()
     assert predictions.tolist() == [[2, 3], [4, 300]] and labels.tolist() == [5, 0]
     assert predictions.dtype == torch.int16
 
@@ -125,9 +145,9 @@ def test_functions_get_complete_networks(tmp_path, user):
 @pytest.mark.slow
 def test_processes_give_the_same(user, monkeypatch):
     monkeypatch.setattr(function, "PROCESS_SECONDS", 0.0)
-    predictions, labels = run_function(f"{user}:process", states(7), workers=2)
+    predictions, labels = run_function(f"{user}:process", states(7), workers=2).values()
     assert (predictions[:, 1:] == (LABELS[None, 1:] + torch.arange(7)[:, None]) % 10).all()
-    assert torch.equal(labels.long(), LABELS)
+    assert torch.equal(labels, LABELS)
     ids = predictions[:, 0]
     assert (ids[:2] == os.getpid()).all() and not (ids[2:] == os.getpid()).any()
 
@@ -149,7 +169,8 @@ def test_a_process_that_dies(user, monkeypatch):
         ("negative", "network 0: predictions hold -1, expected classes from 0"),
         ("halves", r"network 0: predictions are float32 \(40,\), expected .*whole numbers"),
         ("nothing", "network 0: what it returns: NoneType, expected a tensor"),
-        ("number", r"network 0: returns float32 \(\), expected predictions and labels, or bool"),
+        ("percent", r"network 0: returns the accuracy 93, expected a number in \[0, 1\]"),
+        ("count", r"network 0: returns int64 \(\), expected predictions and labels, bool \(images,\), or an accuracy"),
         ("other_labels", "network 1 has other labels than the first one"),
         ("no_function", "has no function 'no_function'"),
         ("absent", "has no function 'absent'"),

@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from pdiff.errors import UserError
-from pdiff.experiment import config
+from pdiff.experiment import config, documents
 from pdiff.sweeps import schema
 from pdiff.sweeps.command import Command, check
 from pdiff.sweeps.schema import Sweep, Threshold
@@ -29,7 +29,7 @@ def made(**more) -> Sweep:
 
 
 def written(path: Path, tree: dict) -> str:
-    path.write_text(schema.as_text(tree))
+    path.write_text(documents.as_text(tree))
     return str(path)
 
 
@@ -57,9 +57,9 @@ def test_sweeps_of_the_repository_are_valid_for_both_generators(name, tag):
             check(Command(tag, name))
         tag = "fashion_resnet18_paper"
     base = check(Command(tag, name)).experiment
-    for chosen in sampled(sweep, tag, {key: schema.as_text(value) for key, value in sweep.set.items()}):
+    for chosen in sampled(sweep, tag, {key: documents.as_text(value) for key, value in sweep.set.items()}):
         assert chosen
-        experiment = config.load(tag, {key: schema.as_text(value) for key, value in sweep.set.items()} | chosen)
+        experiment = config.load(tag, {key: documents.as_text(value) for key, value in sweep.set.items()} | chosen)
         assert experiment != base or sweep.sampler.kind == "grid"
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tracked import STAGES, artifacts, runs, start, statuses, wait_for
 
 from pdiff.cli.main import main as pdiff
+from pdiff.experiment import stages
 from pdiff.method.generators.base import Generator
 from pdiff.networks import architectures
 
@@ -38,7 +39,13 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert {"pdiff.tag": "tiny", "pdiff.stage": stage}.items() <= run.data.tags.items()
         assert run.data.params["config.diffusion.steps"] == "60"
+        assert run.data.tags["mlflow.note.content"].startswith(f"{stages.STAGES[stage].does} Experiment `tiny`.")
         assert (artifacts(run) / "config.yaml").exists()
+    verdict = (artifacts(parent) / "verdict.md").read_text().strip()
+    assert verdict in parent.data.tags["mlflow.note.content"]
+    assert runs("train")[0].data.tags["mlflow.note.content"].endswith("Next: the stage `generate`.")
+    experiment = mlflow.get_experiment(parent.info.experiment_id)
+    assert experiment.name == "pdiff" and experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     written = {
         "pretrain": {"network.safetensors", "history.csv"},
         "prepare": {"checkpoints.safetensors", "heldout.safetensors", "heldout.json", "network.safetensors"},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pdiff.errors import UserError, for_users
 from pdiff.files import read_json, read_tensors, write_json, write_tensors
 from pdiff.method.collection import Collection, not_finite
 from pdiff.method.generators import GENERATORS, GeneratorOptions, LatentDiffusionOptions
@@ -28,6 +29,19 @@ Check = Callable[[Callable[[Collection], Collection]], object]
 
 class Generator(ABC):
     """A distribution over networks, fitted on a collection. Users call `fit`, `sample`, `save` and `load`.
+
+    Example:
+        >>> import pdiff
+        >>> states = [torch.nn.Linear(4, 2).state_dict() for _ in range(20)]
+        >>> options = pdiff.LatentDiffusion(diffusion={"steps": 20})
+        >>> generator = Generator.fit(Collection.stack(states), options, seed=0)
+        >>> networks = generator.sample(100, seed=1)
+        >>> len(networks), networks[0]["weight"].shape
+        (100, torch.Size([2, 4]))
+        >>> generator.save("generator")
+        >>> again = Generator.load("generator").sample(100, seed=1)
+        >>> torch.equal(again.tensors["weight"], networks.tensors["weight"])
+        True
 
     A new kind is a subclass, entered into GENERATORS with its options. It implements `fit`, `sample_vectors` and, for
     its files, `tensors`, `config` and `from_saved`.
@@ -59,7 +73,7 @@ class Generator(ABC):
         """Fit the kind of generator that the options name; every kind overrides this with the same arguments.
 
         Args:
-            collection: N checkpoints of one layout, on the CPU.
+            collection: N checkpoints of one layout.
             options: those of one kind, see GENERATORS; latent diffusion when absent.
             seed: of everything random.
             device: where to train.
@@ -72,15 +86,22 @@ class Generator(ABC):
                 `columns`, NaN where a value is not known.
 
         Raises:
-            ValueError: nothing in the collection can be generated, it holds NaN or infinity, or the training diverged.
+            UserError: nothing in the collection can be generated, it holds NaN or infinity, or the training diverged.
+
+        Example:
+            >>> import pdiff
+            >>> collection = pdiff.Collection({"weight": torch.randn(20, 2, 4)})
+            >>> pdiff.Generator.fit(collection, pdiff.Gaussian(scale=0.5)).sample(3)[0]["weight"].shape
+            torch.Size([2, 4])
         """
         options = options or LatentDiffusionOptions()
         needs = (*options.needs, *(["conditions"] if options.columns else []))
-        if missing := [name for name in needs if name not in population]:
-            raise ValueError(f"{type(options).__name__}: fit needs {' and '.join(missing)}, but got none")
         kind = resolve(options.implementation)
         common = {"seed": seed, "device": device, "log": log, "state": state, "check": check}
-        return kind.fit(collection, options, **common, **population)
+        with for_users("train"):
+            if missing := [name for name in needs if name not in population]:
+                raise ValueError(f"{type(options).__name__}: fit needs {' and '.join(missing)}, but got none")
+            return kind.fit(collection.cpu(), options, **common, **population)
 
     @torch.no_grad()
     def sample(
@@ -99,18 +120,21 @@ class Generator(ABC):
             The networks, on the CPU.
 
         Raises:
-            ValueError: the generator diverged: a network holds NaN or infinity; or `count` < 1.
+            UserError: the generator diverged: a network holds NaN or infinity; an option that cannot be used; or
+                `count` < 1.
         """
         if count < 1:
-            raise ValueError(f"count >= 1 must hold, but got {count}")
+            raise UserError(f"count >= 1 must hold, but got {count}")
         seeds = [stream(seed, k) for k in range(first, first + count)]
-        networks = self.standardizer.decode(self.sample_vectors(seeds, device=device, **options))
-        if name := not_finite(networks.tensors):
-            raise ValueError(f"{name} of a generated network holds NaN or infinity; the generator diverged")
+        with for_users("generate"):
+            networks = self.standardizer.decode(self.sample_vectors(seeds, device=device, **options))
+            if name := not_finite(networks.tensors):
+                raise ValueError(f"{name} of a generated network holds NaN or infinity; the generator diverged")
         return networks
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write `generator.safetensors` and `generator.json`: all that sampling needs."""
+        folder = Path(folder)
         constants = {f"constant.{name}": tensor for name, tensor in self.standardizer.constants.items()}
         write_tensors(folder / "generator.safetensors", self.tensors() | constants)
         kind = next(kind for kind, options in GENERATORS.items() if resolve(options.implementation) is type(self))
@@ -118,24 +142,25 @@ class Generator(ABC):
         write_json(folder / "generator.json", config)
 
     @staticmethod
-    def load(folder: Path) -> Generator:
+    def load(folder: Path | str) -> Generator:
         """Read what `save` wrote, whichever kind it is.
 
         Raises:
-            ValueError: a damaged file, another format, or tensors that do not fit the JSON file.
+            UserError: a damaged file, another format, or tensors that do not fit the JSON file.
         """
+        folder = Path(folder)
         path = folder / "generator.json"
         config, tensors = read_json(path), read_tensors(folder / "generator.safetensors")
         if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a generator of format {FORMAT}")
+            raise UserError(f"{path}: not a generator of format {FORMAT}")
         if name := not_finite(tensors):
-            raise ValueError(f"{folder / 'generator.safetensors'}: {name} holds NaN or infinity")
+            raise UserError(f"{folder / 'generator.safetensors'}: {name} holds NaN or infinity")
         try:
             standardizer = Standardizer.from_config(config, with_prefix("constant.", tensors))
             return resolve(GENERATORS[config["kind"]].implementation).from_saved(standardizer, tensors, config)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise ValueError(f"{path}: does not fit generator.safetensors: {reason[:300]}") from None
+            raise UserError(f"{path}: does not fit generator.safetensors: {reason[:300]}") from None
 
     @abstractmethod
     def sample_vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample") -> Tensor:

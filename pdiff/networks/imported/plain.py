@@ -26,7 +26,9 @@ THREADS = min(8, 2 * (os.cpu_count() or 1))
 T = TypeVar("T")
 
 
-def read_collection(folder: Path, patterns: Sequence[str] = ("all",), exclude: Sequence[str] = ()) -> Collection:
+def read_collection(
+    folder: Path, patterns: Sequence[str] = ("all",), exclude: Sequence[str] = (), *, key: str = "prepare.source"
+) -> Collection:
     """Read every checkpoint file of a folder, in the order of the names, numbers in them by value.
 
     Takes the memory of the collection and of a few files; tensors that are left out are not even read.
@@ -35,16 +37,17 @@ def read_collection(folder: Path, patterns: Sequence[str] = ("all",), exclude: S
         folder: holds .pth, .pt or .safetensors files, one state dict each.
         patterns: names or patterns of the tensors to read.
         exclude: names or patterns of files to leave out.
+        key: of the configuration that names the folder, for messages.
 
     Raises:
         UserError: an absent or empty folder, a damaged file, a pickle with anything but tensors in it, different
             layouts, NaN or infinity; with file and tensor. Or nothing that can be generated differs between the files.
     """
-    paths = checkpoint_files(folder, exclude)
+    paths = checkpoint_files(folder, exclude, key=key)
     first = selected(paths[0], patterns)
     collection = _stacked(paths, patterns, like=first, named=str(paths[0]))
     of = "" if tuple(patterns) == EVERYTHING else f"{', '.join(patterns)} of "
-    check_varying(collection.varying(), first, f"prepare.source: {of}the {len(paths)} files in {folder}")
+    check_varying(collection.varying(), first, f"{key}: {of}the {len(paths)} files in {folder}")
     return collection
 
 

@@ -14,7 +14,7 @@ import typer
 from pdiff.cli.app import app
 from pdiff.errors import ProcessError, UserError, one_line, out_of_memory
 
-for group in ("stages", "audit", "sweeps", "experiments", "results"):  # in the order of `pdiff --help`
+for group in ("stages", "audit", "sweeps", "experiments", "results", "benchmark"):  # in the order of `pdiff --help`
     import_module(f"pdiff.cli.{group}")
 COMMANDS = typer.main.get_command(app)
 LONGEST = 4000  # characters of a message

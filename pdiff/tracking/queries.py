@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import mlflow
 import pandas as pd
@@ -15,8 +16,11 @@ from pdiff.experiment import config, leaderboard, published
 from pdiff.experiment.leaderboard import Result
 from pdiff.experiment.metrics import COMPARED, FIT_SECONDS, MISSING
 from pdiff.tracking.engine import Done
-from pdiff.tracking.runs import CONFIG, tracked
+from pdiff.tracking.runs import CONFIG, record, tracked
 from pdiff.tracking.store import artifacts_of, named, search
+
+if TYPE_CHECKING:
+    from pdiff.experiment.benchmark.page import Found
 
 COLUMNS = ["tag", "seed", *COMPARED.values(), "seconds/fit", "seconds/generate", "run"]
 """Of the table of `compare`."""
@@ -104,6 +108,15 @@ def log_leaderboard(board: pd.DataFrame) -> Done:
     with tracked("leaderboard") as run:
         mlflow.log_text(board.to_csv(index=False), "leaderboard.csv")
         mlflow.log_text(leaderboard.page(board), "leaderboard.html")
+    return run.done()
+
+
+def log_benchmark(found: Found, parameters: Mapping[str, str]) -> Done:
+    """Log a benchmark as a run with its metrics, `benchmark.md` and `benchmark.html`."""
+    with tracked("benchmark") as run:
+        record(run.run_id, metrics=found.metrics(), parameters={f"benchmark.{k}": v for k, v in parameters.items()})
+        mlflow.log_text(found.markdown(), "benchmark.md")
+        mlflow.log_text(found.html(), "benchmark.html")
     return run.done()
 
 

@@ -5,12 +5,11 @@
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import mlflow
 import optuna
 import pytest
@@ -21,13 +20,23 @@ from tracked import TINY, artifacts, runs
 
 from pdiff.files import append_line
 
-KILLS = int(os.environ.get("PDIFF_CHAOS", "10"))  # of `main`; from 20 on a fifth of them of a sweep
-PER_FOLDER = {"main": 10, "sweep": 4}
-EXPERIMENT = yaml.safe_load(TINY) | {"log_models": KILLS >= 20}  # which doubles the time
+KILLS = int(os.environ.get("PDIFF_CHAOS", "20"))  # of `main`; of a sweep a tenth of them, from 200 on a fifth
+PER_FOLDER = {"main": 10, "sweep": 4 if KILLS >= 200 else 2}
+FOLDERS = {"main": max(1, KILLS // 10), "sweep": max(1, KILLS // 20)}
+EXPERIMENT = yaml.safe_load(TINY)
+if KILLS < 200:  # the fewest images, checkpoints and steps with which every stage still saves states
+    EXPERIMENT["dataset"]["validation_fraction"] = 0.9
+    EXPERIMENT["prepare"] = {"pretrain": {"epochs": 2, "batch_size": 64}, "collect": {"checkpoints": 5}}
+    EXPERIMENT["diffusion"] |= {"steps": 20, "width": 8, "evaluate_every": 10}
+    EXPERIMENT["generate"] = {"count": 3, "sampling_steps": 3}
+    EXPERIMENT["evaluate"] = {"noise": [], "baselines": ["average"], "baseline_count": 2}
+else:
+    EXPERIMENT["log_models"] = True  # which doubles the time
 SWEEP = {
     "objectives": {"val_accuracy/generated_mean": "maximize"},
-    "parameters": {"autoencoder.latent_size": {"kind": "categorical", "choices": [2, 4]}},
+    "parameters": {"autoencoder.latent_size": {"kind": "categorical", "choices": [2, 3]}},
     "sampler": {"kind": "grid"},
+    "final": {"seeds": 1, "trials": 1},
 }
 COMMANDS = {
     "main": ["main", "--tag", "tiny.yaml"],
@@ -38,19 +47,14 @@ VARYING = ("seconds/", "memory_mb/", "system/")  # the beginnings of metrics tha
 pytestmark = pytest.mark.slow
 
 
-def begin(folder: Path, command: str) -> subprocess.Popen:
-    """Start a command in a folder, with its children in a process group of its own."""
+def begin(folder: Path, command: str) -> BaseProcess:
+    """Start a command in a folder."""
     folder.mkdir(exist_ok=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     (folder / "grid.yaml").write_text(yaml.safe_dump(SWEEP))
     unset = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE")
     variables = {name: value for name, value in os.environ.items() if name not in unset}
-    variables |= {"PDIFF_SAVE_SECONDS": "0.02", "OMP_NUM_THREADS": "1"}
-    output = (folder / "output.txt").open("w")
-    words = [sys.executable, "-m", "pdiff", *COMMANDS[command]]
-    return subprocess.Popen(
-        words, cwd=folder, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    return forked.begin(folder, COMMANDS[command], variables | {"PDIFF_SAVE_SECONDS": "0.02", "OMP_NUM_THREADS": "1"})
 
 
 def results(folder: Path, command: str) -> dict:
@@ -89,49 +93,46 @@ def left(folder: Path) -> set[str]:
     return names
 
 
+def check(folder: Path, command: str, process: BaseProcess) -> dict:
+    """What a command that has ended finds; it must have succeeded, and left nothing behind."""
+    assert process.exitcode == 0, (folder / "output.txt").read_text()
+    found = results(folder, command)
+    assert not left(folder)
+    return found
+
+
 @pytest.fixture(scope="module")
 def reference(request, tmp_path_factory):
-    """A command, when it began to write and when it ended, in seconds, and what it finds when nothing disturbs it."""
+    """A command, how many seconds it takes, and what it finds when nothing disturbs it."""
+    forked.begin(tmp_path_factory.mktemp("imports"), ["--version"], dict(os.environ)).join()  # it waits for them
     folder, start = tmp_path_factory.mktemp("reference"), time.monotonic()
     process = begin(folder, request.param)
-    while not (folder / ".pdiff").exists() and not list(folder.glob(".mlflow.db.*")) and process.poll() is None:
-        time.sleep(0.01)
-    begun = time.monotonic() - start
-    assert process.wait() == 0, (folder / "output.txt").read_text()
+    process.join()
     seconds = time.monotonic() - start
-    assert not left(folder)
-    return request.param, begun, seconds, results(folder, request.param)
+    return request.param, seconds, check(folder, request.param, process)
 
 
 @pytest.mark.parametrize(
     ("reference", "number"),
-    [("main", k) for k in range(KILLS // 10)] + [("sweep", k) for k in range(KILLS // 20)],
+    [(command, number) for command, count in FOLDERS.items() for number in range(count)],
     indirect=["reference"],
 )
 def test_kills_change_nothing(reference, tmp_path, number):
-    command, begun, seconds, expected = reference
-    chance, folder, kills = random.Random(f"{command} {number}"), tmp_path / "0", 0
-
-    def finish() -> None:
+    """Killed at uniformly random moments of the undisturbed run, the first second included; where a command ends before
+    its moment, or after the last kill, it is compared, and the next one begins in an empty folder."""
+    command, seconds, expected = reference
+    chance, kills, folder = random.Random(f"{command} {number}"), 0, tmp_path / "0"
+    while kills < PER_FOLDER[command] or folder.exists():
+        moment = chance.uniform(0, seconds) if kills < PER_FOLDER[command] else None
         process = begin(folder, command)
-        assert process.wait() == 0, (folder / "output.txt").read_text()
-        assert results(folder, command) == expected
-        assert not left(folder)
-
-    while kills < PER_FOLDER[command]:
-        first = not folder.exists() and number % 2 == 0  # within the first second, where databases are made
-        moment = begun + chance.uniform(-0.1, 1.2 if first else 0.7 * (seconds - begun))
-        process = begin(folder, command)
-        time.sleep(max(0.0, moment))
-        ended, files = process.poll(), sorted(path.name for path in folder.iterdir())
+        process.join(moment)
+        killed = process.exitcode is None and forked.kill(process)
+        files = " ".join(sorted(path.name for path in folder.iterdir()))
+        line = f"{command},{number},{kills},{'' if moment is None else f'{moment:.3f}'},{process.exitcode},{files}"
+        print(line)  # shown where the test fails
         if record := os.environ.get("PDIFF_CHAOS_RECORD"):
-            append_line(Path(record), f"{command},{number},{kills},{moment:.2f},{ended},{' '.join(files)}")
-        if ended is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-        else:  # nothing is left to kill here
-            assert ended == 0, (folder / "output.txt").read_text()
-            finish()
-            folder = tmp_path / str(kills)
-    finish()
+            append_line(Path(record), line)
+        kills += killed
+        if not killed:
+            assert check(folder, command, process) == expected
+            folder = tmp_path / str(int(folder.name) + 1)

@@ -199,7 +199,7 @@ class Evaluated:
 
         In the whole space: held-out networks of independent seeds lie mostly outside of the span of the fitted ones.
         """
-        if len(self.vectors) < 2:
+        if len(self.vectors) < 2 or len(self.fitted.vectors) < 2:
             return nan
         ours, theirs = (x.vectors.var(dim=0).sum(dtype=torch.float64).item() for x in (self, self.fitted))
         return (ours / theirs) ** 0.5 if theirs > 0 else nan

@@ -1,8 +1,10 @@
 """Trials: what becomes of those whose worker died, was interrupted, or failed; and the list of studies."""
 
+import itertools
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
@@ -106,32 +108,43 @@ def test_errors_are_final_and_interruptions_are_not(storage):
     assert reasons[0] == "out of memory" and set(reasons[1:-1]) == {"interrupted"} and reasons[-1] == ""
 
 
-@pytest.mark.slow
 def test_missing_heartbeats_are_a_dead_worker_on_another_host(storage, monkeypatch):
-    """Of three trials one is alive, one stops to send signs of life, one never gave the name of its process."""
-    monkeypatch.setattr(trials, "GRACE", 0.5)
-    monkeypatch.setattr(trials, "HEARTBEAT", 0.05)
-    study, stale = made(storage), StaleTrials()
+    """Of three trials one is alive, one stops to send signs of life, one never gave the name of its process.
+
+    The watching process's clock moves on only when the living trial has sent another one, however slow the machine is.
+    """
+    monkeypatch.setattr(trials, "GRACE", 0.1)
+    monkeypatch.setattr(trials, "HEARTBEAT", 0.01)
     monkeypatch.setattr(trials, "this_process", lambda: "another-host:1:1")
+    clock = itertools.count(step=0.009)  # less than HEARTBEAT between two looks, as when the storage answers
+    monkeypatch.setattr(trials, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    study, stale = made(storage), StaleTrials()
     plan(study, 3)
     living, dead, _ = study.ask(), study.ask(), study.ask()
 
-    def watch(expected):
-        """Look at the trials, without a long pause, until they are as expected; half a minute is more than enough."""
-        end = time.monotonic() + 30
-        while states(study) != expected and time.monotonic() < end:
-            stale.fail(study)
-            time.sleep(0.01)
-        assert states(study) == expected
+    def beat():
+        return study.get_trials()[living.number].user_attrs["heartbeat"]
 
-    monkeypatch.setattr(trials, "HEARTBEAT", 0.05)
+    def watch(count):
+        """Look so many times, each time after another sign of life of the living trial."""
+        for _ in range(count):
+            last, end = beat(), time.monotonic() + 60
+            while beat() == last:
+                assert time.monotonic() < end, "no heartbeat"
+                time.sleep(0.002)
+            stale.fail(study)
+
     with trials.heartbeats(living):
         with trials.heartbeats(dead):
-            stale.fail(study)
+            watch(1)
             assert states(study) == ["RUNNING"] * 3
-        monkeypatch.setattr(trials, "HEARTBEAT", 10)
-        watch(["RUNNING", "FAIL", "FAIL"])
-    watch(["FAIL"] * 3)
+        watch(11)  # 0.099 s: not yet
+        assert states(study) == ["RUNNING"] * 3
+        watch(3)
+        assert states(study) == ["RUNNING", "FAIL", "FAIL"]
+    for _ in range(14):
+        stale.fail(study)
+    assert states(study) == ["FAIL"] * 3
 
 
 def test_a_storage_that_was_away_makes_no_trial_stale(storage, monkeypatch):

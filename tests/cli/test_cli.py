@@ -193,7 +193,10 @@ def offered(shell: str, line: str, names: list[str]) -> list[str]:
     return [max(row, key=len) if row else done.stdout for row in found]
 
 
-FASHION = ["fashion_cnn", "fashion_cnn_paper", "fashion_resnet18", "fashion_resnet18_paper"]
+FASHION = [
+    *("fashion_branches", "fashion_cnn", "fashion_cnn_paper", "fashion_resnet18", "fashion_resnet18_paper"),
+    "fashion_seeds",
+]
 
 
 @pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=pytest.mark.slow) for shell in ("zsh", "fish"))])

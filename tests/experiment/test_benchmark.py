@@ -41,7 +41,7 @@ def test_operations_are_those_of_the_formulas(tmp_path):
     size = 32 * SMALL.inputs + 362
     assert operations("paper_autoencoder", tmp_path) == autoencoder_operations(size, SMALL.latent_size, 50)
     assert operations("similarity", tmp_path) == 2 * 8 * 8 * 10_000
-    assert operations("distances", tmp_path) == 2 * 8 * 8 * size
+    assert operations("distances", tmp_path) == 2 * 8 * (8 + 2) * size  # inner products, and both norms
     a, total = torch.ones(3, 5, 7), torch.zeros(3, 5, 5)
     assert operations_of(lambda: total.baddbmm_(a, a.mT)) == 2 * 3 * 5 * 7 * 5
 

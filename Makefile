@@ -3,7 +3,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 INSTALLED := .venv/.installed
 
-.PHONY: demo quick test chaos lint ui dashboard clean
+.PHONY: demo quick test chaos lint ui dashboard notebooks lab clean
 
 demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how good they are
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
@@ -28,6 +28,14 @@ ui: $(INSTALLED)  ## MLflow's user interface
 
 dashboard: $(INSTALLED)  ## Optuna's user interface, of the studies in PDIFF_STORAGE or optuna.db
 	$(BIN)/optuna-dashboard $${PDIFF_STORAGE:-sqlite:///optuna.db}
+
+notebooks: $(INSTALLED)  ## run all notebooks again, in place; their images take Chrome or Chromium
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; done
+
+lab: $(INSTALLED)  ## open the notebooks
+	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
+	$(BIN)/jupyter lab notebooks
 
 clean:
 	rm -rf .venv

@@ -26,7 +26,7 @@ def count(settings: Prepare) -> int:
 
 
 def content(settings: Prepare) -> dict[str, Any]:
-    """What decides the result of reading them, as plain data: their files' names, sizes and times, and what is chosen."""
+    """What decides the result of reading them, as plain data: names, sizes and times of files, and what is chosen."""
     place = folder(settings)
     found = listed(place, settings.format, settings.exclude, settings.source_select)
     format, select = format_of(place, settings.format), settings.source_select

@@ -140,7 +140,7 @@ def _load(path: Path) -> Any:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name and "ModelDataset" in name.group(1):
             raise UserError(
-                f"{path}: a pickled data set of ModelZoos ({name.group(1)}), never unpickled; take the raw zoo instead: "
+                f"{path}: a pickled data set of ModelZoos ({name.group(1)}), not unpickled; take the raw zoo instead: "
                 "folders <trial>/checkpoint_<epoch>/checkpoints (format ray_tune), which holds the same networks"
             ) from None
         what = f" ({name.group(1)})" if name else ""

@@ -76,7 +76,7 @@ def new(
         typer.Option(
             metavar="DIR",
             callback=at_home,
-            help="Folder of .pth, .pt or .safetensors files, one state dict each; "
+            help="Folder of .pth, .pt or .safetensors files, one state dict each; a zoo of another format; "
             "or a folder with them in checkpoint/ and a test.py.",
         ),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -82,7 +82,10 @@ def export(
         typer.Option("--run", metavar="RUN", help="A run of prepare, generate or main, or the beginning of its id."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write to.")],
-    form: Annotated[Literal["pth", "safetensors"], typer.Option("--format")] = "pth",
+    form: Annotated[
+        Literal["pth", "safetensors", "source"],
+        typer.Option("--format", help="`source`: as the files of prepare.source, such as folders of LoRA adapters."),
+    ] = "pth",
     index: Annotated[
         list[int] | None, typer.Option(metavar="K...", help="Which networks. Default: all.", show_default=False)
     ] = None,
@@ -107,5 +110,24 @@ def export(
     from pdiff.method.collection import Collection
 
     collection = Collection.load(folder / f"{NETWORKS[stage]}.safetensors")
-    paths = export(collection, NETWORKS[stage], out, form=form, index=index)
+    template = _template(run_id, folder) if form == "source" else None
+    paths = export(collection, NETWORKS[stage], out, form=form, index=index, template=template)
     print(f"{len(paths)} networks in {out}")
+
+
+def _template(run_id: str, folder: Path) -> Any:
+    """How the checkpoints are laid out that a run began with.
+
+    Raises:
+        UserError: it began with none, or they cannot be read.
+    """
+    from pdiff.experiment import config, documents, source
+    from pdiff.tracking.runs import CONFIG_FILE
+
+    tree = documents.read(folder / CONFIG_FILE)
+    settings = config.of_tree(str(tree.get("tag", "")), tree).prepare
+    if not settings.source:
+        raise UserError(
+            f"--run {run_id}: was not made from files (prepare.source); --format pth or safetensors needs none"
+        )
+    return source.checkpoints(settings)[0].read()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pdiff.errors import UserError
-from pdiff.experiment import command_options, limits, summary
+from pdiff.experiment import command_options, limits, source, summary
 from pdiff.experiment.evaluate import aligned, baselines, results_of, write_audit
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import heldout_networks, original_networks, reference
@@ -17,7 +17,6 @@ from pdiff.method.log import Log, ignore, measured
 from pdiff.method.standardize import Standardizer
 from pdiff.networks.evaluators import Evaluations
 from pdiff.networks.evaluators.function import FunctionEvaluator
-from pdiff.networks.imported.files import checkpoint_files
 from pdiff.networks.imported.plain import check_state, check_varying, read_like
 from pdiff.parallel import ranks
 from pdiff.seeds import stream
@@ -153,7 +152,7 @@ def read(experiment: Experiment, place: str, originals: Collection, key: str) ->
         UserError: nothing to read, an unusable file, or another layout; with file and tensor.
     """
     settings = experiment.prepare
-    first = checkpoint_files(Path(settings.source).expanduser(), settings.exclude)[0]
+    first = source.checkpoints(settings)[0].place
     options = {"named": str(first), "key": key, "patterns": settings.parameters}
     return read_like(Path(place).expanduser(), originals[0], **options)
 

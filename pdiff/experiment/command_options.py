@@ -12,8 +12,9 @@ from typing import Any
 
 from pdiff.errors import UserError
 from pdiff.experiment import config
+from pdiff.experiment import source as sources
 from pdiff.experiment.schema import Experiment
-from pdiff.networks.imported.files import checkpoint_files, some_files
+from pdiff.networks.imported.files import some_checkpoints
 
 FEW = ["average", "average_4", "gaussian", "mixed"]  # baselines where each network is expensive to evaluate
 ALONE = "generated"  # the name of the only generator
@@ -123,10 +124,10 @@ def audit(
     }
     tag = "audit_" + re.sub(r"[^A-Za-z0-9_.-]", "_", source.resolve().name)
     found = experiment(tag, tree(given, overrides or {}), place=config.COMMAND_LINE)
-    checkpoint_files(source, found.prepare.exclude, key="--originals")
+    sources.checkpoints(found.prepare, key="--originals")
     for option, place in others.items():
         if place:
-            some_files(config.expanded(place), key=option)
+            some_checkpoints(config.expanded(place), key=option)
     return found
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pdiff.experiment import source
 from pdiff.experiment.config import Tree
 from pdiff.experiment.schema import Experiment, affecting
 from pdiff.networks import user_code
 from pdiff.networks.datasets import files_state
-from pdiff.networks.imported.files import files_at, files_of
+from pdiff.networks.imported.files import checkpoints_at
+from pdiff.networks.imported.zoo import states
 
 BASELINES = ("noise", "baseline_count", "baselines")  # keys of `evaluate` that do not concern the originals
 
@@ -54,27 +56,23 @@ def pretrained(experiment: Experiment) -> Tree:
 def collected(experiment: Experiment) -> Tree:
     """What decides the collection, given the pretrained network; or given files, by their names, sizes and times."""
     prepare = affecting(experiment)["prepare"]
-    pretrain, source = prepare.pop("pretrain", None), experiment.prepare.source
-    if not source:
+    pretrain = prepare.pop("pretrain", None)
+    for key in ("format", "source_select"):  # part of `source.content`, where they matter
+        del prepare[key]
+    if not experiment.prepare.source:
         return ({"seed": experiment.seed} if pretrain else base_network(experiment)) | {"prepare": prepare}
     del prepare["collect"]  # nothing is trained
-    files = files_of(Path(source).expanduser(), experiment.prepare.exclude)
-    return base_network(experiment) | {"prepare": prepare, "files": _states(files)}
+    return base_network(experiment) | {"prepare": prepare, **source.content(experiment.prepare)}
 
 
 def audited(experiment: Experiment) -> Tree:
     """What decides an audit, given the originals and their evaluation."""
     audit = experiment.audit
     places = [*audit.generated.values(), *([audit.heldout] if audit.heldout else [])]
-    files = [_states(files_at(Path(place).expanduser())) for place in places]
+    paths = [Path(place).expanduser() for place in places]
+    files = [states(checkpoints_at(path), path.parent if path.is_file() else path) for path in paths]
     chosen = sections("seed", "evaluate", "audit")(experiment)
     return chosen | {"checkpoints": experiment.generator.checkpoints, "files": files}
-
-
-def _states(files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of files."""
-    there = [path for path in files if path.exists()]  # of a broken link its reader will say what it is
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in there]
 
 
 def evaluated(experiment: Experiment) -> Tree:

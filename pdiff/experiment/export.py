@@ -12,17 +12,27 @@ from tqdm.auto import tqdm
 from pdiff.errors import UserError
 from pdiff.files import write_state, write_tensors
 from pdiff.method.collection import Collection
+from pdiff.networks.imported.template import Template
 
 
-def export(collection: Collection, base: str, out: Path, *, form: str, index: list[int] | None = None) -> list[Path]:
+def export(
+    collection: Collection,
+    base: str,
+    out: Path,
+    *,
+    form: str,
+    index: list[int] | None = None,
+    template: Template | None = None,
+) -> list[Path]:
     """Write networks of a collection as state dicts, one file each: all of them or, after an error, none.
 
     Args:
         collection: what to write.
         base: beginning of the file names, such as `generated`.
         out: folder to write to.
-        form: "pth" or "safetensors".
+        form: "pth" or "safetensors"; or "source", as `template` is.
         index: which networks; all when absent.
+        template: a file, or folder, of the networks that the collection was made from.
 
     Returns:
         The files.
@@ -37,7 +47,8 @@ def export(collection: Collection, base: str, out: Path, *, form: str, index: li
             raise UserError(f"--index {k}: not in 0 .. {len(collection) - 1}")
         if times > 1:
             raise UserError(f"--index {k}: given {times} times, expected each network once")
-    paths = [out / f"{base}_{k:05d}.{form}" for k in chosen]
+    suffix = template.suffix if template else f".{form}"
+    paths = [out / f"{base}_{k:05d}{suffix}" for k in chosen]
     if there := next((path for path in paths if os.path.lexists(path)), None):
         raise UserError(f"--out {out}: {there.name} exists, expected a folder without files of these names")
     parent = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
@@ -47,7 +58,10 @@ def export(collection: Collection, base: str, out: Path, *, form: str, index: li
         with TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
             for k, path in zip(tqdm(chosen, desc="export", unit="file", disable=None), paths, strict=True):
                 state = {name: tensor.clone() for name, tensor in collection[k].items()}
-                (write_tensors if form == "safetensors" else write_state)(Path(scratch, path.name), state)
+                if template:
+                    template.write(Path(scratch, path.name), state)
+                else:
+                    (write_tensors if form == "safetensors" else write_state)(Path(scratch, path.name), state)
             out.mkdir(parents=True, exist_ok=True)
             for path in paths:
                 os.rename(Path(scratch, path.name), path)

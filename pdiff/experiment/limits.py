@@ -16,11 +16,10 @@ from typing import NamedTuple
 import psutil
 
 from pdiff.errors import UserError
-from pdiff.experiment import sizes
+from pdiff.experiment import sizes, source
 from pdiff.experiment.schema import Experiment
 from pdiff.method.generators import LatentDiffusionOptions
 from pdiff.networks.datasets import DATASETS, known_sizes
-from pdiff.networks.imported.files import files_of
 
 VECTOR = 4  # bytes of a number of a vector, a latent, a weight that is trained: float32
 STORED = 2  # bytes of a number of a checkpoint: float16 is the smallest type that is generated
@@ -85,7 +84,7 @@ def bounds(experiment: Experiment, size: int, device: str) -> Iterator[Bound]:
     """What each stage needs at least, where `size` numbers are generated, or more."""
     prepare, generate, evaluate = experiment.prepare, experiment.generate, experiment.evaluate
     if prepare.source:
-        collected, key = len(files_of(Path(prepare.source).expanduser(), prepare.exclude)), "prepare.source"
+        collected, key = source.count(prepare), "prepare.source"
         yield Bound("prepare", key, STORED * collected * size, STORED * collected * size)
     else:
         collected, key = prepare.collect.total, " ".join(f"prepare.collect.{name}" for name in prepare.collect.counts)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_flatten
 
 from pdiff.errors import UserError
+from pdiff.experiment import source
 from pdiff.experiment.allocations import bytes_of, counted
 from pdiff.experiment.limits import bounds, in_bytes, largest_latent
 from pdiff.experiment.schema import Experiment
@@ -33,8 +33,7 @@ from pdiff.method.options import resolve
 from pdiff.method.training import Best, Trainer, shuffled_rows
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
-from pdiff.networks.imported.files import checkpoint_files
-from pdiff.networks.imported.template import Template
+from pdiff.networks.imported.zoo import Checkpoint
 from pdiff.networks.patterns import matching
 from pdiff.networks.populations import generated_size
 
@@ -104,7 +103,7 @@ def sizes(experiment: Experiment) -> Sizes:
     if not isinstance(options.autoencoder, PCAOptions | ConvAutoencoderOptions):
         raise UserError(f"autoencoder.kind {experiment.autoencoder.kind}: memory is predicted for pca and conv only")
     settings = experiment.prepare
-    files = checkpoint_files(Path(settings.source).expanduser(), settings.exclude) if settings.source else []
+    files = source.checkpoints(settings) if settings.source else []
     size = _imported(experiment, files[0]) if files else _generated(experiment)
     originals, _ = heldout_split(len(files) or settings.collect.total, settings.heldout, seed=0)
     used = min(experiment.generator.checkpoints or len(originals), len(originals))
@@ -117,9 +116,9 @@ def latent_sizes(experiment: Experiment, size: int, fitted: int, heldout: int) -
     return Sizes(size, largest_latent(experiment, size, fitted), fitted + heldout, fitted, heldout)
 
 
-def _imported(experiment: Experiment, file: Path) -> int:
-    """D of the network in a file."""
-    state = Template.read(file).state
+def _imported(experiment: Experiment, checkpoint: Checkpoint) -> int:
+    """D of the network in a checkpoint."""
+    state = checkpoint.read().state
     return generated_numbers({name: state[name] for name in matching(state, experiment.prepare.parameters)})
 
 

@@ -71,10 +71,12 @@ def new(
         "evaluate": _evaluation(command, function, home, known=bool(dataset)),
     }
     tree = command_options.tree(given, overrides or {})  # mistakes are reported before reading, which may take long
-    command_options.experiment(tag, tree, place="pdiff new")
+    settings = command_options.experiment(tag, tree, place="pdiff new").prepare
     from pdiff.networks.inspect import inspect_folder
 
-    found = inspect_folder(source)
+    found = inspect_folder(source, settings.format, settings.source_select)
+    if found.format != "plain":
+        given["prepare"]["format"] = found.format
     proposal = Proposal.of(found, parameters)
     chosen = proposal.parameters
     given["prepare"]["parameters"] = list(chosen) if len(chosen) > 1 else chosen[0]

@@ -68,4 +68,4 @@ class Population:
             "trajectory": f"{count} checkpoints on the way of one training",
             "seeds": f"{runs} networks from independent seeds{each}",
             "branches": f"{runs} branches of one trunk{each}",
-        }.get(self.kind, f"{count} checkpoints from files")
+        }.get(self.kind, f"{count} checkpoints{f' of {runs} networks' if runs else ''} from files")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
-from pdiff.experiment import limits
+from pdiff.experiment import limits, source
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.population import Population
 from pdiff.experiment.prepared import (
@@ -29,7 +29,8 @@ from pdiff.method.collection import Collection, StateDict, generated_numbers, he
 from pdiff.method.log import Log, measured
 from pdiff.method.training import resolve_device
 from pdiff.networks.images import Images
-from pdiff.networks.imported.plain import first_template, read_collection
+from pdiff.networks.imported.plain import read_checkpoints
+from pdiff.networks.imported.zoo import columns
 from pdiff.networks.patterns import matching
 from pdiff.networks.populations import branches, collect, generated_names, seeds
 from pdiff.networks.predict import accuracy, predictions
@@ -53,7 +54,7 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
     history, settings = History(out, log), experiment.prepare
     images = load_images(experiment) if experiment.dataset else None
     if settings.source:
-        collection, known = _imported(experiment, images, out), {}
+        collection, known = _imported(experiment, images, out)
     else:
         collection, known = _collected(experiment, images, pretrain, out, history)
     dataset = {}
@@ -61,8 +62,7 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
         parts = {part: len(getattr(images, part)) for part in ("train", "validation", "test")}
         dataset = {"name": experiment.dataset.name, "digest": images.digest(), "classes": images.classes, **parts}
         write_json(out / "dataset.json", dataset)
-    per_run = 0 if settings.source else settings.collect.per_run
-    options = {"seed": stream(experiment.seed, "split"), "per_run": per_run}
+    options = {"seed": stream(experiment.seed, "split"), "groups": known.get("network", ())}
     fitted, heldout = heldout_split(len(collection), settings.heldout, **options)
     if experiment.aligns:
         with measured(history, "align"):
@@ -130,20 +130,20 @@ def _aligned(experiment: Experiment, collection: Collection, fitted: Tensor, out
     return aligned
 
 
-def _imported(experiment: Experiment, images: Images | None, out: Path) -> Collection:
-    """Checkpoints from files; where their architecture is known, the base network is written, too."""
-    source, exclude = Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude
-    first = first_template(source, exclude).state
+def _imported(experiment: Experiment, images: Images | None, out: Path) -> tuple[Collection, dict[str, list[Any]]]:
+    """Checkpoints from files, and what is known of each; where their architecture is, the base network is written."""
+    folder, checkpoints = source.folder(experiment.prepare), source.checkpoints(experiment.prepare)
+    first = checkpoints[0].read().state
     wanted = [first[name] for name in matching(first, experiment.prepare.parameters)]
     limits.check(experiment, ["prepare"], out, size=sum(t.numel() for t in wanted if t.is_floating_point()))
     if images:
         pretrained = experiment.network.pretrained
         network = make_network(experiment, images, pretrained=pretrained)
         for reason in misfits(network, first, complete=not pretrained):
-            raise UserError(f"prepare.source {source}: {reason}")
+            raise UserError(f"prepare.source {folder}: {reason}")
         network.load_state_dict(first, strict=False)
         write_tensors(out / "network.safetensors", network.state_dict())
-    return read_collection(source, experiment.prepare.parameters, exclude)
+    return read_checkpoints(checkpoints, experiment.prepare.parameters, folder), columns(checkpoints)
 
 
 def misfits(network: nn.Module, state: StateDict, *, complete: bool) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pdiff.errors import UserError
+from pdiff.experiment import source
 from pdiff.experiment.schema import Experiment
 from pdiff.files import read_tensors
 from pdiff.method.alignment.groups import Groups
@@ -20,7 +21,6 @@ from pdiff.networks import batchnorm, datasets
 from pdiff.networks.architectures import build
 from pdiff.networks.evaluators import Context, Evaluator
 from pdiff.networks.images import Images
-from pdiff.networks.imported.plain import first_template
 from pdiff.networks.imported.template import Template
 from pdiff.parallel.ranks import rank_zero_first
 from pdiff.seeds import stream
@@ -129,5 +129,5 @@ def evaluator(experiment: Experiment, prepared: Path) -> Evaluator:
 def _template(experiment: Experiment, prepared: Path) -> Template:
     """How files of the networks are laid out: as those of `prepare.source`, or plainly, with all tensors."""
     if experiment.prepare.source:
-        return first_template(Path(experiment.prepare.source).expanduser(), experiment.prepare.exclude)
+        return source.checkpoints(experiment.prepare)[0].read()
     return Template.of(read_tensors(prepared / "network.safetensors"))

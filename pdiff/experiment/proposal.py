@@ -122,6 +122,7 @@ class Proposal:
         lines = [
             pd.DataFrame(rows).to_string(index=False),
             "",
+            f"format      {found.format}{_networks(found)}",
             f"files       {count} of {count + len(found.unusable)} in {folder} can be used",
             f"types       {counted}",
             f"generated   {self.numbers:,} of {total:,} numbers; {printable(', '.join(self.parameters))}",
@@ -130,6 +131,12 @@ class Proposal:
             *listed("suspicious", found.reported),
         ]
         return "\n".join([*lines, *(f"proposal    {line}" for line in self.settings())])
+
+
+def _networks(found: Inspection) -> str:
+    """From how many trainings the checkpoints come, where that is known."""
+    networks = {checkpoint.known.get("network") for checkpoint in found.used} - {None}
+    return f": {len(found.used)} checkpoints of {len(networks)} networks" if networks else ""
 
 
 def listed(title: str, files: Mapping[str, str]) -> list[str]:

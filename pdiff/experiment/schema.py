@@ -24,6 +24,8 @@ from pdiff.method.options import NonNegative, Place, Positive, Section, Seed, Se
 from pdiff.method.samplers import samplers_of
 from pdiff.networks import evaluators
 from pdiff.networks.evaluators import EVALUATORS, EvaluatorOptions
+from pdiff.networks.imported import FORMATS
+from pdiff.networks.imported.select import SourceSelect
 from pdiff.networks.options import COLLECTORS, Dataset, Network, Pretrain
 
 warnings.filterwarnings("ignore", message='Field name "register"')  # hides ABCMeta.register, which is never called here
@@ -33,8 +35,9 @@ Tree = dict[str, Any]
 
 class Prepare(Section):
     """Where the collection comes from: `parameters` are names or patterns of what is generated, or "all";
-    `source` is a folder of existing checkpoint files instead of training, `exclude` names or patterns of files
-    there that are left out. Else checkpoints are collected as `collect` says, of a network that is first trained as
+    `source` is a folder of existing checkpoint files instead of training, `format` one of FORMATS that says what they
+    are, `auto` for what they look like; `source_select` says which are used, `exclude` names or patterns of those that
+    are left out. Else checkpoints are collected as `collect` says, of a network that is first trained as
     `pretrain` says, unless they come from independent seeds. The fraction `heldout` of the collection, in blocks of
     consecutive checkpoints or, of several trainings, whole ones, is never read by a generator or a baseline: what they
     make is compared with it.
@@ -45,6 +48,8 @@ class Prepare(Section):
 
     parameters: Annotated[tuple[str, ...], Several] = ("all",)
     source: Place = ""
+    format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
+    source_select: SourceSelect = SourceSelect()
     exclude: Annotated[tuple[str, ...], Several] = ()
     heldout: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     align: Literal["auto", "none", "weights"] = "auto"
@@ -200,6 +205,8 @@ class Experiment(Section):
             self._check_sampling()
         if self.generate.batchnorm != "generate" and not self.network:
             raise ValueError(f"generate.batchnorm {self.generate.batchnorm}: needs dataset and network")
+        if not self.prepare.source and self.prepare.source_select != SourceSelect():
+            raise ValueError("prepare.source_select: needs prepare.source, the checkpoints to select from")
         if self.prepare.align == "weights" and not self.network:
             raise ValueError("prepare.align weights: needs dataset and network, whose units are matched")
         return self

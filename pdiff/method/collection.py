@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -200,7 +200,7 @@ def generated_numbers(state: StateDict) -> int:
     return sum(tensor.numel() for tensor in generated_tensors(state).values())
 
 
-def heldout_split(count: int, fraction: float, *, seed: int, per_run: int = 0) -> tuple[Tensor, Tensor]:
+def heldout_split(count: int, fraction: float, *, seed: int, groups: Sequence[Hashable] = ()) -> tuple[Tensor, Tensor]:
     """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, if there are.
 
     Of one trajectory, held out are a few blocks of consecutive checkpoints: neighbours on it are nearly copies of each
@@ -211,15 +211,21 @@ def heldout_split(count: int, fraction: float, *, seed: int, per_run: int = 0) -
         count: of all checkpoints.
         fraction: of them that is held out.
         seed: of the choice.
-        per_run: consecutive checkpoints of one run; 0 if all are of one.
+        groups: the run that each checkpoint comes from; absent if all are of one.
     """
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(count, dtype=torch.bool)
-    if per_run:
-        runs = count // per_run
-        mask.view(runs, per_run)[torch.randperm(runs, generator=generator)[: _held(runs, fraction, per_run)]] = True
+    rows: dict[Hashable, list[int]] = {}
+    for k, run in enumerate(groups):
+        rows.setdefault(run, []).append(k)
+    if len(rows) > 1:
+        runs, left = list(rows.values()), count
+        for run in torch.randperm(len(runs), generator=generator)[: round(len(runs) * fraction)].tolist():
+            if left - len(runs[run]) >= 2:
+                mask[runs[run]] = True
+                left -= len(runs[run])
     else:
-        held = _held(count, fraction)
+        held = min(round(count * fraction), max(count - 2, 0))
         blocks = min(HELDOUT_BLOCKS, max(held, 1))
         for block in range(blocks):
             start, end = block * count // blocks, (block + 1) * count // blocks
@@ -227,8 +233,3 @@ def heldout_split(count: int, fraction: float, *, seed: int, per_run: int = 0) -
             first = start + int(torch.randint(end - start - length + 1, (), generator=generator))
             mask[first : first + length] = True
     return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
-
-
-def _held(count: int, fraction: float, each: int = 1) -> int:
-    """How many of some runs of `each` checkpoints are held out, so that two checkpoints are left."""
-    return min(round(count * fraction), max(count - -(-2 // each), 0))

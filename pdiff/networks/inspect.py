@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pdiff.errors import UserError, printable
 from pdiff.method.collection import StateDict, is_generated, not_finite
-from pdiff.networks.imported.files import files_of
 from pdiff.networks.imported.plain import check_varying, in_threads
-from pdiff.networks.imported.template import Template
+from pdiff.networks.imported.select import SourceSelect
+from pdiff.networks.imported.zoo import Checkpoint, format_of, listed
 
 SKETCH = 64  # numbers in the sketch of a tensor; distances are then accurate to about a tenth
 BLOCK = 1 << 16  # numbers that are sketched at a time: they fit in a cache, and do not fragment the memory
@@ -35,7 +35,7 @@ class FileSummary:
     """What is kept of one file.
 
     Attributes:
-        path: the file.
+        checkpoint: the file, or the checkpoint in a zoo.
         problem: why it cannot be used; empty where it can.
         layout: name -> shape and type.
         digests: name -> fingerprint of the values.
@@ -43,7 +43,7 @@ class FileSummary:
             deviation.
     """
 
-    path: Path
+    checkpoint: Checkpoint
     problem: str = ""
     layout: Layout = field(default_factory=dict)
     digests: dict[str, bytes] = field(default_factory=dict)
@@ -56,7 +56,8 @@ class Inspection:
 
     Attributes:
         folder: of the files.
-        used: files that can be used, in the order of their names.
+        format: of the folder, one of FORMATS.
+        used: checkpoints that can be used, in their order.
         unusable: name of a file -> why it cannot be used.
         reported: name of a file that can be used -> why it is suspicious.
         layout: of the used files: name -> shape and type.
@@ -65,7 +66,8 @@ class Inspection:
     """
 
     folder: Path
-    used: tuple[Path, ...]
+    format: str
+    used: tuple[Checkpoint, ...]
     unusable: dict[str, str]
     reported: dict[str, str]
     layout: Layout
@@ -76,22 +78,28 @@ class Inspection:
         return sum(torch.Size(self.layout[name][0]).numel() for name in self.roles if self.roles[name] == role)
 
 
-def inspect_folder(folder: Path) -> Inspection:
-    """Inspect every checkpoint file of a folder.
+def inspect_folder(folder: Path, format: str = "auto", select: SourceSelect | None = None) -> Inspection:
+    """Inspect every checkpoint of a folder.
+
+    Args:
+        folder: of plain files, or a zoo of another format.
+        format: a name of FORMATS, or `auto`.
+        select: which checkpoints of a zoo are inspected; all when absent.
 
     Raises:
         UserError: no folder, fewer than two files that can be used, or no tensor that varies.
     """
     if not folder.is_dir():
         raise UserError(f"--checkpoints: {folder} is not a folder")
-    files = list(in_threads(_summary, files_of(folder), "inspect"))
+    format = format_of(folder, format)
+    files = list(in_threads(_summary, listed(folder, format, select=select), "inspect"))
     sound = [file for file in files if not file.problem]
     if len(sound) < 2:
-        why = next((f"; {file.path.name} {file.problem}" for file in files if file.problem), "")
+        why = next((f"; {file.checkpoint.name} {file.problem}" for file in files if file.problem), "")
         raise UserError(f"--checkpoints: {folder} holds {len(sound)} usable checkpoint files, expected at least 2{why}")
     common = Counter(frozenset(file.layout.items()) for file in sound).most_common(1)[0][0]
     used = [file for file in sound if file.layout.items() == common]
-    unusable = {f.path.name: f.problem or _difference(f.layout, used[0].layout) for f in files if f not in used}
+    unusable = {f.checkpoint.name: f.problem or _difference(f.layout, used[0].layout) for f in files if f not in used}
     if len(used) < 2:
         raise UserError(
             f"--checkpoints: no two files in {folder} have the same layout; {next(iter(unusable.values()))}"
@@ -101,23 +109,27 @@ def inspect_folder(folder: Path) -> Inspection:
     check_varying(varying, first, f"--checkpoints: the {len(used)} files in {folder}")
     roles = {name: _role(name, tensor, varies=name in varying) for name, tensor in first.items()}
     reported = {**_outliers(used, roles), **_duplicates(used)}
-    return Inspection(folder, tuple(file.path for file in used), unusable, reported, used[0].layout, roles)
+    return Inspection(
+        folder, format, tuple(file.checkpoint for file in used), unusable, reported, used[0].layout, roles
+    )
 
 
-def _summary(path: Path) -> FileSummary:
-    """Read one file."""
+def _summary(checkpoint: Checkpoint) -> FileSummary:
+    """Read one checkpoint."""
+    path = checkpoint.files[0]
     try:
         if not path.stat().st_size and path.is_file():
-            return FileSummary(path, "is empty")
-        state = Template.read(path).state
+            return FileSummary(checkpoint, "is empty")
+        state = checkpoint.read().state
     except OSError as error:
-        return FileSummary(path, f"cannot be read: {error.strerror}")
+        return FileSummary(checkpoint, f"cannot be read: {error.strerror}")
     except UserError as error:
-        return FileSummary(path, str(error).removeprefix(printable(f"{path}: ")))
+        return FileSummary(checkpoint, str(error).removeprefix(printable(f"{path}: ")))
     if name := not_finite(state):
-        return FileSummary(path, f"{name} holds NaN or infinity")
+        return FileSummary(checkpoint, f"{name} holds NaN or infinity")
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    return FileSummary(path, "", layout, {name: _digest(tensor) for name, tensor in state.items()}, sketches(state))
+    digests = {name: _digest(tensor) for name, tensor in state.items()}
+    return FileSummary(checkpoint, "", layout, digests, sketches(state))
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -184,9 +196,10 @@ def _duplicates(files: Sequence[FileSummary]) -> dict[str, str]:
     seen: dict[frozenset, str] = {}
     found = {}
     for file in files:
-        first = seen.setdefault(frozenset(file.digests.items()), file.path.name)
-        if first != file.path.name:
-            found[file.path.name] = f"duplicate of {first}"
+        name = file.checkpoint.name
+        first = seen.setdefault(frozenset(file.digests.items()), name)
+        if first != name:
+            found[name] = f"duplicate of {first}"
     return found
 
 
@@ -211,7 +224,7 @@ def _outliers(files: Sequence[FileSummary], roles: Mapping[str, str]) -> dict[st
     far = (0.6745 * (distances - median) > OUTLYING * deviation) & (distances > FAR * median) & (median > 0)
     ratios = (distances / median).tolist()
     return {
-        file.path.name: f"outlier: {ratio:.1f} times as far from the median of all files as usual"
+        file.checkpoint.name: f"outlier: {ratio:.1f} times as far from the median of all files as usual"
         for file, ratio, is_far in zip(files, ratios, far.tolist(), strict=True)
         if is_far
     }

@@ -75,15 +75,28 @@ def test_stored_networks_are_aligned_and_can_be_given_back(seeds):
 
 @pytest.mark.parametrize("per_run", [1, 3])
 def test_whole_runs_are_held_out(per_run):
-    fitted, heldout = heldout_split(20 * per_run, 0.2, seed=0, per_run=per_run)
+    groups = [f"run {index // per_run}" for index in range(20 * per_run)]
+    fitted, heldout = heldout_split(20 * per_run, 0.2, seed=0, groups=groups)
     assert len(heldout) == 4 * per_run and sorted([*fitted.tolist(), *heldout.tolist()]) == list(range(20 * per_run))
     assert len({index // per_run for index in heldout.tolist()}) == 4
-    assert heldout.tolist() != heldout_split(20 * per_run, 0.2, seed=1, per_run=per_run)[1].tolist()
+    assert heldout.tolist() != heldout_split(20 * per_run, 0.2, seed=1, groups=groups)[1].tolist()
+
+
+def test_runs_of_any_length_and_order_are_held_out_whole():
+    groups = [0, 1, 2, 3, 0, 1, 2, 0, 1, 0, *range(4, 10)]
+    fitted, heldout = heldout_split(len(groups), 0.5, seed=3, groups=groups)
+    held = {groups[k] for k in heldout.tolist()}
+    assert len(held) == 5 and not held & {groups[k] for k in fitted.tolist()}
+
+
+def test_of_one_run_blocks_are_held_out():
+    assert heldout_split(40, 0.2, seed=0, groups=["a"] * 40)[1].tolist() == heldout_split(40, 0.2, seed=0)[1].tolist()
 
 
 @pytest.mark.parametrize(("count", "per_run", "left"), [(2, 1, 2), (3, 1, 2), (4, 2, 2), (2, 2, 2)])
 def test_two_checkpoints_are_left_to_fit_on(count, per_run, left):
-    assert len(heldout_split(count, 0.5, seed=0, per_run=per_run)[0]) == left
+    groups = [index // per_run for index in range(count)]
+    assert len(heldout_split(count, 0.5, seed=0, groups=groups)[0]) == left
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pdiff.errors import UserError
 from pdiff.method.collection import Collection
 from pdiff.networks.imported import plain
-from pdiff.networks.imported.files import checkpoint_files
-from pdiff.networks.imported.plain import check_state, first_template, read_collection
+from pdiff.networks.imported.plain import check_state, read_collection
 from pdiff.networks.imported.template import Template
+from pdiff.networks.imported.zoo import checkpoints_in
 
 State = dict[str, Tensor]
 
@@ -94,7 +94,8 @@ def test_numbers_in_names_are_in_order(tmp_path):
     for k in (100, 9, 10, 1):
         torch.save(state(k), tmp_path / f"epoch_{k}.pth")
     assert read_collection(tmp_path).tensors["num_batches_tracked"].tolist() == [1, 9, 10, 100]
-    assert first_template(tmp_path, ["epoch_1.pth"]).state["num_batches_tracked"] == 9
+    first = checkpoints_in(tmp_path, exclude=["epoch_1.pth"])[0].read()
+    assert first.state["num_batches_tracked"] == 9
 
 
 def test_many_files_by_many_threads(tmp_path, monkeypatch):
@@ -114,9 +115,9 @@ def test_excluded_files_are_not_read(tmp_path):
     exclude = ["4.pth", "bad[[]1].pth", "[01].pth"]
     assert read_collection(tmp_path, exclude=exclude).tensors["num_batches_tracked"].tolist() == [2, 3, 5]
     with pytest.raises(UserError, match=r"prepare\.exclude: '7\.pth' matches none of the 7 files in"):
-        checkpoint_files(tmp_path, ["4.pth", "7.pth"])
+        checkpoints_in(tmp_path, exclude=["4.pth", "7.pth"])
     with pytest.raises(UserError, match=r"holds 0 files .* beside 7 excluded ones, expected at least 2"):
-        checkpoint_files(tmp_path, ["*"])
+        checkpoints_in(tmp_path, exclude=["*"])
 
 
 @pytest.mark.slow

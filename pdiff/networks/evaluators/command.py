@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def run_command(
         try:
             return number, runner(file)
         finally:
-            file.unlink(missing_ok=True)
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 
     todo = (numbered for numbered in enumerate(states) if numbered[0] not in known)
     bar = partial(tqdm, desc=label, unit="network", total=known_length(states), initial=len(known), disable=None)

@@ -1,4 +1,4 @@
-"""A folder of the user's checkpoint files, one state dict each, as a collection."""
+"""The checkpoints of other people, one state dict each, as a collection; what they are checked for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
 from pdiff.method.collection import Collection, StateDict, is_generated, not_finite
-from pdiff.networks.imported.files import checkpoint_files, some_files
-from pdiff.networks.imported.template import Template
+from pdiff.networks.imported.files import some_checkpoints
+from pdiff.networks.imported.select import SourceSelect
+from pdiff.networks.imported.zoo import Checkpoint, checkpoints_in
 from pdiff.networks.patterns import EVERYTHING, matching
 
 # Threads that read. Measured with torch.load on two cores, cached files: 2 000 files of 12 kB take one thread
@@ -27,27 +28,41 @@ T = TypeVar("T")
 
 
 def read_collection(
-    folder: Path, patterns: Sequence[str] = ("all",), exclude: Sequence[str] = (), *, key: str = "prepare.source"
+    folder: Path,
+    patterns: Sequence[str] = ("all",),
+    exclude: Sequence[str] = (),
+    format: str = "auto",
+    select: SourceSelect | None = None,
+    *,
+    key: str = "prepare.source",
 ) -> Collection:
-    """Read every checkpoint file of a folder, in the order of the names, numbers in them by value.
+    """Read every checkpoint of a folder, in the order of the names, numbers in them by value.
 
     Takes the memory of the collection and of a few files; tensors that are left out are not even read.
 
     Args:
-        folder: holds .pth, .pt or .safetensors files, one state dict each.
+        folder: holds .pth, .pt or .safetensors files, one state dict each; or is a zoo of another format.
         patterns: names or patterns of the tensors to read.
-        exclude: names or patterns of files to leave out.
+        exclude: names or patterns of checkpoints to leave out.
+        format: a name of FORMATS, or `auto`.
+        select: which of the others are used; all when absent.
         key: of the configuration that names the folder, for messages.
 
     Raises:
         UserError: an absent or empty folder, a damaged file, a pickle with anything but tensors in it, different
             layouts, NaN or infinity; with file and tensor. Or nothing that can be generated differs between the files.
     """
-    paths = checkpoint_files(folder, exclude, key=key)
-    first = selected(paths[0], patterns)
-    collection = _stacked(paths, patterns, like=first, named=str(paths[0]))
+    return read_checkpoints(checkpoints_in(folder, format, exclude, select, key=key), patterns, folder, key=key)
+
+
+def read_checkpoints(
+    checkpoints: Sequence[Checkpoint], patterns: Sequence[str], folder: Path, *, key: str = "prepare.source"
+) -> Collection:
+    """As `read_collection`, of checkpoints that are listed already; `folder` stands in messages."""
+    first = selected(checkpoints[0], patterns)
+    collection = _stacked(checkpoints, patterns, like=first, named=str(checkpoints[0].place))
     of = "" if tuple(patterns) == EVERYTHING else f"{', '.join(patterns)} of "
-    check_varying(collection.varying(), first, f"{key}: {of}the {len(paths)} files in {folder}")
+    check_varying(collection.varying(), first, f"{key}: {of}the {len(checkpoints)} files in {folder}")
     return collection
 
 
@@ -66,40 +81,35 @@ def read_like(place: Path, like: StateDict, *, named: str, key: str, patterns: S
     Raises:
         UserError: nothing to read, an unusable file, or another layout; with file and tensor.
     """
-    return _stacked(some_files(place, key=key), patterns, like=like, named=named)
+    return _stacked(some_checkpoints(place, key=key), patterns, like=like, named=named)
 
 
-def selected(path: Path, patterns: Sequence[str]) -> StateDict:
-    """The tensors of a checkpoint file that match some patterns.
+def selected(checkpoint: Checkpoint, patterns: Sequence[str]) -> StateDict:
+    """The tensors of a checkpoint that match some patterns.
 
     Raises:
         UserError: none does, or an unusable file.
     """
-    state = Template.read(path).state
+    state = checkpoint.read().state
     names = matching(state, patterns)
     if not names:
-        raise UserError(f"{path}: no tensor matches prepare.parameters {', '.join(patterns)}")
+        raise UserError(f"{checkpoint.place}: no tensor matches prepare.parameters {', '.join(patterns)}")
     return {name: state[name] for name in names}
 
 
-def _stacked(paths: Sequence[Path], patterns: Sequence[str], *, like: StateDict, named: str) -> Collection:
-    """The networks in some files of one layout."""
-    stacked = {name: torch.empty(len(paths), *t.shape, dtype=t.dtype) for name, t in like.items()}
+def _stacked(checkpoints: Sequence[Checkpoint], patterns: Sequence[str], *, like: StateDict, named: str) -> Collection:
+    """The networks in some checkpoints of one layout."""
+    stacked = {name: torch.empty(len(checkpoints), *t.shape, dtype=t.dtype) for name, t in like.items()}
 
     def fill(row: int) -> None:
-        state = selected(paths[row], patterns)
-        check_state(state, str(paths[row]), like=like, named=named)
+        state = selected(checkpoints[row], patterns)
+        check_state(state, str(checkpoints[row].place), like=like, named=named)
         for name, tensor in state.items():
             stacked[name][row] = tensor
 
-    for _ in in_threads(fill, range(len(paths)), "read"):
+    for _ in in_threads(fill, range(len(checkpoints)), "read"):
         pass
-    return Collection(stacked, [path.name for path in paths])
-
-
-def first_template(folder: Path, exclude: Sequence[str] = ()) -> Template:
-    """The first checkpoint file of a folder, with its tensors that are not generated, too."""
-    return Template.read(checkpoint_files(folder, exclude)[0])
+    return Collection(stacked, [checkpoint.name for checkpoint in checkpoints])
 
 
 def in_threads(function: Callable[[Any], T], items: Sequence[Any], label: str) -> Iterator[T]:

@@ -10,7 +10,7 @@ import pickle
 import re
 import textwrap
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pdiff import compat
 from pdiff.errors import UserError
-from pdiff.files import is_utf8, read_metadata, read_tensors, write_state, write_tensors
+from pdiff.files import is_utf8, read_metadata, read_tensors, write_state, write_tensors, write_text
 from pdiff.method.collection import StateDict
 
 # Keys under which training scripts store the state dict. The first one present counts, so averaged weights are used
@@ -43,8 +43,10 @@ class Template:
         nested: from the outside to the inside, each key that the state dict is nested under, with the plain values
             beside it. What holds tensors, such as an optimiser, is left out: it belongs to another network.
         prefix: of all names, such as "module.".
-        suffix: of the file, such as ".pth".
+        suffix: of the file, such as ".pth"; empty for a folder.
         metadata: of a safetensors file.
+        file: where a network is a folder, the safetensors file in it.
+        beside: where a network is a folder, the texts of its other files by their names.
     """
 
     state: StateDict
@@ -53,6 +55,8 @@ class Template:
     prefix: str
     suffix: str
     metadata: dict[str, str] | None
+    file: str = ""
+    beside: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Template:
@@ -95,6 +99,10 @@ class Template:
         """The layout of a plain .pth file of some tensors."""
         return cls(state, dict(state), (), "", ".pth", None)
 
+    def as_folder(self, file: str, beside: dict[str, str]) -> Template:
+        """The layout of a folder with a safetensors file, as libraries of Hugging Face read it, and some texts."""
+        return replace(self, nested=(), suffix="", metadata={"format": "pt"}, file=file, beside=beside)
+
     def complete(self, state: StateDict) -> StateDict:
         """A network with all tensors of the file: those of `state`, in the file's types, and the file's otherwise.
 
@@ -110,8 +118,10 @@ class Template:
     def write(self, path: Path, state: StateDict) -> None:
         """Write a network, completed, in the layout of the file: nesting, prefix, types and values beside tensors."""
         named = {self.prefix + name: tensor.cpu().clone() for name, tensor in self.complete(state).items()}
-        if self.suffix == ".safetensors":
-            write_tensors(path, named, self.metadata)
+        for name, text in self.beside.items():
+            write_text(path / name, text)
+        if self.file or self.suffix == ".safetensors":
+            write_tensors(path / self.file, named, self.metadata)
             return
         content = copy.copy(self.content)  # with the version numbers of its modules, which load_state_dict reads
         content.update(named)
@@ -128,6 +138,11 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, **compat.mapped(mapped))
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
+        if name and "ModelDataset" in name.group(1):
+            raise UserError(
+                f"{path}: a pickled data set of ModelZoos ({name.group(1)}), not unpickled; take the raw zoo instead: "
+                "folders <trial>/checkpoint_<epoch>/checkpoints (format ray_tune), which holds the same networks"
+            ) from None
         what = f" ({name.group(1)})" if name else ""
         raise UserError(f"{path}: holds more than tensors{what} or is damaged; pickled code is never run") from None
     except Exception as error:

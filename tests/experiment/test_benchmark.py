@@ -118,7 +118,8 @@ def test_mistakes(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_benchmark_is_a_run(workspace, capsys):
+def test_a_benchmark_is_a_run(workspace, capsys, monkeypatch):
+    monkeypatch.setattr(against, "OWN", [sys.executable, "-c", "import time; time.sleep(1)"])
     counting = f"{sys.executable} -c 'import os, sys; sys.exit(len(os.listdir(sys.argv[1])) != 20)' {{collection}}"
     parts = "fast_pca,distances,similarity,scaling"
     assert main(["benchmark", "--parts", parts, "--against", counting, "--quick", "true"]) == 0
@@ -126,12 +127,26 @@ def test_a_benchmark_is_a_run(workspace, capsys):
     (run,) = runs("benchmark")
     metrics = run.data.metrics
     assert 0 < metrics["share/fast_pca"] < 1 and metrics["peak/gemm"] > 1e9 and "exponent/alignment_N" in metrics
-    assert metrics["seconds/program_pdiff"] > metrics["seconds/program_command"] > 0
+    assert metrics["seconds/program_pdiff"] > 1 and metrics["seconds/program_command"] > 0
     assert run.data.params["benchmark.sizes"] == "quick" and f"run        {run.info.run_id}" in printed
     page = Path(printed.split("page ")[1].strip())
     assert "<h2>Programs</h2>" in page.read_text(encoding="utf-8")
 
 
-def test_files_are_a_collection(tmp_path):
+def test_programs_take_turns(tmp_path, monkeypatch):
     against.write_files(3, tmp_path / "files")
     assert len(read_collection(tmp_path / "files")) == 3
+    write = "import sys; open({log!r}, 'a').write({name!r} + str(sys.argv[1:]))"
+    log = str(tmp_path / "log")
+    ours, theirs = ([sys.executable, "-c", write.format(log=log, name=name)] for name in ("ours", "theirs"))
+    monkeypatch.setattr(against, "OWN", [*ours, against.COLLECTION])
+    timed = against.compare([*theirs, "--in={collection}"], tmp_path / "files", repeats=2)
+    place = tmp_path / "files"
+    assert Path(log).read_text() == f"theirs['--in={place}']ours['{place}']" * 3
+    assert {t.program for t in timed} == {"pdiff", "COMMAND"} and all(t.seconds >= t.fastest > 0 for t in timed)
+
+
+@pytest.mark.slow
+def test_the_program_of_pdiff_works(tmp_path):
+    against.write_files(3, tmp_path / "files")
+    against.main(tmp_path / "files")

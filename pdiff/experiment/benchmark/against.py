@@ -21,6 +21,7 @@ from pdiff.errors import UserError, one_line
 
 COLLECTION = "{collection}"
 OURS, THEIRS = "pdiff", "COMMAND"
+OWN = [sys.executable, "-m", "pdiff.experiment.benchmark.against", COLLECTION]
 
 
 class Timed(NamedTuple):
@@ -65,8 +66,7 @@ def compare(words: list[str], collection: Path, *, repeats: int) -> list[Timed]:
     Raises:
         UserError: a program fails.
     """
-    own = [sys.executable, "-m", "pdiff.experiment.benchmark.against", COLLECTION]
-    programs = {OURS: own, THEIRS: words}
+    programs = {THEIRS: words, OURS: OWN}
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in tqdm(range(repeats + 1), desc="programs", unit="round", disable=None):
         for name, command in programs.items():

@@ -73,9 +73,7 @@ def test_an_empty_file_becomes_a_database(empty_workspace, content):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "seconds"), [(signal.SIGKILL, 0.2), (signal.SIGKILL, 0.9), (signal.SIGTERM, 0.5), (signal.SIGTERM, 1.2)]
-)
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGKILL, 0.2), (signal.SIGTERM, 0.5), (signal.SIGTERM, 1.2)])
 def test_a_kill_while_the_database_is_created(empty_workspace, number, seconds):
     process = start("prepare", "--tag", "tiny.yaml")
     while not files(empty_workspace):

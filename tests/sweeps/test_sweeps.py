@@ -479,7 +479,7 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
     ("words", "hint"),
     [
         (["--sweep", "absent"], "unknown sweep 'absent'"),
-        (["--sweep", "s.yaml", "--workers", "0"], "--workers 0"),
+        (["--sweep", "s.yaml", "--workers", "0"], "workers 0: expected a positive number"),
         (["--sweep", "s.yaml", "--launcher-options", "{gpus: 1}"], "has none"),
         (["--sweep", "s.yaml", "--launcher-options", "[1"], "--launcher-options"),
         (["--sweep", "s.yaml", "--storage", "nonsense"], "--storage nonsense"),

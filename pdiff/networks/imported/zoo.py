@@ -125,8 +125,7 @@ def subfolders(folder: Path) -> list[Path]:
     """The folders in a folder; numbers in names are sorted by value."""
     if not folder.is_dir():
         return []
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_dir()]
+    names = (name for name in os.listdir(folder) if (folder / name).is_dir())  # of a link to itself DirEntry raises
     return [folder / name for name in sorted(names, key=by_value)]
 
 

@@ -37,8 +37,8 @@ def test_as_pytorch(kind, inputs, windows, monkeypatch):
     monkeypatch.setattr(strided, "WINDOW_BYTES", windows)
     torch.manual_seed(0)
     module, x = nn.Sequential(kind(inputs, 5, 7), Norm(5), nn.ELU()), torch.randn(4, inputs, 12)
-    reference = plain(module)  # before the running statistics of either change
-    for ours, theirs in zip(results(module, x), results(reference, x), strict=True):
+    other = plain(module)  # before the running statistics change
+    for ours, theirs in zip(results(module, x), results(other, x), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
     assert module.state_dict().keys() == plain(module).state_dict().keys()
     with torch.no_grad():

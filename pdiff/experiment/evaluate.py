@@ -73,7 +73,6 @@ def evaluate(
     groups |= aligned(to, {"generated": Collection.load(generate / "generated.safetensors")}, history)
     with measured(history, "baselines"):
         arms = baselines(experiment, prepare, fitted, standardizer, groups["generated"], generator)
-        arms = {name: with_statistics(experiment, prepare, arm, name) for name, arm in arms.items()}
         groups |= aligned(to, arms)
     intermediate = generate / "trajectory.safetensors"
     extra = {"trajectory": Collection.load(intermediate)} if intermediate.exists() else {}
@@ -219,7 +218,8 @@ def baselines(
         if reason := BASELINES[name].unmet(len(originals), fitted.parts):
             raise UserError(f"evaluate.baselines: {reason}")
     arms = [*(noise(scale) for scale in settings.noise), *(BASELINES[name] for name in chosen)]
-    return {arm.name: standardizer.decode(arm.make(fitted, settings.baseline_count, experiment.seed)) for arm in arms}
+    made = {arm.name: standardizer.decode(arm.make(fitted, settings.baseline_count, experiment.seed)) for arm in arms}
+    return {n: with_statistics(experiment, prepare, arm, n, originals=originals) for n, arm in made.items()}
 
 
 def results_of(

@@ -34,11 +34,12 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path, prepar
                 label = f"generate {first + count}/{settings.count}"
                 generator.sample(count, first=first, label=label, **options).save(path)
             parts.append(Collection.load(path))
-        networks = with_statistics(experiment, prepare, Collection.concatenate(parts), "batchnorm")
+        networks = with_statistics(experiment, prepare, Collection.concatenate(parts), "generated")
     networks.save(out / "generated.safetensors")
     if every := getattr(settings, "trajectory_every", 0):
         count = min(settings.trajectory_count, settings.count)
         looks = list(generator.trajectory(count, every=every, **options))
         names = [f"{t:g} {k}" for t, _ in looks for k in range(count)]
-        Collection.concatenate([networks for _, networks in looks], names).save(out / "trajectory.safetensors")
+        trajectory = Collection.concatenate([networks for _, networks in looks], names)
+        with_statistics(experiment, prepare, trajectory, "trajectory").save(out / "trajectory.safetensors")
     return {"generated": settings.count}

@@ -117,13 +117,16 @@ def _aligned(experiment: Experiment, collection: Collection, fitted: Tensor, out
         UserError: alignment is asked for, and no units of the architecture are known to be interchangeable.
     """
     groups = unit_groups(experiment, out).within(collection.tensors)
+    name, reason = next(iter(groups.left_alone.items()), ("", "it has no hidden units"))
     if not len(groups):
-        reason = next(iter(groups.left_alone.values()), "it has no hidden units")
         line = f"prepare.align: nothing to permute in {experiment.network.architecture}: {reason}"
         if experiment.prepare.align == "weights":
             raise UserError(line)
         tqdm.write(f"note: {line}")
         return collection
+    if groups.left_alone:
+        others = f" and {len(groups.left_alone) - 1} more" if len(groups.left_alone) > 1 else ""
+        tqdm.write(f"note: prepare.align: units of {name}{others} are not permuted: {reason}")
     reference = Reference.fit(collection.select(fitted), groups, **alignment_options(experiment))
     aligned, changes = reference.align(collection)
     reference.save(out / ALIGNMENT, changes)

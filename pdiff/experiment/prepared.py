@@ -74,15 +74,28 @@ def unit_groups(experiment: Experiment, prepared: Path) -> Groups:
     return permutation_groups(base_network(experiment, images, prepared), example)
 
 
-def with_statistics(experiment: Experiment, prepared: Path, networks: Collection, label: str) -> Collection:
+def with_statistics(
+    experiment: Experiment, prepared: Path, networks: Collection, label: str, *, originals: Collection | None = None
+) -> Collection:
     """Networks that nobody trained, with the running statistics that `generate.batchnorm` asks for.
+
+    In an audit, where that section is without effect, they keep those that they have, with positive variances.
+
+    Args:
+        experiment: what is asked for.
+        prepared: folder of the base network and of the originals.
+        networks: generated ones, or a null arm.
+        label: what they are called.
+        originals: those that generators are fitted on; read where they are needed, if absent.
 
     Raises:
         UserError: the running statistics are not among the checkpoints.
     """
-    how = experiment.generate.batchnorm
+    how = "generate" if experiment.audit else experiment.generate.batchnorm
     if how == "generate":
-        return networks
+        if not any(name.endswith("running_var") for name in networks.tensors):
+            return networks
+        return batchnorm.positive(networks, originals or original_networks(experiment, prepared), label=label)
     images = load_images(experiment)
     network = base_network(experiment, images, prepared)
     if how == "keep":

@@ -46,6 +46,26 @@ def kept(collection: Collection, network: nn.Module) -> Collection:
     return Collection(collection.tensors | replaced, collection.names)
 
 
+def positive(collection: Collection, originals: Collection, *, label: str) -> Collection:
+    """Networks whose running variances are at least the smallest that the originals have in the same layer.
+
+    A generator, or noise, can make them negative, and a network with a negative variance computes NaN.
+
+    Args:
+        collection: N networks; without running variances they are returned as they are.
+        originals: those that they are made of.
+        label: what the networks are called in the note that says how many variances were raised.
+    """
+    raised, count = {}, 0
+    for name, tensor in collection.tensors.items():
+        if name.endswith("running_var"):
+            raised[name] = tensor.clamp(min=originals.tensors[name].min().item())
+            count += int((raised[name] != tensor).sum())
+    if count:
+        tqdm.write(f"note: {label}: {count} running variances were raised to the smallest of the originals")
+    return Collection(collection.tensors | raised, collection.names)
+
+
 @torch.no_grad()
 def recomputed(
     collection: Collection,
@@ -77,7 +97,7 @@ def recomputed(
         raise TypeError(f"statistics are measured on training images alone, expected a TrainingPart, but got {part!r}")
     names = statistics(collection, network)
     size = min(BATCH, images)
-    batches = list(islice(part.stream(size, seed=stream(0, label), device=device), -(-images // size)))
+    batches = list(islice(part.stream(size, seed=stream(0, "batchnorm"), device=device), -(-images // size)))
     network = network.to(device).eval()
     for module in network.modules():
         if getattr(module, "running_mean", None) is not None:

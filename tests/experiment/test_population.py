@@ -5,10 +5,13 @@ import torch
 
 from pdiff.cli.main import main as pdiff
 from pdiff.errors import Damaged, UserError
-from pdiff.experiment import config, prepared, stages
+from pdiff.experiment import config, prepare, prepared, stages
+from pdiff.experiment.evaluate import aligned
 from pdiff.experiment.population import Population
 from pdiff.files import read_json, read_tensors
+from pdiff.method.alignment.groups import permute
 from pdiff.method.collection import Collection, heldout_split
+from pdiff.networks.predict import predictions
 
 SEEDS = """
 dataset: {name: digits}
@@ -71,6 +74,50 @@ def test_stored_networks_are_aligned_and_can_be_given_back(seeds):
     assert {name.partition("/")[0] for name in read_tensors(folder / "alignment.safetensors")} == {
         *("reference", "permutation", "scale")
     }
+
+
+def test_generated_networks_predict_what_they_did_once_they_are_aligned(seeds):
+    """Noisy copies of originals in another order of units; aligned, they lie where the originals do."""
+    experiment, folder = seeds
+    originals = prepared.original_networks(experiment, folder)
+    groups, images = prepared.unit_groups(experiment, folder), prepared.load_images(experiment)
+    generator = torch.Generator().manual_seed(0)
+    noisy = originals.map(lambda t: t + 0.01 * t.std() * torch.randn(t.shape, generator=generator))
+    orders = {g.name: torch.stack([torch.randperm(g.size, generator=generator) for _ in noisy]) for g in groups}
+    shuffled = permute(noisy, groups, orders)
+    found = aligned(prepared.reference(experiment, folder), {"generated": shuffled})["generated"]
+    network = prepared.base_network(experiment, images, folder)
+    before, after = (predictions(network, networks, images.validation) for networks in (shuffled, found))
+    assert (before == after).float().mean() > 0.999
+    near, far = (
+        sum((networks.tensors[name] - tensor).square().sum() for name, tensor in originals.tensors.items())
+        for networks in (found, shuffled)
+    )
+    assert near < 0.1 * far
+
+
+def test_heldout_networks_have_no_part_in_the_reference(seeds, tmp_path, monkeypatch):
+    """Poison in their place changes nothing that is fitted or aligned to."""
+    experiment, clean = seeds
+    held = [int(name) for name in read_json(clean / "heldout.json")["checkpoints"]]
+    collected = prepare._collected
+
+    def poisoned(*args):
+        collection, known = collected(*args)
+        for tensor in collection.tensors.values():
+            tensor[held] = 1e6
+        return collection, known
+
+    monkeypatch.setattr(prepare, "_collected", poisoned)
+    stages.run("prepare", experiment, tmp_path, log=lambda point: None)
+    for name, tensor in read_tensors(clean / "checkpoints.safetensors").items():
+        assert torch.equal(read_tensors(tmp_path / "checkpoints.safetensors")[name], tensor), name
+    of_reference = {
+        n: t for n, t in read_tensors(clean / "alignment.safetensors").items() if n.startswith("reference/")
+    }
+    for name, tensor in of_reference.items():
+        assert torch.equal(read_tensors(tmp_path / "alignment.safetensors")[name], tensor), name
+    assert (read_tensors(tmp_path / "heldout.safetensors")["1.weight"] == 1e6).any() and of_reference
 
 
 @pytest.mark.parametrize("per_run", [1, 3])

@@ -393,6 +393,33 @@ def test_what_is_not_homogeneous_is_not_balanced() -> None:
     assert all(torch.equal(t, collection.tensors[n]) for n, t in balance(collection, groups)[0].tensors.items())
 
 
+def test_networks_do_not_depend_on_what_they_are_aligned_beside() -> None:
+    """Whatever the others are, however many are aligned at a time; to the last bit."""
+    network = deep_mlp()
+    groups = permutation_groups(network, torch.zeros(1, 64))
+    states = [random_state(network, seed) for seed in range(5)]
+    reference = Reference(states[0], groups, balance=True, seed=0)
+    poison = {name: torch.full_like(tensor, 1e6) for name, tensor in states[0].items()}
+    beside, _ = reference.align(Collection.stack([*states, poison]))
+    for k, state in enumerate(states):
+        alone, _ = reference.align(Collection.stack([state]))
+        assert all(torch.equal(alone.tensors[name][0], tensor) for name, tensor in beside[k].items()), k
+
+
+def test_large_networks_are_aligned_few_at_a_time(monkeypatch) -> None:
+    groups, _, collection, _ = planted(deep_mlp(), torch.zeros(1, 64), 7, noise=0.1)
+    found = []
+    for size in (2**30, 2 * sum(4 * tensor.numel() for tensor in collection[0].values())):
+        monkeypatch.setattr("pdiff.method.alignment.reference.CHUNK_BYTES", size)
+        reference = Reference.fit(collection, groups, balance=True, seed=0)
+        found.append((len(list(reference.chunks(collection))), *reference.align(collection)))
+    (once, whole, whole_changes), (several, parts, parts_changes) = found
+    assert (once, several) == (1, 4)
+    assert all(torch.equal(rows, parts_changes.permutations[n]) for n, rows in whole_changes.permutations.items())
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(parts.tensors[name], tensor)
+
+
 def test_balanced_alignment_sees_through_scales() -> None:
     groups, reference, collection, permutations = planted(deep_mlp(), torch.zeros(1, 64), 5, noise=0.0)
     name, scale = groups.groups[0].name, torch.linspace(0.1, 10, 32)

@@ -60,6 +60,26 @@ def test_images_that_networks_are_judged_on_are_not_accepted(images, part):
         batchnorm.recomputed(collection(), cnn(9), getattr(images, part), images=10)
 
 
+def test_every_group_is_measured_on_the_same_images(images):
+    found = [batchnorm.recomputed(collection(), cnn(9), images.train, images=10, label=name) for name in "ab"]
+    assert all(torch.equal(tensor, found[1].tensors[name]) for name, tensor in found[0].tensors.items())
+
+
+def test_negative_variances_are_raised_to_the_smallest_of_the_originals(images, capsys):
+    """A network with one computes NaN; what is not below the smallest, and every other tensor, stays."""
+    originals, network = collection(), cnn(9).eval()
+    originals.tensors["1.running_var"] = torch.rand(originals.tensors["1.running_var"].shape) + 0.5
+    tensors = {name: tensor.clone() for name, tensor in originals.tensors.items()}
+    tensors["1.running_var"][1, 2] = -1.0
+    x, broken = next(images.train.stream(8, seed=0))[0], Collection(tensors, list("abc"))
+    mended = batchnorm.positive(broken, originals, label="generated")
+    assert torch.func.functional_call(network, broken[1], (x,)).isnan().any()
+    assert torch.func.functional_call(network, mended[1], (x,)).isfinite().all()
+    tensors["1.running_var"][1, 2] = originals.tensors["1.running_var"].min()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in mended.tensors.items())
+    assert mended.names == list("abc")
+
+
 def test_kept_are_those_of_the_base_network():
     base, found = cnn(9), None
     base.get_submodule("1").running_mean.fill_(7)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from pdiff.errors import ProcessError, Pruned, UserError
 from pdiff.experiment import prepare, pretrain, schema, train
 from pdiff.files import append_line, read_tensors, write_tensors
+from pdiff.method.alignment.matching import align
+from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection
 from pdiff.method.log import Point
 from pdiff.method.options import Optimization
@@ -132,10 +134,23 @@ def predict(folder: Path) -> None:
         )
 
 
+def match(folder: Path) -> None:
+    """Align five networks to a sixth, and one: fewer than processes."""
+    states = [build("mlp", pretrained=False, classes=10, channels=1, image_size=8).state_dict() for _ in range(6)]
+    g = torch.Generator().manual_seed(0)
+    states = [{n: torch.randn(t.shape, generator=g) for n, t in state.items()} for state in states]
+    network = build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
+    groups, collection = permutation_groups(network, torch.zeros(1, 1, 8, 8)), Collection.stack(states[1:])
+    for name, networks in {"five": collection, "one": collection.select([2])}.items():
+        aligned, _ = align(networks, states[0], groups)
+        write_tensors(folder / f"aligned_{name}.safetensors", aligned.tensors)
+
+
 def compute(folder: Path, prepared: Path, *, log) -> dict[str, float]:
     """Everything that is compared, in every process."""
     train_odd(folder)
     predict(folder)
+    match(folder)
     metrics = {}
     for name, tree in EXPERIMENTS.items():
         experiment = schema.experiment(tree)
@@ -215,7 +230,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize(
     "path",
     [
-        "odd.safetensors",
+        *("odd.safetensors", "aligned_five.safetensors", "aligned_one.safetensors"),
         *(f"{name}/prepare/{file}.safetensors" for name in EXPERIMENTS for file in ("network", "checkpoints")),
         *(f"{name}/train/generator/generator.safetensors" for name in EXPERIMENTS),
     ],

@@ -171,7 +171,8 @@ def balance(collection: Collection, groups: Groups, *, sweeps: int = 100) -> tup
 
     Positively homogeneous activations let unit j be computed c_j times as large and read 1 / c_j times as large. Each
     step minimises the sum of squares of a group's tensors, so that sweeps over the groups converge to the one set of
-    scales of least norm (Stock et al. 2019, arXiv 1902.10416). Units with nothing on one side keep their scale.
+    scales of least norm (Stock et al. 2019, arXiv 1902.10416). Units with nothing on one side keep their scale. Each
+    network stops when its own scales have settled, so that it does not depend on the others.
 
     Args:
         collection: N networks.
@@ -183,16 +184,18 @@ def balance(collection: Collection, groups: Groups, *, sweeps: int = 100) -> tup
     """
     balanceable = [group for group in groups.within(collection.tensors) if group.balanceable]
     scales = {group.name: torch.ones(len(collection), group.size, dtype=torch.float64) for group in balanceable}
+    moving = torch.ones(len(collection), dtype=torch.bool)
     for _ in range(sweeps):
-        largest = 0.0
+        largest = torch.zeros(len(collection), dtype=torch.float64)
         for group in balanceable:
             incoming, outgoing = (_norms(collection.tensors, group, incoming=side) for side in (True, False))
             scale = (outgoing / incoming).sqrt()
-            scale = torch.where((incoming > 0) & (outgoing > 0), scale, 1.0)
-            largest = max(largest, float(scale.log().abs().max()))
+            scale = torch.where((incoming > 0) & (outgoing > 0) & moving[:, None], scale, 1.0)
+            largest = largest.maximum(scale.log().abs().amax(dim=1))
             collection = rescale(collection, groups, {group.name: scale})
             scales[group.name] = scales[group.name] * scale
-        if largest < BALANCED:
+        moving = largest >= BALANCED
+        if not moving.any():
             break
     return collection, scales
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from pdiff.method.alignment import groups as units
 from pdiff.method.alignment.groups import Group, Groups, permute, permute_group, unit_rows
 from pdiff.method.collection import Collection, StateDict
+from pdiff.parallel import ranks
 from pdiff.seeds import stream
 
-CHUNK_BYTES = 256 << 20  # of the tensors of networks that are matched together
 PROGRESS = 1e-6  # of the similarity of the reference to itself; less is rounding
-SWEEPS = 100  # at most; a few suffice
+SWEEPS = 100  # at most; about ten suffice
 
 
 def align(
@@ -27,8 +27,10 @@ def align(
     the others held, this is an assignment problem, which is solved exactly; groups follow each other in random order
     until nothing changes. The best of several starts counts, so aligning twice changes nothing the second time.
 
+    Every rank of a process group matches its part of the networks; each has the result.
+
     Args:
-        collection: N networks.
+        collection: N networks, which are matched all at once; `Reference.align` takes few of large ones at a time.
         reference: one network of the same architecture.
         groups: of that architecture; those that are not wholly in the collection are left alone (`Groups.within`).
         seed: of the order of groups.
@@ -39,10 +41,9 @@ def align(
     groups = groups.within(collection.tensors).within(reference)
     names = dict.fromkeys(place.name for group in groups for place in group.places)
     target = {name: _over_mean_square(reference[name].float()) for name in names}
-    size = sum(4 * tensor.numel() for tensor in target.values())
-    rows = torch.arange(len(collection)).split(max(1, CHUNK_BYTES // max(1, size)))
-    parts = [_best({n: collection.tensors[n][part].float() for n in names}, target, groups, seed) for part in rows]
-    permutations = {group.name: torch.cat([part[group.name] for part in parts]) for group in groups}
+    mine = {name: collection.tensors[name][ranks.rows()].float() for name in names}
+    found = _best(mine, target, groups, seed)
+    permutations = {name: ranks.gathered(rows, len(collection)) for name, rows in found.items()}
     return permute(collection, groups, permutations), permutations
 
 
@@ -77,32 +78,44 @@ def _descend(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Coordinate descent over the groups in random order, until nothing changes.
 
+    A step is repeated only where it can gain: after a change of a group that shares a tensor with it.
+
     Returns:
         Permutations, group -> (N, size), and the objective that each network reaches, float64 (N,).
     """
     generator = torch.Generator().manual_seed(seed)
-    current, permutations = dict(tensors), dict(start)
+    current, permutations = dict(tensors), {name: rows.clone() for name, rows in start.items()}
     for group in groups:
         permute_group(current, group, start[group.name])
-    moving = torch.arange(len(next(iter(tensors.values()), ())))
+    count = len(next(iter(tensors.values()), ()))
+    names = {group.name: {place.name for place in group.places} for group in groups}
+    stale = {group.name: torch.ones(count, dtype=torch.bool) for group in groups}
     for _ in range(SWEEPS):
-        if not len(moving):
+        if not any(rows.any() for rows in stale.values()):
             break
-        part = {name: tensor[moving] for name, tensor in current.items()}
-        changed = torch.zeros(len(moving), dtype=torch.bool)
         for k in torch.randperm(len(groups), generator=generator).tolist():
             group = groups.groups[k]
+            rows = stale[group.name].nonzero()[:, 0]
+            stale[group.name][rows] = False
+            if not len(rows):
+                continue
+            part = {name: _rows(current[name], rows) for name in names[group.name]}
             step = _step(part, target, group)
             moved = (step != units.identity(group, step)).any(dim=1)
-            if moved.any():
-                permute_group(part, group, step)
-                permutations[group.name] = permutations[group.name].clone()
-                permutations[group.name][moving] = permutations[group.name][moving].gather(1, step)
-            changed |= moved
-        for name, tensor in part.items():
-            current[name] = current[name].index_copy(0, moving, tensor)
-        moving = moving[changed]
+            if not moved.any():
+                continue
+            permute_group(part, group, step)
+            current |= {name: current[name].index_copy(0, rows, tensor) for name, tensor in part.items()}
+            permutations[group.name][rows] = permutations[group.name][rows].gather(1, step)
+            for other, theirs in names.items():  # among them the group itself: it may be on both sides of a tensor
+                if theirs & names[group.name]:
+                    stale[other][rows[moved]] = True
     return permutations, _objective(current, target)
+
+
+def _rows(stacked: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a stacked tensor; a view of all."""
+    return stacked if len(rows) == len(stacked) else stacked[rows]
 
 
 def _step(tensors: StateDict, target: StateDict, group: Group) -> Tensor:
@@ -161,9 +174,10 @@ def _assignments(similarity: Tensor) -> Tensor:
     """Which column each row takes so that the sum is largest, for each of (N, size, size); int64 (N, size)."""
     from scipy.optimize import linear_sum_assignment
 
-    matrices = similarity.double().cpu().numpy()
-    columns = [torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1]) for matrix in matrices]
-    return torch.stack(columns).to(similarity.device)
+    columns = torch.empty(similarity.shape[:2], dtype=torch.int64)  # no rows where ranks outnumber the networks
+    for row, matrix in zip(columns, similarity.double().cpu().numpy(), strict=True):
+        row.copy_(torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1]))
+    return columns.to(similarity.device)
 
 
 def _objective(tensors: StateDict, target: StateDict) -> Tensor:

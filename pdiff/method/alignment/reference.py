@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pdiff.files import read_tensors, write_tensors
 from pdiff.method.alignment import groups as units
 from pdiff.method.alignment.groups import Groups, inverse, permute
 from pdiff.method.alignment.matching import align
 from pdiff.method.collection import Collection, StateDict
+from pdiff.parallel import ranks
 
+CHUNK_BYTES = 256 << 20  # of the tensors of networks that are aligned together
 PERMUTATION, SCALE, STATE = "permutation/", "scale/", "reference/"  # prefixes of the tensors in a file
 
 
@@ -28,6 +33,12 @@ class Changes:
 
     permutations: dict[str, Tensor]
     scales: dict[str, Tensor]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Changes]) -> Changes:
+        """Those of several groups of networks, one after the other."""
+        permutations, scales = [part.permutations for part in parts], [part.scales for part in parts]
+        return cls(*({name: torch.cat([p[name] for p in of]) for name in of[0]} for of in (permutations, scales)))
 
     def undo(self, aligned: Collection, groups: Groups) -> Collection:
         """The networks as they were: the order of their units exactly, their numbers to rounding."""
@@ -59,17 +70,36 @@ class Reference:
         out (as in the merging of many models; Ainsworth et al. 2022, arXiv 2209.04836, section A.11).
         """
         first = cls(collection[0], groups, balance, seed)
-        aligned, _ = first.align(collection)
-        mean = {n: t.mean(0) if t.is_floating_point() else t[0] for n, t in aligned.tensors.items()}
-        return cls(mean, groups, balance, seed)
+        totals = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in first.state.items() if t.is_floating_point()}
+        for _, aligned, _ in first.chunks(collection):
+            for name, total in totals.items():
+                total += aligned.tensors[name].sum(0, dtype=torch.float64)
+        mean = {name: (total / len(collection)).to(first.state[name].dtype) for name, total in totals.items()}
+        return cls(first.state | mean, groups, balance, seed)
 
     def align(self, collection: Collection) -> tuple[Collection, Changes]:
         """Networks with their units in the order of the reference; they compute what they did."""
-        scales: dict[str, Tensor] = {}
-        if self.balance:
-            collection, scales = units.balance(collection, self.groups)
-        aligned, permutations = align(collection, self.state, self.groups, seed=self.seed)
-        return aligned, Changes(permutations, scales)
+        tensors = {name: torch.empty_like(tensor) for name, tensor in collection.tensors.items()}
+        found = []
+        for rows, aligned, changes in self.chunks(collection):
+            for name, tensor in aligned.tensors.items():
+                tensors[name][rows] = tensor
+            found.append(changes)
+        return Collection(tensors, collection.names), Changes.concatenate(found)
+
+    def chunks(self, collection: Collection) -> Iterator[tuple[slice, Collection, Changes]]:
+        """Which networks, aligned, and how; few of large networks at a time, so that memory does not grow with N."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in collection[0].values())
+        most = max(ranks.world(), CHUNK_BYTES // size)
+        with tqdm(total=len(collection), desc="align", unit="network", dynamic_ncols=True, disable=None) as bar:
+            for start in range(0, len(collection), most):
+                rows = slice(start, min(start + most, len(collection)))
+                part, scales = collection.select(rows), {}
+                if self.balance:
+                    part, scales = units.balance(part, self.groups)
+                aligned, permutations = align(part, self.state, self.groups, seed=self.seed)
+                yield rows, aligned, Changes(permutations, scales)
+                bar.update(len(part))
 
     def save(self, path: Path, changes: Changes) -> None:
         """Write the reference, and how the networks of a collection were aligned to it (safetensors)."""

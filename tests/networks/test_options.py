@@ -9,6 +9,7 @@ from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import GENERATORS, DiffusionOptions
 from pdiff.method.objectives import OBJECTIVES
 from pdiff.networks.evaluators import EVALUATORS
+from pdiff.networks.imported.select import SourceSelect
 from pdiff.networks.options import Dataset, Network, Pretrain, TrajectoryOptions
 
 REGISTRIES = (AUTOENCODERS, DENOISERS, GENERATORS, OBJECTIVES, EVALUATORS)
@@ -16,7 +17,7 @@ SECTIONS = {kind for registry in REGISTRIES for kind in registry.values()} | {Di
 SECTIONS |= {kind.sampling for kind in GENERATORS.values()} | {
     part for kind in GENERATORS.values() for part in (*kind.extras, *chain(*kind.sections.values()))
 }
-SECTIONS |= {TrajectoryOptions, Dataset, Network, Pretrain}
+SECTIONS |= {TrajectoryOptions, Dataset, Network, Pretrain, SourceSelect}
 
 
 @pytest.mark.parametrize("section", sorted(SECTIONS, key=lambda kind: f"{kind.__module__}.{kind.__name__}"))

@@ -56,6 +56,7 @@ def collected(experiment: Experiment) -> Tree:
     prepare = affecting(experiment)["prepare"]
     pretrain, source = prepare.pop("pretrain", None), experiment.prepare.source
     if not source:
+        del prepare["population"]  # which is of files
         return ({"seed": experiment.seed} if pretrain else base_network(experiment)) | {"prepare": prepare}
     del prepare["collect"]  # nothing is trained
     files = files_of(Path(source).expanduser(), experiment.prepare.exclude)

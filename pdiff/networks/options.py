@@ -87,11 +87,6 @@ class CollectOptions(Optimization):
         """How many checkpoints there will be."""
         raise NotImplementedError
 
-    @property
-    def per_run(self) -> int:
-        """How many consecutive checkpoints come from one training; 0 if all do."""
-        return 0
-
 
 class TrajectoryOptions(CollectOptions):
     """Steps of one run: the generated parameters of the pretrained network are fine-tuned, and a checkpoint is taken
@@ -125,10 +120,6 @@ class RunsOptions(CollectOptions):
     @property
     def total(self) -> int:
         return self.networks * self.snapshots
-
-    @property
-    def per_run(self) -> int:
-        return self.snapshots
 
     @model_validator(mode="after")
     def _check_snapshots(self) -> RunsOptions:

@@ -60,6 +60,7 @@ def collected(experiment: Experiment) -> Tree:
     for key in ("format", "source_select"):  # part of `source.content`, where they matter
         del prepare[key]
     if not experiment.prepare.source:
+        del prepare["population"]  # which is of files
         return ({"seed": experiment.seed} if pretrain else base_network(experiment)) | {"prepare": prepare}
     del prepare["collect"]  # nothing is trained
     return base_network(experiment) | {"prepare": prepare, **source.content(experiment.prepare)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ class Population:
     """Where the checkpoints of a collection come from.
 
     Attributes:
-        kind: `trajectory`, `seeds` or `branches`, as they were collected; `files`, as somebody else did.
+        kind: `trajectory`, `seeds` or `branches`, as they were collected or, of files, as was measured; `files` where
+            that is not clear.
         recipe: the options with which they were trained; empty for files.
         trained_on: data set and number of training images; empty where they are not known.
         columns: what is known of each checkpoint, held-out ones included, such as `name`, `network`, `seed`, `step`,
-            `val_accuracy`: a value for each, in the order in which they were collected.
+            `val_accuracy`: a value for each, in the order in which they were collected. Of files `digest`, equal for
+            equal checkpoints.
         heldout: indices of those that are held out, ascending.
+        measured: of files, what their weights show of where they come from (`Provenance.figures`).
     """
 
     kind: str
@@ -30,6 +34,7 @@ class Population:
     trained_on: dict[str, Any]
     columns: dict[str, list[Any]]
     heldout: list[int]
+    measured: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write FILE."""
@@ -61,11 +66,14 @@ class Population:
 
     def describe(self) -> str:
         """One line for people."""
-        count = len(self.columns["name"])
-        runs = len(set(self.columns.get("network", ())))
-        each = f", {count // runs} checkpoints of each" if runs and count > runs else ""
-        return {
+        count, sizes = len(self.columns["name"]), Counter(self.columns.get("network", ()))
+        fewest, most = (min(sizes.values()), max(sizes.values())) if sizes else (1, 1)
+        several = f"{fewest} to {most}" if fewest < most else f"{most}"
+        each = f", {several} checkpoints of each" if most > 1 else ""
+        text = {
             "trajectory": f"{count} checkpoints on the way of one training",
-            "seeds": f"{runs} networks from independent seeds{each}",
-            "branches": f"{runs} branches of one trunk{each}",
-        }.get(self.kind, f"{count} checkpoints{f' of {runs} networks' if runs else ''} from files")
+            "seeds": f"{len(sizes)} networks from independent seeds{each}",
+            "branches": f"{len(sizes)} branches of one trunk{each}",
+        }.get(self.kind, f"{count} checkpoints{f' of {len(sizes)} networks' if sizes else ''} from files")
+        copies = count - len(set(self.columns.get("digest", range(count))))
+        return f"{text}, {copies} of them copies" if copies else text

@@ -27,6 +27,7 @@ from pdiff.files import copy_file, write_json, write_tensors
 from pdiff.method.alignment.reference import Reference
 from pdiff.method.collection import Collection, StateDict, generated_numbers, heldout_split
 from pdiff.method.log import Log, measured
+from pdiff.method.provenance import Provenance
 from pdiff.method.training import resolve_device
 from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import read_checkpoints
@@ -53,8 +54,13 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
     """
     history, settings = History(out, log), experiment.prepare
     images = load_images(experiment) if experiment.dataset else None
+    kind, measured_of_files, equal = experiment.collected_from, {}, []
     if settings.source:
         collection, known = _imported(experiment, images, out)
+        found = Provenance.of(collection)
+        kind, measured_of_files, equal = _kind(experiment, found), found.figures(), found.equal
+        of_runs = {"network": found.runs} if kind in ("seeds", "branches") else {}
+        known = {"digest": found.digests} | of_runs | known
     else:
         collection, known = _collected(experiment, images, pretrain, out, history)
     dataset = {}
@@ -62,20 +68,21 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
         parts = {part: len(getattr(images, part)) for part in ("train", "validation", "test")}
         dataset = {"name": experiment.dataset.name, "digest": images.digest(), "classes": images.classes, **parts}
         write_json(out / "dataset.json", dataset)
-    options = {"seed": stream(experiment.seed, "split"), "groups": known.get("network", ())}
+    options = {"seed": stream(experiment.seed, "split"), "groups": known.get("network", ()), "equal": equal}
     fitted, heldout = heldout_split(len(collection), settings.heldout, **options)
-    if experiment.aligns:
+    if experiment.aligns(kind):
         with measured(history, "align"):
             collection = _aligned(experiment, collection, fitted, out)
     collection.select(fitted).save(out / "checkpoints.safetensors")
     if len(heldout):
         collection.select(heldout).save(out / "heldout.safetensors")
     Population(
-        kind=experiment.collected_from or "files",
+        kind=kind,
         recipe={} if settings.source else settings.collect.model_dump(),
         trained_on={} if settings.source else {"dataset": dataset["name"], "images": dataset["train"]},
         columns={"name": collection.names} | known,
         heldout=heldout.tolist(),
+        measured=measured_of_files,
     ).save(out)
     sizes = {"checkpoints": len(fitted), "heldout_checkpoints": len(heldout)}
     return sizes | {"generated_parameters": generated_numbers(collection[0])}
@@ -108,6 +115,21 @@ def _collected(
     else:
         write_tensors(out / "network.safetensors", network.state_dict())
     return collection, known
+
+
+def _kind(experiment: Experiment, found: Provenance) -> str:
+    """The kind of population that files are: what they are held to be, or else what was measured.
+
+    Raises:
+        UserError: they are held to be what they cannot be.
+    """
+    claim = experiment.prepare.population
+    if claim == "auto":
+        return found.kind
+    if claim not in found.possible:
+        where, shown = experiment.prepare.source, " or ".join(found.possible)
+        raise UserError(f"prepare.population {claim}: the files in {where} are {shown}: {found.describe()}")
+    return claim
 
 
 def _aligned(experiment: Experiment, collection: Collection, fitted: Tensor, out: Path) -> Collection:

@@ -37,7 +37,8 @@ class Prepare(Section):
     """Where the collection comes from: `parameters` are names or patterns of what is generated, or "all";
     `source` is a folder of existing checkpoint files instead of training, `format` one of FORMATS that says what they
     are, `auto` for what they look like; `source_select` says which are used, `exclude` names or patterns of those that
-    are left out. Else checkpoints are collected as `collect` says, of a network that is first trained as
+    are left out; `population` is the kind that they are held to be, `auto` for what their weights show, and must not
+    contradict it. Else checkpoints are collected as `collect` says, of a network that is first trained as
     `pretrain` says, unless they come from independent seeds. The fraction `heldout` of the collection, in blocks of
     consecutive checkpoints or, of several trainings, whole ones, is never read by a generator or a baseline: what they
     make is compared with it.
@@ -51,6 +52,7 @@ class Prepare(Section):
     format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
     source_select: SourceSelect = SourceSelect()
     exclude: Annotated[tuple[str, ...], Several] = ()
+    population: Literal["auto", "trajectory", "seeds", "branches"] = "auto"
     heldout: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     align: Literal["auto", "none", "weights"] = "auto"
     balance: bool = True
@@ -187,6 +189,8 @@ class Experiment(Section):
             raise ValueError(f"{' and '.join(missing)}: is missing; only prepare.source can do without both")
         if GENERATORS[self.generator.kind].needs and not self.network:
             raise ValueError(f"generator.kind {self.generator.kind}: needs dataset and network, to know its units")
+        if self.prepare.population != "auto" and not self.prepare.source:
+            raise ValueError("prepare.population: needs prepare.source; what is collected here is known")
         used, collect = self.generator.checkpoints, self.prepare.collect
         if used > collect.total and not self.prepare.source:
             keys = " * ".join(f"prepare.collect.{key}" for key in collect.counts)
@@ -247,11 +251,10 @@ class Experiment(Section):
         """How checkpoints are collected: a name of COLLECTORS; empty where they are read from files."""
         return "" if self.prepare.source else getattr(self.prepare.collect, "from")
 
-    @property
-    def aligns(self) -> bool:
-        """Whether networks are aligned, where their units are interchangeable."""
+    def aligns(self, kind: str) -> bool:
+        """Whether networks of a kind of population are aligned, where their units are interchangeable."""
         align = self.prepare.align
-        return align == "weights" or (align == "auto" and self.collected_from == "seeds")
+        return align == "weights" or (align == "auto" and kind == "seeds" and self.network is not None)
 
     @property
     def generator_options(self) -> GeneratorOptions:

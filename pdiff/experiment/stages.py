@@ -78,7 +78,7 @@ def _evaluated(experiment: Experiment) -> list[str]:
     parts = [part for part in evaluator.parts if part != "test" or getattr(evaluator, "test", True)]
     found = metrics.of_evaluation(["original", "heldout", *generators, *arms], parts, generators)
     measured = ["baselines", "evaluate", "audit"]
-    if experiment.aligns:
+    if experiment.aligns(experiment.collected_from or "seeds"):  # of files it is not known yet
         measured.append("align")
     return [*found, *names_of_measured(*measured)]
 

@@ -200,36 +200,44 @@ def generated_numbers(state: StateDict) -> int:
     return sum(tensor.numel() for tensor in generated_tensors(state).values())
 
 
-def heldout_split(count: int, fraction: float, *, seed: int, groups: Sequence[Hashable] = ()) -> tuple[Tensor, Tensor]:
+def heldout_split(
+    count: int, fraction: float, *, seed: int, groups: Sequence[Hashable] = (), equal: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """Indices of checkpoints to fit on and of those held out, both ascending; at least two to fit on, if there are.
 
     Of one trajectory, held out are a few blocks of consecutive checkpoints: neighbours on it are nearly copies of each
     other, so the loss on single held-out checkpoints would be low even for a generator that memorises. Of several runs
-    some whole ones are held out, at random.
+    some whole ones are held out, at random; one at least, if the fraction makes a checkpoint.
 
     Args:
         count: of all checkpoints.
         fraction: of them that is held out.
         seed: of the choice.
-        groups: the run that each checkpoint comes from; absent if all are of one.
+        groups: the training that each checkpoint comes from; none if all are of one.
+        equal: a number for each checkpoint, the same for equal ones, which are held out together; none if all differ.
     """
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(count, dtype=torch.bool)
-    rows: dict[Hashable, list[int]] = {}
-    for k, run in enumerate(groups):
-        rows.setdefault(run, []).append(k)
-    if len(rows) > 1:
-        runs, left = list(rows.values()), count
-        for run in torch.randperm(len(runs), generator=generator)[: round(len(runs) * fraction)].tolist():
-            if left - len(runs[run]) >= 2:
-                mask[runs[run]] = True
-                left -= len(runs[run])
+    held, numbers = round(count * fraction), {group: k for k, group in enumerate(dict.fromkeys(groups))}
+    if len(numbers) > 1:
+        run_of = torch.tensor([numbers[group] for group in groups])
+        chosen = max(round(len(numbers) * fraction), min(held, 1))
+        for run in torch.randperm(len(numbers), generator=generator)[:chosen]:
+            mask = _with_two_left(mask | (run_of == run), mask)
     else:
-        held = min(round(count * fraction), max(count - 2, 0))
+        held = min(held, max(count - 2, 0))
         blocks = min(HELDOUT_BLOCKS, max(held, 1))
         for block in range(blocks):
             start, end = block * count // blocks, (block + 1) * count // blocks
             length = (block + 1) * held // blocks - block * held // blocks
             first = start + int(torch.randint(end - start - length + 1, (), generator=generator))
             mask[first : first + length] = True
+    if len(equal):
+        numbers = torch.tensor(equal)
+        mask = _with_two_left(torch.isin(numbers, numbers[mask]), torch.zeros_like(mask))
     return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
+
+
+def _with_two_left(mask: Tensor, otherwise: Tensor) -> Tensor:
+    """What is held out, or something else where that would not leave two checkpoints."""
+    return mask if (~mask).sum() >= 2 else otherwise

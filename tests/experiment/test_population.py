@@ -1,7 +1,11 @@
 """Populations of several networks: described, held out as wholes, aligned, evaluated."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
+from tracked import artifacts, runs, start, wait_for
 
 from pdiff.cli.main import main as pdiff
 from pdiff.errors import Damaged, UserError
@@ -11,6 +15,9 @@ from pdiff.experiment.population import Population
 from pdiff.files import read_json, read_tensors
 from pdiff.method.alignment.groups import permute
 from pdiff.method.collection import Collection, heldout_split
+from pdiff.networks import populations
+from pdiff.networks.architectures import build
+from pdiff.networks.options import TrajectoryOptions
 from pdiff.networks.predict import predictions
 
 SEEDS = """
@@ -99,7 +106,7 @@ def test_generated_networks_predict_what_they_did_once_they_are_aligned(seeds):
 def test_heldout_networks_have_no_part_in_the_reference(seeds, tmp_path, monkeypatch):
     """Poison in their place changes nothing that is fitted or aligned to."""
     experiment, clean = seeds
-    held = [int(name) for name in read_json(clean / "heldout.json")["checkpoints"]]
+    held = Population.load(clean).heldout
     collected = prepare._collected
 
     def poisoned(*args):
@@ -146,6 +153,22 @@ def test_two_checkpoints_are_left_to_fit_on(count, per_run, left):
     assert len(heldout_split(count, 0.5, seed=0, groups=groups)[0]) == left
 
 
+def test_runs_of_any_length_are_held_out_as_wholes_and_one_of_few():
+    runs = [0] * 7 + [5] * 20 + [2] * 13
+    for seed in range(5):
+        fitted, heldout = heldout_split(40, 0.1, seed=seed, groups=runs)
+        assert len({runs[index] for index in heldout.tolist()}) == 1 and len(fitted) + len(heldout) == 40
+        assert not {runs[index] for index in heldout.tolist()} & {runs[index] for index in fitted.tolist()}
+    assert not len(heldout_split(40, 0.0, seed=0, groups=runs)[1])
+
+
+def test_equal_checkpoints_are_held_out_together():
+    equal = [*range(30), *range(30)]  # every one has a copy
+    fitted, heldout = (part.tolist() for part in heldout_split(60, 0.1, seed=0, equal=equal))
+    assert heldout and not {equal[index] for index in fitted} & {equal[index] for index in heldout}
+    assert not len(heldout_split(4, 0.5, seed=0, equal=[0, 1, 0, 1])[1])  # no two different ones would be left
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -171,3 +194,98 @@ def test_main_from_independent_seeds_and_from_branches(workspace, capsys):
     assert "midpoint" in printed and "generated" in printed
     branches = ["--prepare.collect.from", "branches", "--prepare.collect.steps", "5", "--prepare.pretrain.epochs", "1"]
     assert pdiff(["main", "--tag", "seeds.yaml", *branches]) == 0
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_a_collection_from_seeds_ends_with_the_same_networks(workspace):
+    """kill -9 when there is a new file of finished networks or of a training; then once more, from the start."""
+    experiment = yaml.safe_load(SEEDS) | {"network": {"architecture": "cnn_small"}}  # one after the other: BatchNorm
+    (workspace / "seeds.yaml").write_text(yaml.safe_dump(experiment))
+    state, seen, kills = workspace / ".pdiff", set(), 0
+
+    def new_files() -> set[str]:
+        return {path.name for path in state.glob("*/.state/collect/*_*") if path.name[0] != "."} - seen
+
+    while kills < 4:
+        process = start("prepare", "--tag", "seeds.yaml", PDIFF_SAVE_SECONDS="0.02")
+        wait_for(new_files, process)
+        seen |= new_files()
+        process.kill()
+        process.wait()
+        kills += 1
+    assert any(name.endswith(".safetensors") for name in seen)
+    for options in ([], ["--fresh"]):
+        process = start("prepare", "--tag", "seeds.yaml", *options)
+        printed = process.communicate()[0]
+        assert process.returncode == 0, printed
+        assert ("resuming" in printed) == (not options)
+    resumed, undisturbed = [artifacts(run) for run in runs("prepare") if run.info.status == "FINISHED"]
+    for name in ("checkpoints", "heldout"):
+        found, expected = (read_tensors(folder / f"{name}.safetensors") for folder in (resumed, undisturbed))
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert read_json(resumed / "population.json") == read_json(undisturbed / "population.json")
+    assert not list(state.glob("*/.state/collect/*"))
+
+
+def files(collection: Collection, folder: Path) -> Path:
+    """A folder with a file for each network."""
+    folder.mkdir()
+    for k, state in enumerate(collection):
+        torch.save({name: tensor.clone() for name, tensor in state.items()}, folder / f"{k:03d}.pth")
+    return folder
+
+
+@pytest.fixture
+def prepare_files(tmp_path):
+    """Prepares the files of a folder, and reads the description of the population."""
+
+    def prepared_(source: Path, **options) -> Population:
+        keys = {f"prepare.{key}": value for key, value in ({"source": str(source)} | options).items()}
+        (tmp_path / "files.yaml").write_text("{dataset: {name: digits}, network: {architecture: mlp}}")
+        out = tmp_path / "_".join(["prepare", *options.values()])
+        out.mkdir()
+        stages.run("prepare", config.load(str(tmp_path / "files.yaml"), keys), out, log=lambda point: None)
+        return Population.load(out)
+
+    return prepared_
+
+
+def test_files_of_independent_seeds_are_recognised_held_out_as_wholes_and_aligned(seeds, tmp_path, prepare_files):
+    _, folder = seeds
+    originals = Collection.load(folder / "checkpoints.safetensors")  # 11 networks of 2 snapshots each
+    source = files(Collection.concatenate([originals, originals.select([5])]), tmp_path / "files")
+    population = prepare_files(source)
+    assert population.kind == "seeds" and population.recipe == {} and population.measured["origins"] == 11
+    assert population.columns["network"] == [k for k in range(11) for _ in range(2)] + [2]
+    assert population.describe() == "11 networks from independent seeds, 2 to 3 checkpoints of each, 1 of them copies"
+    assert len(population.heldout) in (2, 3)
+    assert not set(population.column("network")) & set(population.column("network", heldout=True))
+    assert not set(population.column("digest")) & set(population.column("digest", heldout=True))
+    assert (tmp_path / "prepare" / "alignment.safetensors").exists()
+    with pytest.raises(
+        UserError, match=r"prepare\.population branches: the files in .* are seeds: 22 different networks"
+    ):
+        prepare_files(source, population="branches")
+
+
+def test_files_of_one_training_are_recognised_unless_they_are_held_to_be_something_else(
+    tmp_path, prepare_files, digits
+):
+    torch.manual_seed(0)
+    network = build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
+    names, settings = list(network.state_dict()), TrajectoryOptions(checkpoints=12, every_steps=3)
+    steps = populations.collect(network, digits, settings, names, seed=0, log=lambda point: None)
+    source = files(steps, tmp_path / "files")
+    population = prepare_files(source)
+    assert population.kind == "trajectory" and "network" not in population.columns
+    assert population.describe() == "12 checkpoints on the way of one training"
+    assert not (tmp_path / "prepare" / "alignment.safetensors").exists()
+    message = r"population seeds: .* are trajectory: 12 different networks of one initialisation, .* \(1 if their order"
+    with pytest.raises(UserError, match=message):
+        prepare_files(source, population="seeds")
+
+
+def test_only_files_are_held_to_be_something(tmp_path):
+    (tmp_path / "seeds.yaml").write_text(SEEDS)
+    with pytest.raises(UserError, match=r"prepare\.population: needs prepare\.source"):
+        config.load(str(tmp_path / "seeds.yaml"), {"prepare.population": "seeds"})

@@ -52,8 +52,3 @@ def launcher_logs(folder: str) -> dict[str, Any]:
 def exports_models() -> bool:
     """Whether there is `torch.export`, by which MLflow logs PyTorch models: since 2.1."""
     return find_spec("torch.export") is not None
-
-
-def cpu_autocast() -> bool:
-    """Whether autocast is on for CPUs: asked by the type of a device since 2.4."""
-    return torch.is_autocast_enabled("cpu") if VERSION >= (2, 4) else torch.is_autocast_cpu_enabled()

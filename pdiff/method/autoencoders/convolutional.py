@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pdiff.method.autoencoders import ConvAutoencoderOptions
-from pdiff.method.autoencoders.strided import Down, Norm, Up
 from pdiff.method.training import Batches, Trainer
 
 ENCODER_CHANNELS = (1, 64, 128, 256, 256, 32)  # method, section 3
@@ -89,8 +88,10 @@ def trainer(autoencoder: ConvAutoencoder, batches: Batches, options: ConvAutoenc
 
 
 def _down(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(Down(inputs, outputs, KERNEL_SIZE), Norm(outputs), nn.LeakyReLU())
+    convolution = nn.Conv1d(inputs, outputs, KERNEL_SIZE, stride=2, padding=KERNEL_SIZE // 2)
+    return nn.Sequential(convolution, nn.BatchNorm1d(outputs), nn.LeakyReLU())
 
 
 def _up(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(Up(inputs, outputs, KERNEL_SIZE), Norm(outputs), nn.ELU())
+    convolution = nn.ConvTranspose1d(inputs, outputs, KERNEL_SIZE, stride=2, padding=KERNEL_SIZE // 2, output_padding=1)
+    return nn.Sequential(convolution, nn.BatchNorm1d(outputs), nn.ELU())

@@ -31,7 +31,7 @@ dashboard: $(INSTALLED)  ## Optuna's user interface, of the studies in PDIFF_STO
 
 notebooks: $(INSTALLED)  ## run all notebooks again, in place; their images take Chrome or Chromium
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
-	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; done
+	for notebook in notebooks/*.ipynb; do TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; done
 
 lab: $(INSTALLED)  ## open the notebooks
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'

@@ -124,7 +124,7 @@ def test_heldout_networks_have_no_part_in_the_reference(seeds, tmp_path, monkeyp
     }
     for name, tensor in of_reference.items():
         assert torch.equal(read_tensors(tmp_path / "alignment.safetensors")[name], tensor), name
-    assert (read_tensors(tmp_path / "heldout.safetensors")["1.weight"] == 1e6).any() and of_reference
+    assert (read_tensors(tmp_path / "heldout.safetensors")["1.weight"] > 1e5).all() and of_reference
 
 
 @pytest.mark.parametrize("per_run", [1, 3])

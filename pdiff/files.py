@@ -1,7 +1,7 @@
 """Files that appear whole or not at all; in a process group rank 0 alone writes them.
 
-JSON, text and safetensors. torch is imported where a file holds tensors, and nowhere else. Tensors of files are mapped to
-memory: they are read where they are used, and need no memory of their own.
+JSON, text and safetensors. torch is imported where a file holds tensors, and nowhere else. Tensors of files are mapped
+to memory: they are read where they are used, and need no memory of their own.
 """
 
 from __future__ import annotations

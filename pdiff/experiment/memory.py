@@ -25,12 +25,13 @@ from pdiff.experiment.limits import bounds, in_bytes, largest_latent
 from pdiff.experiment.schema import Experiment
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import ConvAutoencoderOptions, PCAOptions, convolutional
-from pdiff.method.autoencoders.pca import PCA, block_length
+from pdiff.method.autoencoders.pca import PCA
 from pdiff.method.collection import generated_numbers, heldout_split
 from pdiff.method.generators import LatentDiffusionOptions
 from pdiff.method.generators.latent_diffusion import ENCODED
 from pdiff.method.options import resolve
 from pdiff.method.training import Best, Trainer, shuffled_rows
+from pdiff.method.vectors import block_length
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
 from pdiff.networks.imported.zoo import Checkpoint
@@ -256,7 +257,7 @@ def pca_fit(sizes: Sizes) -> Need:
     float64 after float32, or with the components of its columns."""
     shape = (sizes.fitted, sizes.size)
     wide = sizes.size >= sizes.fitted
-    length = block_length(shape, 1 if wide else 0)
+    length = block_length(max(shape), bytes_each=8 * min(shape))
     components = 8 * sizes.latent_size * length if wide else 0
     block = max(12 * length * min(shape), 8 * length * min(shape) + components)
     weights = 4 * (sizes.latent_size * sizes.size + sizes.size)

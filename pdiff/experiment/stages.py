@@ -199,9 +199,8 @@ def run(name: str, experiment: Experiment, out: Path, *, log: Log, **folders: Pa
     Raises:
         UserError: a mistake in the configuration or in the files that it names.
     """
-    with for_users(name):
-        with scratch_folder(out / STATE):
-            return resolve(STAGES[name].run)(experiment, out, log=log, **folders)
+    with for_users(name), scratch_folder(out / STATE):
+        return resolve(STAGES[name].run)(experiment, out, log=log, **folders)
 
 
 def processes(name: str, experiment: Experiment) -> int:

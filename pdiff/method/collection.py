@@ -137,7 +137,8 @@ class Collection:
         path, count, first = Path(path), sum(map(len, parts)), 0
         names = [f"{k:05d}" for k in range(count)] if names is None else list(names)
         state = parts[0][0]
-        with new_tensors(path, {name: tensor.expand(count, *tensor.shape) for name, tensor in state.items()}) as tensors:
+        like = {name: tensor.expand(count, *tensor.shape) for name, tensor in state.items()}
+        with new_tensors(path, like) as tensors:
             for part in parts:
                 for name, tensor in part.tensors.items():
                     tensors[name][first : first + len(part)] = tensor

@@ -32,10 +32,10 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path, prepar
             path = out / STATE / f"{first}_{first + count}.safetensors"
             if not path.exists():
                 label = f"generate {first + count}/{settings.count}"
-                networks = generator.sample(count, first=first, label=label, **options)
-                with_statistics(experiment, prepare, networks, "generated").save(path)
+                generator.sample(count, first=first, label=label, **options).save(path)
             parts.append(Collection.load(path))
-    Collection.save_joined(out / "generated.safetensors", parts)
+        networks = with_statistics(experiment, prepare, Collection.concatenate(parts), "generated")
+    networks.save(out / "generated.safetensors")
     if every := getattr(settings, "trajectory_every", 0):
         count = min(settings.trajectory_count, settings.count)
         looks = list(generator.trajectory(count, every=every, **options))

@@ -113,6 +113,8 @@ class Collection:
         Raises:
             UserError: there are none, or they hold different tensors, or tensors of different shapes or types.
         """
+        if len(parts) == 1:
+            return cls(parts[0].tensors, names)
         return cls(_joined(torch.cat, [part.tensors for part in parts]), names)
 
     def varying(self) -> set[str]:

@@ -40,6 +40,11 @@ def mapped(wanted: bool) -> dict[str, bool]:
     return {"mmap": wanted} if "mmap" in inspect.signature(torch.load).parameters else {}
 
 
+def assigned() -> dict[str, bool]:
+    """Options of `load_state_dict` that put the given tensors into a module, without copies, since 2.1."""
+    return {"assign": True} if VERSION >= (2, 1) else {}
+
+
 def launcher_logs(folder: str) -> dict[str, Any]:
     """Where the elastic launcher writes its logs: `logs_specs` since 2.3, `log_dir` before."""
     from torch.distributed.elastic import multiprocessing

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all; in a process group rank 0 alone writes them.
 
-JSON, text and safetensors. torch is imported where a file holds tensors, and nowhere else.
+JSON, text and safetensors. torch is imported where a file holds tensors, and nowhere else. Tensors of files are mapped
+to memory: they are read where they are used, and need no memory of their own.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import json
 import os
 import shutil
 import sqlite3
+import struct
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
@@ -23,10 +27,21 @@ from pdiff.errors import Damaged
 from pdiff.parallel.ranks import rank_zero_only
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SQLITE_SECONDS = 60.0  # to wait for another process that writes to an SQLite database
 LOCK_SECONDS = 60  # for which a database may be made by another process
+SCRATCH_BYTES = 16 << 20  # of a tensor from which on `scratch` puts it into a file
+SCRATCH_FOLDER: ContextVar[Path | None] = ContextVar("SCRATCH_FOLDER", default=None)
+"""Where `scratch` puts its files; None: the folder of the system's temporary files."""
+TYPES = {
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    **{"bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"},
+}
+"""Names of types in safetensors files."""
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -142,17 +157,94 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @rank_zero_only
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all, without a copy of the tensors in memory."""
+    with new_tensors(path, tensors, metadata) as written:
+        for name, tensor in tensors.items():
+            written[name].copy_(tensor.detach())
 
+
+@contextmanager
+def new_tensors(
+    path: Path, like: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """A new safetensors file whose tensors the block fills; it appears when the block ends without an error.
+
+    Args:
+        path: of the file.
+        like: tensors of the shapes and types that it will have; their numbers do not matter.
+        metadata: of the file.
+
+    Yields:
+        Its tensors by name, mapped to memory.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in sorted(like.items(), key=lambda item: (-item[1].element_size(), item[0])):  # aligned
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        kind = TYPES[str(tensor.dtype)[6:]]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
     with whole(path) as temporary:
         try:
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata)
-        except SafetensorError as error:  # a full disk, most of the time
-            raise OSError(f"{path} cannot be written: {error}") from None
+            with temporary.open("w+b") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                file.flush()
+                numbers = _mapped(file.fileno(), temporary, first + end)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+        places = {name: slice(*(first + k for k in header[name]["data_offsets"])) for name in like}
+        yield {name: numbers[places[name]].view(t.dtype).view(t.shape) for name, t in like.items()}
+
+
+def scratch(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor on the CPU; of SCRATCH_BYTES or more, in a file that ends with it.
+
+    The file is mapped to memory, so that the system can write its pages to the disk where memory is short.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    import torch
+
+    like = torch.empty(shape, dtype=dtype, device="meta")
+    size = like.numel() * like.element_size()
+    if size < SCRATCH_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    if folder := SCRATCH_FOLDER.get():
+        folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=folder, prefix=".scratch-") as file:
+        return _mapped(file.fileno(), Path(file.name), size).view(like.dtype).view(like.shape)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[None]:
+    """Let `scratch` put its files into a folder, which it makes when there are any."""
+    token = SCRATCH_FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        SCRATCH_FOLDER.reset(token)
+
+
+def _mapped(descriptor: int, path: Path, size: int) -> Tensor:
+    """The bytes of a file of `size` bytes, uint8 (size,), mapped to memory.
+
+    The room on the disk is taken at once: a page that does not fit when it is written ends the process by a signal.
+    """
+    import torch
+
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        for start in range(os.fstat(descriptor).st_size, size, 1 << 20):
+            os.pwrite(descriptor, bytes(min(1 << 20, size - start)), start)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), True, size))
 
 
 @rank_zero_only
@@ -180,7 +272,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file: its tensors are mapped to memory, and what is written into them stays in this process.
 
     Raises:
         Damaged: it cannot be read.

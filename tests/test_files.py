@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pdiff import files
 from pdiff.errors import UserError
@@ -105,3 +106,24 @@ def test_a_full_disk_is_an_os_error(write, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt", "note": "ü"}])
+def test_tensor_files_are_those_of_safetensors(metadata: dict | None, tmp_path: Path) -> None:
+    types = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    tensors = {f"{k}é": torch.arange(2 * k).reshape(k, 2).to(dtype) for k, dtype in enumerate(types)}
+    tensors |= {"scalar": torch.tensor(1.5), "view": torch.arange(12.0).view(3, 4).T[1:]}
+    write_tensors(tmp_path / "ours", tensors, metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    for name, tensor in load_file(tmp_path / "ours").items():
+        assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
+
+
+def test_scratch_tensors_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SCRATCH_BYTES", 1000)
+    with files.scratch_folder(tmp_path / "new"):
+        small, large = files.scratch(3, 4), files.scratch(7, 100, dtype=torch.float64)
+        assert small.shape == (3, 4) and list((tmp_path / "new").iterdir()) == []
+        large.copy_(torch.arange(700.0).view(7, 100))
+    assert large.sum() == 699 * 350 and large.dtype == torch.float64

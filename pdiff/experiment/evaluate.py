@@ -34,6 +34,7 @@ from pdiff.method.log import Log, ignore, measured
 from pdiff.method.novelty import nearest_two, squared_distances
 from pdiff.method.standardize import Standardizer
 from pdiff.method.training import resolve_device
+from pdiff.method.vectors import Matrix
 from pdiff.networks.evaluators import Evaluations
 from pdiff.parallel import ranks
 
@@ -192,17 +193,17 @@ def baselines(
     Raises:
         UserError: a baseline that is asked for by name cannot be made of these originals.
     """
-    settings, vectors = experiment.evaluate, standardizer.encode(originals)
-    squares = squared_distances(standardizer.encode(generated), vectors) / standardizer.size
+    settings, vectors = experiment.evaluate, standardizer.vectors(originals)
+    squares = squared_distances(standardizer.vectors(generated), vectors) / standardizer.size
     device = resolve_device(experiment.device)
 
-    def reconstruct(rows: Tensor) -> Tensor:
-        return standardizer.encode(generator.reconstruct(standardizer.decode(rows), device=device))
+    def reconstruct(rows: Matrix) -> Matrix:
+        return standardizer.vectors(generator.reconstruct(standardizer.decode(rows), device=device))
 
     distance = nearest_two(squares.sqrt())[0].median().item()
 
-    def recombined(parents: Tensor, seed: int) -> Tensor:
-        return standardizer.encode(recombine(originals, parents, units, seed=seed))
+    def recombined(parents: Tensor, seed: int) -> Matrix:
+        return standardizer.vectors(recombine(originals, parents, units, seed=seed))
 
     units = unit_groups(experiment, prepare).within(originals.tensors) if experiment.network else ()
     fitted = Fitted(

@@ -1,7 +1,8 @@
 """Whether an experiment fits into this machine: lower bounds of its memory and disk, found without torch.
 
-A bound counts only what exists at one time for certain, so what is refused here could not work. `pdiff memory` predicts
-the peak of a training itself.
+A bound counts only what exists at one time for certain, so what is refused here could not work. Large collections lie
+in files, mapped to memory: they need disk, and of memory only what is kept of each network beside its numbers. `pdiff
+memory` predicts the peak of a training itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pdiff.networks.datasets import DATASETS, known_sizes
 
 VECTOR = 4  # bytes of a number of a vector, a latent, a weight that is trained: float32
 STORED = 2  # bytes of a number of a checkpoint: float16 is the smallest type that is generated
-INDEX = 8  # bytes of an index
+INDEX = 8  # bytes of an index, or of a reference to a name
 LONGEST = 40  # characters of a value in messages
 SMALLEST = 2  # numbers that are generated: one alone is not, see `is_generated`
 
@@ -85,29 +86,29 @@ def bounds(experiment: Experiment, size: int, device: str) -> Iterator[Bound]:
     prepare, generate, evaluate = experiment.prepare, experiment.generate, experiment.evaluate
     if prepare.source:
         collected, key = source.count(prepare), "prepare.source"
-        yield Bound("prepare", key, STORED * collected * size, STORED * collected * size)
+        yield Bound("prepare", key, INDEX * collected, STORED * collected * size)
     else:
         collected, key = prepare.collect.total, " ".join(f"prepare.collect.{name}" for name in prepare.collect.counts)
-        yield Bound("prepare", key, 2 * STORED * collected * size, STORED * collected * size)  # one by one, and stacked
+        yield Bound("prepare", key, STORED * collected * size, STORED * collected * size)
         yield Bound("prepare", "prepare.collect.batch_size", _images(experiment, prepare.collect.batch_size))
         if prepare.collect.pretrains and prepare.pretrain.epochs:
             yield Bound("pretrain", "prepare.pretrain.batch_size", _images(experiment, prepare.pretrain.batch_size))
     used = experiment.generator.checkpoints or collected
     key = "generator.checkpoints" if experiment.generator.checkpoints else key
-    yield Bound("train", key, VECTOR * used * size)
+    yield Bound("train", key, VECTOR * used)  # a latent of each
     options = experiment.generator_options
     if isinstance(options, LatentDiffusionOptions):
         yield from _latent_diffusion(experiment, options, size, used, device)
     networks = STORED * generate.count * size
-    yield Bound("generate", "generate.count", networks, 2 * networks)  # batch by batch, and together
-    vectors = VECTOR * min(generate.batch_size, generate.count) * size
-    yield Bound("generate", "generate.batch_size", vectors)
-    yield Bound("evaluate", "generate.count", VECTOR * generate.count * size)
+    yield Bound("generate", "generate.count", INDEX * generate.count, 2 * networks)  # batch by batch, and together
+    yield Bound("generate", "generate.batch_size", VECTOR * min(generate.batch_size, generate.count))
+    yield Bound("evaluate", "generate.count", INDEX * generate.count)
     if evaluate.kind == "images":  # similarities of errors
         yield Bound("evaluate", f"{key} generate.count", VECTOR * (used + generate.count) ** 2)
     arms = len(evaluate.noise) + len(evaluate.baselines)
     stage = "audit" if experiment.audit else "evaluate"
-    yield Bound(stage, "evaluate.baseline_count", STORED * arms * evaluate.baseline_count * size)
+    count = arms * evaluate.baseline_count
+    yield Bound(stage, "evaluate.baseline_count", INDEX * count, STORED * count * size)
 
 
 def _latent_diffusion(

@@ -26,6 +26,7 @@ from pdiff.method.novelty import (
 )
 from pdiff.method.similarity import maxima_without_self, wrong_iou
 from pdiff.method.statistics import Replicates, hypervolume_interval, mean_replicates, median_replicates
+from pdiff.method.vectors import Matrix, over_columns
 from pdiff.networks.evaluators import Evaluation
 from pdiff.seeds import stream
 
@@ -41,7 +42,8 @@ class Evaluated:
     Attributes:
         name: of the group.
         networks: their weights.
-        vectors: the same, standardised, float32 (N, D); of independent seeds, aligned.
+        vectors: the same, standardised, float32 (N, D), a tensor or computed where they are read; of independent seeds,
+            aligned.
         results: part of the images -> what was measured there.
         originals: the group of originals that generators and baselines are fitted on; None for that group itself.
         heldout: the group of held-out originals; None where there is none, and for that group itself.
@@ -49,7 +51,7 @@ class Evaluated:
 
     name: str
     networks: Collection
-    vectors: Tensor
+    vectors: Matrix
     results: Mapping[str, Evaluation]
     originals: Evaluated | None = None
     heldout: Evaluated | None = None
@@ -201,8 +203,13 @@ class Evaluated:
         """
         if len(self.vectors) < 2 or len(self.fitted.vectors) < 2:
             return nan
-        ours, theirs = (x.vectors.var(dim=0).sum(dtype=torch.float64).item() for x in (self, self.fitted))
+        ours, theirs = (x.total_variance for x in (self, self.fitted))
         return (ours / theirs) ** 0.5 if theirs > 0 else nan
+
+    @cached_property
+    def total_variance(self) -> float:
+        """The sum of the variances of all parameters."""
+        return over_columns(lambda block: block.var(dim=0), self.vectors).sum(dtype=torch.float64).item()
 
     def frechet(self) -> float:
         """Fréchet distance to the fitted networks on their first principal axes: a diagnostic, not a score."""

@@ -23,14 +23,16 @@ from pdiff.experiment import source
 from pdiff.experiment.allocations import bytes_of, counted
 from pdiff.experiment.limits import bounds, in_bytes, largest_latent
 from pdiff.experiment.schema import Experiment
+from pdiff.files import SCRATCH_BYTES
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import ConvAutoencoderOptions, PCAOptions, convolutional
-from pdiff.method.autoencoders.pca import PCA, block_length
+from pdiff.method.autoencoders.pca import PCA
 from pdiff.method.collection import generated_numbers, heldout_split
 from pdiff.method.generators import LatentDiffusionOptions
 from pdiff.method.generators.latent_diffusion import ENCODED
 from pdiff.method.options import resolve
 from pdiff.method.training import Best, Trainer, shuffled_rows
+from pdiff.method.vectors import IN_MEMORY, block_length
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
 from pdiff.networks.imported.zoo import Checkpoint
@@ -153,18 +155,30 @@ def _autoencoder(experiment: Experiment, options: LatentDiffusionOptions, sizes:
     """Fit, encode and decode."""
     kind = resolve(options.autoencoder.module)
     if kind is PCA:
-        make, fits = partial(PCA, sizes.size, sizes.latent_size), [pca_fit(sizes)]
-    else:
-        short = options.autoencoder.model_copy(update={"steps": STEPS})
-        make = partial(short.build, sizes.size)
-        train = partial(convolutional.trainer, options=short, seed=0)
-        fits = _fits("autoencoder", make, train, (sizes.fitted, sizes.size), short.batch_size)
+        return [
+            pca_fit(sizes),
+            _pca("encode", PCA.encode, min(ENCODED, sizes.checkpoints), sizes),
+            _pca("decode", PCA.decode, _sampled(experiment), sizes),
+        ]
+    short = options.autoencoder.model_copy(update={"steps": STEPS})
+    make = partial(short.build, sizes.size)
+    train = partial(convolutional.trainer, options=short, seed=0)
     encoded = min(ENCODED, sizes.checkpoints)
     return [
-        *fits,
+        *_fits("autoencoder", make, train, (sizes.fitted, sizes.size), short.batch_size),
         inference("autoencoder", "encode", make, kind.encode, (encoded, sizes.size)),
         inference("autoencoder", "decode", make, kind.decode, (_sampled(experiment), sizes.latent_size)),
     ]
+
+
+def _pca(does: str, call: Callable, rows: int, sizes: Sizes) -> Need:
+    """What a PCA needs to encode or decode some vectors: many of them are computed in blocks of columns."""
+    size, width = sizes.size, sizes.size
+    if 4 * rows * size > IN_MEMORY:
+        width = block_length(size, bytes_each=8 * rows)
+    inputs = width if does == "encode" else sizes.latent_size
+    need = inference("autoencoder", does, partial(PCA, width, sizes.latent_size), call, (rows, inputs))
+    return need._replace(parameters=(sizes.latent_size + 1) * size)
 
 
 def _denoiser(experiment: Experiment, options: LatentDiffusionOptions, sizes: Sizes) -> list[Need]:
@@ -256,12 +270,14 @@ def pca_fit(sizes: Sizes) -> Need:
     float64 after float32, or with the components of its columns."""
     shape = (sizes.fitted, sizes.size)
     wide = sizes.size >= sizes.fitted
-    length = block_length(shape, 1 if wide else 0)
+    length = block_length(max(shape), bytes_each=8 * min(shape))
     components = 8 * sizes.latent_size * length if wide else 0
     block = max(12 * length * min(shape), 8 * length * min(shape) + components)
-    weights = 4 * (sizes.latent_size * sizes.size + sizes.size)
-    data, working = 4 * sizes.fitted * sizes.size, 2 * 8 * min(shape) ** 2 + block
-    return Need("autoencoder", FIT, sizes.fitted, weights // 4, weights, data=data, activations=working)
+    stored = [4 * sizes.size, 4 * sizes.latent_size * sizes.size]  # center and components
+    weights = sum(stored) if stored[1] < SCRATCH_BYTES else stored[0]  # what is mapped to a file needs no memory
+    data = 4 * sizes.fitted * sizes.size
+    data, working = data if data <= IN_MEMORY else 0, 2 * 8 * min(shape) ** 2 + block
+    return Need("autoencoder", FIT, sizes.fitted, sum(stored) // 4, weights, data=data, activations=working)
 
 
 def _numbers(module: nn.Module) -> int:

@@ -9,8 +9,9 @@ from pathlib import Path
 from pdiff.errors import UserError, for_users
 from pdiff.experiment import digests, metrics
 from pdiff.experiment.config import Tree
-from pdiff.experiment.history import Metrics
+from pdiff.experiment.history import STATE, Metrics
 from pdiff.experiment.schema import Experiment
+from pdiff.files import scratch_folder
 from pdiff.method.baselines import BASELINES
 from pdiff.method.log import Log, names_of_measured
 from pdiff.method.options import resolve
@@ -198,7 +199,7 @@ def run(name: str, experiment: Experiment, out: Path, *, log: Log, **folders: Pa
     Raises:
         UserError: a mistake in the configuration or in the files that it names.
     """
-    with for_users(name):
+    with for_users(name), scratch_folder(out / STATE):
         return resolve(STAGES[name].run)(experiment, out, log=log, **folders)
 
 

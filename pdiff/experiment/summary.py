@@ -35,7 +35,7 @@ def evaluated(
 
     def group(name: str, **beside: Evaluated | None) -> Evaluated:
         of = {part: found[name] for part, found in results.items()}
-        return Evaluated(name, groups[name], standardizer.encode(groups[name]), of, **beside)
+        return Evaluated(name, groups[name], standardizer.vectors(groups[name]), of, **beside)
 
     original = group("original")
     original.heldout = heldout = group("heldout", originals=original) if "heldout" in groups else None
@@ -164,6 +164,7 @@ def layers_table(groups: Mapping[str, Evaluated]) -> pd.DataFrame:
         state = group.networks[0]
         for tensor, stacked in group.networks.tensors.items():
             if is_generated(tensor, state[tensor]):
-                numbers = stacked.double()
-                rows.append((name, tensor, numbers.mean().item(), numbers.std(correction=0).item()))
+                mean = sum(numbers.double().mean().item() for numbers in stacked) / len(stacked)
+                squares = sum((numbers.double() - mean).square().mean().item() for numbers in stacked) / len(stacked)
+                rows.append((name, tensor, mean, squares**0.5))
     return pd.DataFrame(rows, columns=["group", "tensor", "mean", "std"])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pdiff.method import collection
     from pdiff.method.standardize import Standardizer
+    from pdiff.method.vectors import Matrix
 
 PARTS = {
     "reconstruct": "an autoencoder",
@@ -33,7 +34,8 @@ class Fitted:
     """What baselines are made of.
 
     Attributes:
-        vectors: standardised vectors of the fitted originals, float32 (N, D), on the CPU, in the order of collection.
+        vectors: standardised vectors of the fitted originals, float32 (N, D), on the CPU, in the order of collection;
+            a tensor, or computed where they are read.
         standardizer: checkpoints <-> vectors.
         reconstruct: vectors (n, D) through the fitted autoencoder and back, (n, D).
         distance: median distance of the generated networks to the nearest original (root mean square over parameters,
@@ -44,11 +46,11 @@ class Fitted:
         ValueError: the distance is negative, infinite or NaN.
     """
 
-    vectors: Tensor
+    vectors: Matrix
     standardizer: Standardizer
-    reconstruct: Callable[[Tensor], Tensor] | None = None
+    reconstruct: Callable[[Matrix], Matrix] | None = None
     distance: float | None = None
-    recombine: Callable[[Tensor, int], Tensor] | None = None
+    recombine: Callable[[Tensor, int], Matrix] | None = None
 
     def __post_init__(self) -> None:
         if self.distance is not None and not 0 <= self.distance < math.inf:
@@ -87,7 +89,7 @@ class Baseline:
         missing = [PARTS[part] for part in self.parts if part not in parts]
         return f"baseline {self.name} needs {', '.join(missing)}" if missing else ""
 
-    def make(self, fitted: Fitted, count: int, seed: int) -> Tensor:
+    def make(self, fitted: Fitted, count: int, seed: int) -> Matrix:
         """Standardised vectors of its networks, float32 (M, D), on the CPU.
 
         M is `count`, or less where there are no more different ones. The random stream is its own, by its name.
@@ -118,7 +120,7 @@ class Baseline:
         from pdiff.method.standardize import Standardizer
 
         standardizer = Standardizer.fit(originals)
-        fitted = Fitted(standardizer.encode(originals), standardizer)
+        fitted = Fitted(standardizer.vectors(originals), standardizer)
         return standardizer.decode(self.make(fitted, len(originals) if count is None else count, seed))
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from pdiff.errors import Damaged, UserError
-from pdiff.files import read_json, read_tensors, write_json, write_tensors
+from pdiff.files import new_tensors, read_json, read_tensors, scratch, write_json
+from pdiff.method.vectors import blocks
+from pdiff.parallel.ranks import rank_zero_only
 
 StateDict = dict[str, Tensor]
 HELDOUT_BLOCKS = 4  # runs of consecutive checkpoints that are held out, see `heldout_split`
@@ -17,6 +19,8 @@ HELDOUT_BLOCKS = 4  # runs of consecutive checkpoints that are held out, see `he
 
 class Collection:
     """N checkpoints of one layout, each tensor stacked along a first dimension.
+
+    Tensors may be mapped to files: those of `load` are, and large ones of whatever makes a new collection here.
 
     Args:
         tensors: name -> (N, *shape), in state-dict order.
@@ -93,9 +97,10 @@ class Collection:
         return (self[index] for index in range(len(self)))
 
     def select(self, index: Tensor | slice | Sequence[int]) -> Collection:
-        """The sub-collection of some checkpoints."""
-        rows = torch.arange(self.count)[index].tolist()
-        return Collection({n: t[index] for n, t in self.tensors.items()}, [self.names[row] for row in rows])
+        """The sub-collection of some checkpoints: views where they are given by a slice, else copies."""
+        rows = torch.arange(self.count)[index]
+        tensors = {n: t[index] if isinstance(index, slice) else _rows(t, rows) for n, t in self.tensors.items()}
+        return Collection(tensors, [self.names[row] for row in rows.tolist()])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Collection:
         """Apply a function to each stacked tensor, (N, *shape) -> (M, *shape); the M checkpoints are numbered."""
@@ -108,6 +113,8 @@ class Collection:
         Raises:
             UserError: there are none, or they hold different tensors, or tensors of different shapes or types.
         """
+        if len(parts) == 1:
+            return cls(parts[0].tensors, names)
         return cls(_joined(torch.cat, [part.tensors for part in parts]), names)
 
     def varying(self) -> set[str]:
@@ -123,14 +130,27 @@ class Collection:
             >>> len(Collection.load("networks.safetensors"))
             5
         """
-        path = Path(path)
-        write_tensors(path, self.tensors)
-        layout = {n: {"shape": list(t.shape[1:]), "dtype": str(t.dtype)[6:]} for n, t in self.tensors.items()}
-        write_json(path.with_suffix(".json"), {"count": self.count, "layout": layout, "checkpoints": self.names})
+        self.save_joined(path, [self], self.names)
+
+    @staticmethod
+    @rank_zero_only
+    def save_joined(path: Path | str, parts: Sequence[Collection], names: Sequence[str] | None = None) -> None:
+        """Write several collections of one layout as one, as `save` does; numbered when `names` is absent."""
+        path, count, first = Path(path), sum(map(len, parts)), 0
+        names = [f"{k:05d}" for k in range(count)] if names is None else list(names)
+        state = parts[0][0]
+        like = {name: tensor.expand(count, *tensor.shape) for name, tensor in state.items()}
+        with new_tensors(path, like) as tensors:
+            for part in parts:
+                for name, tensor in part.tensors.items():
+                    tensors[name][first : first + len(part)] = tensor
+                first += len(part)
+        layout = {n: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for n, t in state.items()}
+        write_json(path.with_suffix(".json"), {"count": count, "layout": layout, "checkpoints": names})
 
     @classmethod
     def load(cls, path: Path | str) -> Collection:
-        """Read what `save` wrote, checked against its index.
+        """Read what `save` wrote, checked against its index; its tensors are mapped to the file.
 
         Raises:
             Damaged: a missing or unreadable file, another layout than the index says, NaN or infinity.
@@ -162,7 +182,23 @@ def _joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Mapping[str,
             if found != expected:
                 what, like = (f"{shape} {str(dtype)[6:]}" for shape, dtype in (found, expected))
                 raise UserError(f"part {k}: {name} is {what}, expected {like} as in part 0")
-    return {name: join([part[name] for part in parts]) for name in parts[0]}
+    joined = {}
+    for name, first in parts[0].items():
+        tensors = [part[name].detach() for part in parts]
+        count = sum(map(len, tensors)) if rows else len(tensors)
+        joined[name] = join(tensors, out=_empty(first, count, *first.shape[rows:]))
+    return joined
+
+
+def _rows(stacked: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a stacked tensor, copied."""
+    out = _empty(stacked, len(rows), *stacked.shape[1:])
+    return torch.index_select(stacked.detach(), 0, rows.to(stacked.device), out=out)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor of the type and on the device of another one; see `scratch`."""
+    return scratch(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
 
 
 def _on_cpu(state: StateDict, where: str) -> StateDict:
@@ -175,7 +211,18 @@ def _on_cpu(state: StateDict, where: str) -> StateDict:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinity, if one does."""
-    return next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
+    return next((n for n, t in tensors.items() if t.is_floating_point() and not all(map(_finite, _parts(t)))), None)
+
+
+def _finite(numbers: Tensor) -> bool:
+    """Whether all numbers are finite: so they are if their sum is, and if that is not, it may only be too large."""
+    return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Rows of a tensor, as many at a time as are cheap to compute with."""
+    rows = tensor if tensor.ndim else tensor[None]
+    return (rows[part] for part in blocks(len(rows), bytes_each=8 * rows[0].numel() if len(rows) else 1))
 
 
 def is_generated(name: str, tensor: Tensor) -> bool:

@@ -5,14 +5,13 @@ A vector is a standardised checkpoint, as everywhere. Distances and sums are flo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-BLOCK_BYTES = 64 << 20  # of what a block of columns or rows needs beside the results
+from pdiff.method.vectors import Matrix, blocks
 
 NAN = float("nan")
 
@@ -37,17 +36,18 @@ class Products(NamedTuple):
         return (self.a[:, None] + self.b - 2 * self.inner).clamp(min=0)
 
 
-def centered_products(a: Tensor, b: Tensor) -> Products:
+def centered_products(a: Matrix, b: Matrix) -> Products:
     """Inner products of vectors about the mean of b, summed over blocks of columns.
 
     The mean is taken off in float64, so that sums keep their digits where all vectors lie far from the origin. Memory:
-    the results and BLOCK_BYTES, for any D.
+    the results and a block of columns, for any D.
 
     Args:
         a: vectors (A, D), of any device and floating type.
         b: vectors (B, D); its device holds the results.
     """
-    sums = Products(*(b.new_zeros(shape, dtype=torch.float64) for shape in ((len(a), len(b)), len(a), len(b), ())))
+    like = {"dtype": torch.float64, "device": b.device}
+    sums = Products(*(torch.zeros(shape, **like) for shape in ((len(a), len(b)), len(a), len(b), ())))
     for part in blocks(b.shape[1], bytes_each=8 * (len(a) + len(b))):
         y = b[:, part].double()
         center = y.mean(dim=0)
@@ -61,14 +61,7 @@ def centered_products(a: Tensor, b: Tensor) -> Products:
     return sums
 
 
-def blocks(length: int, *, bytes_each: int) -> Iterator[slice]:
-    """Slices that cut `length` items into blocks of about BLOCK_BYTES; the last one may be shorter."""
-    size = max(1, BLOCK_BYTES // max(1, bytes_each))
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Matrix, b: Matrix) -> Tensor:
     """Squared Euclidean distances, ||x||^2 + ||y||^2 - 2 x.y, x and y taken about the mean of b.
 
     Distances far below the spread of b are rounding: about 1e-8 of it.
@@ -180,14 +173,14 @@ class Span:
         fitted: their coordinates, float64 (N, L).
     """
 
-    def __init__(self, x: Tensor, eigenvalues: Tensor, eigenvectors: Tensor) -> None:
+    def __init__(self, x: Matrix, eigenvalues: Tensor, eigenvectors: Tensor) -> None:
         self.x = x
         self.values = eigenvalues / max(1, len(x) - 1)
         self.fitted = eigenvectors * eigenvalues.sqrt()
         self._weights = eigenvectors / eigenvalues.sqrt()
 
     @classmethod
-    def fit(cls, x: Tensor, products: Products | None = None) -> Span:
+    def fit(cls, x: Matrix, products: Products | None = None) -> Span:
         """Principal axes of vectors (N, D), of any device; `products` are those of x with itself, where they are known.
 
         An axis counts if its value exceeds what rounding alone may yield: the largest value times N eps of float64,
@@ -203,7 +196,7 @@ class Span:
         rank = int((values > rounding).sum())
         return cls(x, values[:rank], vectors[:, :rank])
 
-    def project(self, y: Tensor, products: Products | None = None) -> tuple[Tensor, Tensor]:
+    def project(self, y: Matrix, products: Products | None = None) -> tuple[Tensor, Tensor]:
         """Coordinates of vectors on the axes, and the share of each that lies outside; one pass over both sets.
 
         Args:
@@ -222,11 +215,11 @@ class Span:
         share = torch.where(outside <= rounding, 0.0, outside / norms)
         return coordinates, share
 
-    def coordinates(self, y: Tensor) -> Tensor:
+    def coordinates(self, y: Matrix) -> Tensor:
         """Principal coordinates of vectors (M, D) about the mean of the fitted ones, float64 (M, L)."""
         return self.project(y)[0]
 
-    def outside(self, y: Tensor) -> Tensor:
+    def outside(self, y: Matrix) -> Tensor:
         """Share of vectors (M, D) outside the affine span of the fitted ones, float64 (M,); see `project`."""
         return self.project(y)[1]
 

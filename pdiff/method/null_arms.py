@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pdiff.method.autoencoders.pca import PCA, ROWS, block_length
+from pdiff.files import scratch
+from pdiff.method.autoencoders.pca import PCA, ROWS
 from pdiff.method.baselines import Fitted
+from pdiff.method.vectors import Matrix, column_blocks, dense, joined, over_columns
 from pdiff.seeds import stream
 
 
@@ -41,7 +43,8 @@ def convex(fitted: Fitted, count: int, seed: int) -> Tensor:
 def gaussian_diagonal(fitted: Fitted, count: int, seed: int) -> Tensor:
     """m + s z with s the standard deviation of each parameter, (count, D)."""
     x = fitted.vectors
-    return with_noise(x.mean(0).expand(count, -1), x.std(0), generators(count, seed))
+    mean, std = (over_columns(statistic, x) for statistic in (lambda block: block.mean(0), lambda block: block.std(0)))
+    return with_noise(mean.expand(count, -1), std, generators(count, seed))
 
 
 def gaussian(fitted: Fitted, count: int, seed: int) -> Tensor:
@@ -60,10 +63,11 @@ def swag(fitted: Fitted, count: int, seed: int, *, rank: int) -> Tensor:
     n, rank = len(x), min(rank, len(x))
     deviations = torch.eye(n) - torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]  # R = deviations[-K:] @ x
     low_rank = combination(normal(rank, draws) @ deviations[-rank:] / (2 * (rank - 1)) ** 0.5, x)
-    return with_noise(low_rank, x.std(0, correction=0) / 2**0.5, draws)
+    std = over_columns(lambda block: block.std(0, correction=0), x)
+    return with_noise(low_rank, std / 2**0.5, draws)
 
 
-def kde(fitted: Fitted, count: int, seed: int, *, variance: float, bandwidth: float | None = None) -> Tensor:
+def kde(fitted: Fitted, count: int, seed: int, *, variance: float, bandwidth: float | None = None) -> Matrix:
     """Samples of Gaussian kernels around the originals, on principal components, (count, D).
 
     A sample is u_i + h s z, with u (N, L) the coordinates of x on the components that explain the share `variance` of
@@ -76,7 +80,7 @@ def kde(fitted: Fitted, count: int, seed: int, *, variance: float, bandwidth: fl
     if bandwidth is None:
         bandwidth = len(x) ** (-1 / (u.shape[1] + 4))
     centers = torch.cat([torch.randint(len(x), (1,), generator=draw) for draw in draws])
-    return pca.decode(with_noise(u[centers], bandwidth * u.std(0), draws))
+    return pca.vectors(with_noise(u[centers], bandwidth * u.std(0), draws))
 
 
 def mixed(fitted: Fitted, count: int, seed: int, *, a: float) -> Tensor:
@@ -87,18 +91,18 @@ def mixed(fitted: Fitted, count: int, seed: int, *, a: float) -> Tensor:
     return combination(weights, fitted.vectors)
 
 
-def recombined(fitted: Fitted, count: int, seed: int, *, size: int) -> Tensor:
+def recombined(fitted: Fitted, count: int, seed: int, *, size: int) -> Matrix:
     """Networks whose every unit is that of one of `size` random originals, (count, D)."""
     parents = torch.stack(list(itertools.islice(subsets(len(fitted.vectors), size, seed), count)))
     return fitted.recombine(parents, stream(seed, "units"))
 
 
 @torch.no_grad()
-def reconstruction(fitted: Fitted, count: int, seed: int) -> Tensor:
+def reconstruction(fitted: Fitted, count: int, seed: int) -> Matrix:
     """Originals through the autoencoder and back, each at most once, (M, D)."""
     n = len(fitted.vectors)
     rows = originals(n, min(count, n), seed).split(ROWS)
-    return torch.cat([fitted.reconstruct(fitted.vectors[some]).to(fitted.vectors) for some in rows])
+    return joined([fitted.reconstruct(fitted.vectors[some]) for some in rows])
 
 
 def noise(fitted: Fitted, count: int, seed: int, *, scale: float) -> Tensor:
@@ -122,17 +126,16 @@ def mixture(weights: Tensor, fitted: Fitted) -> Tensor:
         weights: (M, N), not negative; every row has the sum 1.
         fitted: the originals.
     """
-    vectors, slots = combination(weights, fitted.vectors), fitted.standardizer.slots
-    sizes = [slot.size for slot in slots]
-    parts = zip(slots, vectors.split(sizes, dim=1), fitted.vectors.split(sizes, dim=1), strict=True)
-    for slot, columns, x in parts:
+    vectors, start = combination(weights, fitted.vectors), 0
+    for slot in fitted.standardizer.slots:
+        part = slice(start, start := start + slot.size)
         if slot.variance:
-            logarithm = (x * slot.std + slot.mean).exp_()
-            columns.copy_((combination(weights, logarithm).log_() - slot.mean) / slot.std)
+            logarithm = (fitted.vectors[:, part] * slot.std + slot.mean).exp_()
+            vectors[:, part] = (combination(weights, logarithm).log_() - slot.mean) / slot.std
     return vectors
 
 
-def combination(weights: Tensor, x: Tensor) -> Tensor:
+def combination(weights: Tensor, x: Matrix) -> Tensor:
     """m + weights @ (x - m), in blocks of columns; where the sums of the rows of `weights` are 1 it is weights @ x.
 
     Differences between checkpoints may be tiny beside the weights; taken from the mean, they keep their digits.
@@ -144,10 +147,11 @@ def combination(weights: Tensor, x: Tensor) -> Tensor:
     Returns:
         Vectors (M, D).
     """
-    result, length = x.new_empty(len(weights), x.shape[1]), block_length(x.shape, 1)
-    for columns, block in zip(result.split(length, dim=1), x.split(length, dim=1), strict=True):
+    result = scratch(len(weights), x.shape[1])
+    for part in column_blocks(x):
+        block = x[:, part]
         mean = block.mean(0)
-        columns.copy_(mean + weights @ (block - mean))
+        result[:, part] = mean + weights @ (block - mean)
     return result
 
 
@@ -170,11 +174,11 @@ def dirichlet(size: int, draws: Sequence[torch.Generator]) -> Tensor:
     return rows / rows.sum(dim=1, keepdim=True)
 
 
-def with_noise(vectors: Tensor, scale: Tensor | float, draws: Sequence[torch.Generator]) -> Tensor:
+def with_noise(vectors: Matrix, scale: Tensor | float, draws: Sequence[torch.Generator]) -> Tensor:
     """vectors + scale z, (M, D), with z of one generator for each vector; scale is a number, or (D,)."""
-    result = vectors.clone(memory_format=torch.contiguous_format)
-    for row, draw in zip(result, draws, strict=True):
-        row += scale * torch.randn(len(row), generator=draw)
+    result = scratch(*vectors.shape)
+    for row, draw, vector in zip(result, draws, vectors.split(1), strict=True):
+        torch.add(dense(vector)[0], scale * torch.randn(len(row), generator=draw), out=row)
     return result
 
 

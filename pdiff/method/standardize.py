@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pdiff.files import scratch
 from pdiff.method.collection import Collection, StateDict, generated_tensors
+from pdiff.method.vectors import Matrix, blocks, matrix
 
 VARIANCE_SHARE = 0.95  # running variances are divided by this share of their mean (method, section 2)
 VARIANCE_OFFSET = 0.05  # ... and offset by this before the logarithm
@@ -55,6 +59,18 @@ class Slot:
         """Numbers in one checkpoint's tensor."""
         return torch.Size(self.shape).numel()
 
+    def encode(self, numbers: Tensor) -> Tensor:
+        """Some of its numbers, of any shape, standardised, float32."""
+        numbers = transformed(numbers.float(), self.variance)
+        return (numbers - self.mean) / self.std
+
+    def decode(self, numbers: Tensor) -> Tensor:
+        """The inverse of `encode`, float32."""
+        numbers = numbers * self.std + self.mean
+        if self.variance:
+            numbers = (numbers.exp() - VARIANCE_OFFSET).clamp(min=VARIANCE_FLOOR) * self.variance
+        return numbers
+
 
 class Standardizer:
     """Checkpoints <-> vectors of mean about 0 and deviation about 1, one pair of scalars a tensor (method, section 2).
@@ -79,45 +95,63 @@ class Standardizer:
         return sum(slot.size for slot in self.slots)
 
     @classmethod
-    def fit(cls, collection: Collection) -> Standardizer:
-        """Measure the scalars of every generated tensor over a collection.
+    def fit(cls, collection: Collection, rows: Tensor | None = None) -> Standardizer:
+        """Measure the scalars of every generated tensor over a collection, or over some of its rows.
 
         Raises:
             ValueError: nothing in the collection can be generated, or it holds NaN or infinity.
         """
-        generated = generated_tensors(collection[0])
-        slots = [_slot(name, collection.tensors[name]) for name in generated]
-        constants = {n: t[0].clone() for n, t in collection.tensors.items() if n not in generated}
+        rows = torch.arange(len(collection)) if rows is None else rows
+        first = collection[int(rows[0])]
+        generated = generated_tensors(first)
+        slots = [_slot(name, collection.tensors[name], rows) for name in generated]
+        constants = {name: tensor.clone() for name, tensor in first.items() if name not in generated}
         return cls(slots, constants, list(collection.tensors))
 
     def encode(self, collection: Collection) -> Tensor:
-        """Standardised vectors, float32 (N, D)."""
-        device = collection.tensors[self.slots[0].name].device
-        vectors = torch.empty(len(collection), self.size, device=device)
-        for slot, columns in zip(self.slots, self._columns(vectors), strict=True):
-            rows = collection.tensors[slot.name].float().flatten(1)
-            if slot.variance:
-                rows = (rows / slot.variance + VARIANCE_OFFSET).log()
-            columns.copy_((rows - slot.mean) / slot.std)
-        return vectors
+        """Standardised vectors, float32 (N, D), in memory."""
+        return self._columns(collection, slice(None), slice(0, self.size))
 
-    def decode(self, vectors: Tensor) -> Collection:
+    def vectors(self, collection: Collection) -> Matrix:
+        """As `encode`; many of them are not in memory, and computed where they are read."""
+        return matrix(len(collection), self.size, partial(self._columns, collection))
+
+    def _columns(self, collection: Collection, rows: Tensor | slice, part: slice) -> Tensor:
+        """Columns `part` of the vectors of some checkpoints."""
+        found = []
+        for slot, _, inside in self._slots(part):
+            stacked = collection.tensors[slot.name].flatten(1)[:, inside]
+            found.append(slot.encode(stacked[rows]))
+        return torch.cat(found, dim=1)
+
+    def decode(self, vectors: Matrix) -> Collection:
         """The checkpoints that vectors (N, D) stand for; the inverse of `encode`, constants put back."""
-        tensors = {n: t.expand(len(vectors), *t.shape).clone() for n, t in self.constants.items()}
-        for slot, rows in zip(self.slots, self._columns(vectors.float()), strict=True):
-            rows = rows * slot.std + slot.mean
-            if slot.variance:
-                rows = (rows.exp() - VARIANCE_OFFSET).clamp(min=VARIANCE_FLOOR) * slot.variance
-            tensors[slot.name] = rows.unflatten(1, slot.shape).to(getattr(torch, slot.dtype))
+        n, tensors = len(vectors), {}
+        for name, constant in self.constants.items():
+            tensors[name] = constant.expand(n, *constant.shape).clone()
+        for slot, columns, _ in self._slots(slice(0, self.size)):
+            dtype = getattr(torch, slot.dtype)
+            if vectors.device.type == "cpu":
+                stacked = scratch(n, *slot.shape, dtype=dtype)
+            else:
+                stacked = torch.empty(n, *slot.shape, dtype=dtype, device=vectors.device)
+            for inside in blocks(slot.size, bytes_each=8 * n):
+                part = slice(columns.start + inside.start, columns.start + inside.stop)
+                stacked.flatten(1)[:, inside] = slot.decode(vectors[:, part].float())
+            tensors[slot.name] = stacked
         return Collection({name: tensors[name] for name in self.order})
 
     def example(self) -> Collection:
         """One network of the layout that `decode` returns; its numbers are their means."""
         return self.decode(torch.zeros(1, self.size))
 
-    def _columns(self, vectors: Tensor) -> Sequence[Tensor]:
-        """The columns of vectors (N, D) that belong to each slot, as views."""
-        return vectors.split([slot.size for slot in self.slots], dim=1)
+    def _slots(self, part: slice) -> Iterator[tuple[Slot, slice, slice]]:
+        """The slots of some columns of the vectors: each with those columns, and with their places inside of it."""
+        for slot, end in zip(self.slots, accumulate(slot.size for slot in self.slots), strict=True):
+            start = end - slot.size
+            low, high = max(part.start, start), min(part.stop, end)
+            if low < high:
+                yield slot, slice(low, high), slice(low - start, high - start)
 
     def config(self) -> dict[str, Any]:
         """Everything but the constants, as plain data."""
@@ -134,11 +168,23 @@ class Standardizer:
         return cls(slots, constants, config["order"])
 
 
-def _slot(name: str, stacked: Tensor) -> Slot:
-    """Measure the scalars of one generated tensor (N, *shape)."""
-    rows, variance = stacked.float().flatten(1), 0.0
+def transformed(numbers: Tensor, variance: float) -> Tensor:
+    """Running variances as they are standardised, where `variance` is the m of a slot; all others as they are."""
+    return (numbers / variance + VARIANCE_OFFSET).log() if variance else numbers
+
+
+def _slot(name: str, stacked: Tensor, rows: Tensor) -> Slot:
+    """Measure the scalars of one generated tensor (N, *shape) over some checkpoints, a few at a time."""
+
+    def mean(variance: float = 0.0) -> float:
+        return sum(len(some) * transformed(some, variance).mean().item() for some in parts()) / len(rows)
+
+    def parts() -> Iterator[Tensor]:
+        for part in blocks(len(rows), bytes_each=8 * stacked[0].numel()):
+            yield stacked[rows[part]].float().flatten(1)
+
+    variance = 0.0
     if name.endswith("running_var"):
-        variance = VARIANCE_SHARE * rows.mean().clamp(min=torch.finfo(torch.float32).tiny).item()
-        rows = (rows / variance + VARIANCE_OFFSET).log()
-    std = rows.std(dim=1).mean().item()
-    return Slot(name, tuple(stacked.shape[1:]), str(stacked.dtype)[6:], rows.mean().item(), std or 1.0, variance)
+        variance = VARIANCE_SHARE * max(mean(), torch.finfo(torch.float32).tiny)
+    std = torch.cat([transformed(some, variance).std(dim=1) for some in parts()]).mean().item()
+    return Slot(name, tuple(stacked.shape[1:]), str(stacked.dtype)[6:], mean(variance), std or 1.0, variance)

@@ -33,6 +33,7 @@ SAMPLING = ("__init__.py", "compat.py", "errors.py", "files.py", "seeds.py", "pa
 """Modules and packages of pdiff that sampling needs; they travel with the model."""
 ELEMENTS = {torch.float64: DataType.double, torch.bool: DataType.boolean}
 """MLflow's names of types, where they are not those of every float or integer."""
+LARGEST_PROGRAM = 1 << 30  # bytes of the weights of an exported program: PyTorch copies them in memory
 INPUTS = Schema([ColSpec(AnyType(), name) for name in ("count", "seed")])
 """Of any type: where one is declared, MLflow's server casts to it, and 2.7 becomes 2. The model itself checks them."""
 
@@ -118,6 +119,12 @@ def _log_programs(generator: Generator) -> None:
         tqdm.write("train: autoencoder and diffusion are logged as models by PyTorch 2.1 or newer alone")
         return
     for name, (module, width) in generator.modules().items():
+        size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+        if size > LARGEST_PROGRAM:
+            tqdm.write(
+                f"train: {name} is not logged as a model of its own: an export of {size / 1e9:.1f} GB takes memory"
+            )
+            continue
         example = np.zeros((2, width), dtype=np.float32)
         mlflow.pytorch.log_model(module, name=name, input_example=example, pip_requirements=requirements())
 

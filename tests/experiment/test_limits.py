@@ -84,13 +84,13 @@ def loaded(**overrides: object):
 @pytest.mark.parametrize(
     ("count", "stage", "size", "needed"),
     [
-        (10**7, "generate", None, "48.2 GB of memory"),  # 10^7 times 2 410 numbers of 2 bytes
-        (10**7, "evaluate", None, "96.4 GB of memory"),
-        (10**6, "generate", 10**4, "20.0 GB of memory"),
+        (10**11, "generate", None, "800 GB of memory"),  # names of 8 bytes
+        (10**10, "evaluate", None, "80.0 GB of memory"),
+        (4 * 10**6, "generate", 10**4, "160 GB of disk"),  # 10^4 numbers of 2 bytes, twice
     ],
 )
 def test_what_is_refused(tmp_path, count, stage, size, needed):
-    with pytest.raises(UserError, match=f"{stage} needs at least {needed}, but this machine has 16.0 GB"):
+    with pytest.raises(UserError, match=f"{stage} needs at least {needed}, but th"):
         check(loaded(generate__count=count), [stage], tmp_path, size=size)
 
 
@@ -104,10 +104,10 @@ def test_the_weights_alone_count_on_a_gpu(tmp_path):
 
 
 def test_exactly_as_much_as_there_is_is_enough(tmp_path):
-    size, count = 2000, 16 * GB // (2 * 2000)
-    check(loaded(generate__count=count), ["generate"], tmp_path, size=size // 2)
+    size, count = 2000, 40 * GB // (2 * 2 * 2000)
+    check(loaded(generate__count=count), ["generate"], tmp_path, size=size)
     check(loaded(generate__count=count), ["pretrain", "prepare", "train"], tmp_path)
-    with pytest.raises(UserError, match=r"generate needs at least 16\.0 GB of memory"):
+    with pytest.raises(UserError, match=r"generate needs at least 40\.0 GB of disk"):
         check(loaded(generate__count=count + 1), ["generate"], tmp_path, size=size)
 
 
@@ -132,8 +132,8 @@ def test_files_of_a_source_count(tmp_path):
     (tmp_path / "mine.yaml").write_text(f"prepare: {{source: {tmp_path}/mine}}")
     experiment = config.load(str(tmp_path / "mine.yaml"))
     check(experiment, stages.of(experiment), tmp_path)
-    with pytest.raises(UserError, match=r"prepare\.source .*: prepare needs at least 24\.0 GB of memory"):
-        check(experiment, ["prepare"], tmp_path, size=3 * GB)
+    with pytest.raises(UserError, match=r"prepare\.source .*: prepare needs at least 80\.0 GB of disk"):
+        check(experiment, ["prepare"], tmp_path, size=10 * GB)
 
 
 def test_what_is_cut_to_what_there_is_is_not_refused(tmp_path):

@@ -39,7 +39,7 @@ def size(key: str, value: int, stage: str, *more: str, command: str = "main --ta
 
 CONV = ("--autoencoder.kind", "conv")
 SIZES = [
-    size("generate.count", LARGE, "generate", unit="48.2 PB"),  # 2 410 numbers of 2 bytes
+    size("generate.count", LARGE, "generate", unit="80.0 TB"),  # names of 8 bytes
     size("generate.count", HUGE, "generate"),
     size("generate.count", LARGE, "generate", command="generate --tag tiny.yaml"),
     size("generate.count", LARGE, "generate", "--trials 1", command="sweep --tag tiny.yaml --sweep optimizer"),

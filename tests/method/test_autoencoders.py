@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA as SklearnPCA
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pdiff.method.autoencoders import pca as pca_module
+from pdiff.method import vectors
 from pdiff.method.autoencoders.convolutional import ConvAutoencoder
 from pdiff.method.autoencoders.pca import PCA
 
@@ -60,7 +60,7 @@ def test_no_more_components_than_directions(options: dict) -> None:
 def test_blocks_change_nothing(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     x = low_rank(*shape)
     expected = PCA.fit(x, latent_size=5)
-    monkeypatch.setattr(pca_module, "BLOCK_BYTES", 7 * 8 * min(shape))
+    monkeypatch.setattr(vectors, "BLOCK_BYTES", 7 * 8 * min(shape))
     assert torch.allclose(PCA.fit(x, latent_size=5)(x), expected(x), atol=1e-5)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdiff.method import null_arms
+from pdiff.method import null_arms, vectors
 from pdiff.method.baselines import BASELINES, Fitted, available, noise
 from pdiff.method.collection import Collection
 from pdiff.method.novelty import nearest_two, squared_distances
@@ -209,7 +209,7 @@ def test_tiny_differences_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("columns", [1, 7, 1000])
 def test_combinations_are_summed_over_blocks(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(null_arms, "block_length", lambda shape, axis: min(shape[axis], columns))
+    monkeypatch.setattr(vectors, "BLOCK_BYTES", 8 * 6 * columns)
     x, weights = 5 + random(6, 50), random(4, 6, 1)
     expected = x.double().mean(0) + weights.double() @ (x.double() - x.double().mean(0))
     assert torch.allclose(null_arms.combination(weights, x).double(), expected, atol=1e-4)

@@ -8,7 +8,7 @@ import torch
 from scipy import linalg, stats
 from torch import Tensor
 
-from pdiff.method import novelty
+from pdiff.method import vectors
 from pdiff.method.novelty import (
     Span,
     data_copying,
@@ -34,7 +34,7 @@ def squares(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("count", [1, 6, 40])
 def test_distances_against_differences(count: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = normal(5, 7), normal(count, 7, seed=1)
-    monkeypatch.setattr(novelty, "BLOCK_BYTES", 8 * (5 + count) * columns)
+    monkeypatch.setattr(vectors, "BLOCK_BYTES", 8 * (5 + count) * columns)
     assert squared_distances(a, b).dtype == torch.float64
     torch.testing.assert_close(squared_distances(a, b), squares(a, b), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(squared_distances(b, b), squares(b, b), rtol=1e-12, atol=1e-12)
@@ -169,7 +169,7 @@ def test_balls_without_enough_neighbours_are_nan() -> None:
 
 @pytest.mark.parametrize("columns", [7, 10_000])
 def test_span_against_a_singular_value_decomposition(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(novelty, "BLOCK_BYTES", 8 * 20 * columns)
+    monkeypatch.setattr(vectors, "BLOCK_BYTES", 8 * 20 * columns)
     x, y = 5 + normal(10, 60), 5 + normal(4, 60, seed=1)
     span, center = Span.fit(x), x.double().mean(dim=0)
     _, values, axes = torch.linalg.svd(x.double() - center, full_matrices=False)
@@ -251,7 +251,7 @@ def test_frechet_distance_in_closed_form() -> None:
 def test_disagreement_against_a_loop(
     classes: int, dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(novelty, "BLOCK_BYTES", block)
+    monkeypatch.setattr(vectors, "BLOCK_BYTES", block)
     g = torch.Generator().manual_seed(0)
     truth = torch.randint(classes, (37,), generator=g)
     a, b = (

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pdiff.files import scratch
 from pdiff.method.collection import Collection
 from pdiff.seeds import stream
 
@@ -274,7 +275,11 @@ def recombine(collection: Collection, parents: Tensor, groups: Groups, *, seed: 
         choice = torch.randint(parents.shape[1], (len(parents), group.size), generator=generator)
         for place in group.places:
             choices.setdefault(place.name, []).append((place, choice))
-    return Collection({n: _mixed(t, parents, choices.get(n, [])) for n, t in collection.tensors.items()})
+    mixed = {}
+    for name, stacked in collection.tensors.items():
+        numbers = _mixed(stacked, parents, choices.get(name, []))
+        mixed[name] = scratch(*numbers.shape, dtype=numbers.dtype).copy_(numbers)
+    return Collection(mixed)
 
 
 def _mixed(stacked: Tensor, parents: Tensor, choices: list[tuple[Place, Tensor]]) -> Tensor:

@@ -13,9 +13,10 @@ from pydantic import Field, model_validator
 from pdiff.method.options import NonNegative, Positive, Rate, Section, TrainingOptions, resolve
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from pdiff.method.log import Log
+    from pdiff.method.vectors import Matrix
 
 
 class AutoencoderOptions(Section):
@@ -28,7 +29,7 @@ class AutoencoderOptions(Section):
 
     module: ClassVar[Any]
 
-    def fit(self, x: Tensor, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
+    def fit(self, x: Matrix, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
         """Fit an autoencoder.
 
         Args:
@@ -56,7 +57,7 @@ class PCAOptions(AutoencoderOptions):
     latent_size: Positive | Literal["auto"] = "auto"
     variance: Annotated[float, Field(gt=0, le=1)] = 0.999
 
-    def fit(self, x: Tensor, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
+    def fit(self, x: Matrix, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
         from pdiff.method.log import Point
 
         latent_size = None if self.latent_size == "auto" else self.latent_size
@@ -96,15 +97,16 @@ class ConvAutoencoderOptions(AutoencoderOptions, TrainingOptions):
         """An untrained autoencoder of vectors (B, size)."""
         return resolve(self.module)(size, self.latent_size, variational=self.kl_weight > 0)
 
-    def fit(self, x: Tensor, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
+    def fit(self, x: Matrix, *, seed: int, device: Any, log: Log, path: Path | None = None) -> nn.Module:
         import torch
 
         from pdiff.method.autoencoders.convolutional import trainer
         from pdiff.method.training import follow, shuffled_rows
+        from pdiff.method.vectors import dense
 
         torch.manual_seed(seed)
         autoencoder = self.build(x.shape[1]).to(device)
-        steps = trainer(autoencoder, shuffled_rows(x.to(device), self.batch_size, seed), self, seed=seed)
+        steps = trainer(autoencoder, shuffled_rows(dense(x).to(device), self.batch_size, seed), self, seed=seed)
         for _ in follow(steps, "autoencoder/loss", log, path=path):
             pass
         return autoencoder.eval()

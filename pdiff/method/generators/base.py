@@ -17,6 +17,7 @@ from pdiff.method.generators import GENERATORS, GeneratorOptions, LatentDiffusio
 from pdiff.method.log import Log, ignore
 from pdiff.method.options import resolve
 from pdiff.method.standardize import Standardizer
+from pdiff.method.vectors import Matrix
 from pdiff.seeds import stream
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Generator(ABC):
             raise UserError(f"{path}: does not fit generator.safetensors: {reason[:300]}") from None
 
     @abstractmethod
-    def sample_vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample") -> Tensor:
+    def sample_vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample") -> Matrix:
         """Standardised vectors of new networks, one for each seed, (len(seeds), D), on the CPU.
 
         Args:

@@ -17,6 +17,7 @@ from pdiff.method.generators.base import Generator
 from pdiff.method.log import Log, measured
 from pdiff.method.objectives import OBJECTIVES, Objective
 from pdiff.method.samplers import samplers_of
+from pdiff.method.vectors import Matrix
 from pdiff.seeds import stream
 
 CHECKED, CHECKED_CALLS = 128, 20  # samples of the fitted denoiser that are looked at, and their denoiser calls
@@ -40,12 +41,12 @@ class DenoisingGenerator(Generator):
         """L."""
 
     @abstractmethod
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor) -> Matrix:
         """Vectors (B, D), on the CPU, of latents in the scale of the denoiser, (B, L), on any device."""
 
     def sample_vectors(
         self, seeds: list[int], *, device: torch.device | str, label: str = "sample", **options: Any
-    ) -> Tensor:
+    ) -> Matrix:
         if self.denoiser is None:
             z, _ = diffusion.gaussian_noise(self.latent_size, seeds)
             return self.decode(z.to(device))

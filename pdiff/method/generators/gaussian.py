@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdiff.files import scratch
 from pdiff.method.autoencoders.pca import PCA, ROWS
 from pdiff.method.collection import Collection
 from pdiff.method.diffusion import gaussian_noise
@@ -15,6 +16,7 @@ from pdiff.method.generators import GaussianOptions
 from pdiff.method.generators.base import Check, Generator, Tensors
 from pdiff.method.log import Log, ignore, measured
 from pdiff.method.standardize import Standardizer
+from pdiff.method.vectors import Matrix, matrix, over_columns
 
 
 class Gaussian(Generator):
@@ -49,19 +51,29 @@ class Gaussian(Generator):
     ) -> Gaussian:
         with measured(log, "gaussian"):
             standardizer = Standardizer.fit(collection)
-            x = standardizer.encode(collection)  # (N, D)
+            x = standardizer.vectors(collection)  # (N, D)
             correction = int(len(x) > 1)
             if options.diagonal:
-                return cls(standardizer, x.mean(0), x.std(0, correction=correction), None, options.scale)
+                mean = over_columns(lambda block: block.mean(0), x)
+                std = over_columns(lambda block: block.std(0, correction=correction), x)
+                return cls(standardizer, mean, std, None, options.scale)
             pca = PCA.fit(x, variance=options.variance)
             z = torch.cat([pca.encode(rows) for rows in x.split(ROWS)])  # (N, L)
             std = z.std(0, correction=correction)
             return cls(standardizer, pca.center, std, pca.components, options.scale)
 
-    def sample_vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample") -> Tensor:
-        noise, _ = gaussian_noise(len(self.std), seeds)
-        deviation = self.scale * self.std * noise
-        return self.mean + (deviation if self.components is None else deviation @ self.components)
+    def sample_vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample") -> Matrix:
+        deviations = scratch(len(seeds), len(self.std))
+        for row, seed in zip(deviations, seeds, strict=True):
+            noise, _ = gaussian_noise(len(self.std), [seed])
+            row.copy_(self.scale * self.std * noise[0])
+
+        def columns(rows: Tensor | slice, part: slice) -> Tensor:
+            if self.components is None:
+                return self.mean[part] + deviations[rows, part]
+            return self.mean[part] + deviations[rows] @ self.components[:, part]
+
+        return matrix(len(seeds), len(self.mean), columns)
 
     def sizes(self) -> dict[str, float]:
         return {"latent_size": len(self.std)}

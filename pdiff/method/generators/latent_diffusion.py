@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pdiff import compat
 from pdiff.method import diffusion
 from pdiff.method.autoencoders import AUTOENCODERS
+from pdiff.method.autoencoders.pca import PCA
 from pdiff.method.collection import Collection, heldout_split
 from pdiff.method.denoisers import DENOISERS
 from pdiff.method.generators import LatentDiffusionOptions
@@ -21,6 +23,7 @@ from pdiff.method.log import Log, ignore, measured
 from pdiff.method.objectives import Objective
 from pdiff.method.options import Section, resolve
 from pdiff.method.standardize import Standardizer
+from pdiff.method.vectors import Matrix, dense, joined
 from pdiff.seeds import stream
 
 ENCODED = 256  # vectors that the autoencoder encodes at a time
@@ -64,12 +67,12 @@ class LatentDiffusion(DenoisingGenerator):
     ) -> LatentDiffusion:
         fraction, steps = options.diffusion.heldout_fraction, options.diffusion.steps
         kept, heldout = heldout_split(len(collection), fraction, seed=stream(seed, "heldout"))
-        standardizer = Standardizer.fit(collection.select(kept))
-        x = standardizer.encode(collection)  # (N, D)
+        standardizer = Standardizer.fit(collection, kept)
+        x = standardizer.vectors(collection)  # (N, D)
         with measured(log, "autoencoder"):
             resume = {"log": log, "path": state and state / "autoencoder.pt"}
             autoencoder = options.autoencoder.fit(x[kept], seed=stream(seed, "autoencoder"), device=device, **resume)
-        check(lambda networks: standardizer.decode(reconstruct(autoencoder, standardizer.encode(networks), device)))
+        check(lambda networks: standardizer.decode(reconstruct(autoencoder, standardizer.vectors(networks), device)))
         z = encode(autoencoder, x, device)  # (N, L)
         mean, std = latent_scale(z[kept], standardize=options.diffusion.standardize_latents)
         z = ((z - mean) / std).to(device)
@@ -82,7 +85,7 @@ class LatentDiffusion(DenoisingGenerator):
         return cls(standardizer, autoencoder, mean, std, denoiser, options.objective, diagnostics)
 
     def reconstruct(self, networks: Collection, *, device: torch.device | str = "cpu") -> Collection:
-        vectors = self.standardizer.encode(networks)
+        vectors = self.standardizer.vectors(networks)
         return self.standardizer.decode(reconstruct(self.autoencoder.to(device).eval(), vectors, device))
 
     @property
@@ -92,9 +95,9 @@ class LatentDiffusion(DenoisingGenerator):
     def modules(self) -> dict[str, tuple[nn.Module, int]]:
         return {"autoencoder": (self.autoencoder, self.standardizer.size)} | super().modules()
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor) -> Matrix:
         autoencoder = self.autoencoder.to(z.device).eval()
-        return autoencoder.decode(z * self.latent_std.to(z.device) + self.latent_mean.to(z.device)).cpu()
+        return decoded(autoencoder, z * self.latent_std.to(z.device) + self.latent_mean.to(z.device))
 
     def tensors(self) -> Tensors:
         parts = {"autoencoder": self.autoencoder}
@@ -134,20 +137,28 @@ def from_config(registry: dict[str, type[Section]], config: dict[str, Any], stat
     """The module of a `to_config`, with the tensors of its state dict, in evaluation mode."""
     arguments = dict(config)
     module = resolve(registry[arguments.pop("kind")].module)(**arguments)
-    module.load_state_dict(state)
+    module.load_state_dict(state, **compat.assigned())
     return module.eval()
 
 
 @torch.no_grad()
-def encode(autoencoder: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
+def encode(autoencoder: nn.Module, x: Matrix, device: torch.device | str) -> Tensor:
     """Latents (N, L), on the CPU, of vectors (N, D), batch by batch."""
-    return torch.cat([autoencoder.encode(rows.to(device)).cpu() for rows in x.split(ENCODED)])
+    linear = isinstance(autoencoder, PCA)  # it reads columns, others whole vectors
+    batches = (rows.to(device) for rows in x.split(ENCODED))
+    return torch.cat([autoencoder.encode(rows if linear else dense(rows)).cpu() for rows in batches])
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: nn.Module, x: Tensor, device: torch.device | str) -> Tensor:
+def reconstruct(autoencoder: nn.Module, x: Matrix, device: torch.device | str) -> Matrix:
     """Reconstructions (N, D), on the CPU, of vectors (N, D), batch by batch."""
-    return torch.cat([autoencoder(rows.to(device)).cpu() for rows in x.split(ENCODED)])
+    latents = encode(autoencoder, x, device).to(device)
+    return joined([decoded(autoencoder, z) for z in latents.split(ENCODED)])
+
+
+def decoded(autoencoder: nn.Module, z: Tensor) -> Matrix:
+    """Vectors (B, D), on the CPU, of latents (B, L); those of a PCA are computed where they are read, if many."""
+    return autoencoder.vectors(z).to("cpu") if isinstance(autoencoder, PCA) else autoencoder.decode(z).cpu()
 
 
 def latent_scale(z: Tensor, *, standardize: bool) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
+from pdiff.files import scratch
 from pdiff.method.collection import Collection, StateDict, is_generated, not_finite
 from pdiff.networks.imported.files import some_checkpoints
 from pdiff.networks.imported.select import SourceSelect
@@ -38,7 +38,7 @@ def read_collection(
 ) -> Collection:
     """Read every checkpoint of a folder, in the order of the names, numbers in them by value.
 
-    Takes the memory of the collection and of a few files; tensors that are left out are not even read.
+    A large collection is put into a scratch file as it is read; tensors that are left out are not even read.
 
     Args:
         folder: holds .pth, .pt or .safetensors files, one state dict each; or is a zoo of another format.
@@ -99,7 +99,7 @@ def selected(checkpoint: Checkpoint, patterns: Sequence[str]) -> StateDict:
 
 def _stacked(checkpoints: Sequence[Checkpoint], patterns: Sequence[str], *, like: StateDict, named: str) -> Collection:
     """The networks in some checkpoints of one layout."""
-    stacked = {name: torch.empty(len(checkpoints), *t.shape, dtype=t.dtype) for name, t in like.items()}
+    stacked = {name: scratch(len(checkpoints), *t.shape, dtype=t.dtype) for name, t in like.items()}
 
     def fill(row: int) -> None:
         state = selected(checkpoints[row], patterns)

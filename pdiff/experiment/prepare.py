@@ -128,7 +128,7 @@ def _kind(experiment: Experiment, found: Provenance) -> str:
         return found.kind
     if claim not in found.possible:
         where, shown = experiment.prepare.source, " or ".join(found.possible)
-        raise UserError(f"prepare.population {claim}: the files in {where} are {shown}: {found.describe()}")
+        raise UserError(f"prepare.population {claim}: the files in {where} look like {shown}: {found.describe()}")
     return claim
 
 

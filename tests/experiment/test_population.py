@@ -263,7 +263,7 @@ def test_files_of_independent_seeds_are_recognised_held_out_as_wholes_and_aligne
     assert not set(population.column("digest")) & set(population.column("digest", heldout=True))
     assert (tmp_path / "prepare" / "alignment.safetensors").exists()
     with pytest.raises(
-        UserError, match=r"prepare\.population branches: the files in .* are seeds: 22 different networks"
+        UserError, match=r"prepare\.population branches: the files in .* look like seeds: 22 different networks"
     ):
         prepare_files(source, population="branches")
 
@@ -280,7 +280,9 @@ def test_files_of_one_training_are_recognised_unless_they_are_held_to_be_somethi
     assert population.kind == "trajectory" and "network" not in population.columns
     assert population.describe() == "12 checkpoints on the way of one training"
     assert not (tmp_path / "prepare" / "alignment.safetensors").exists()
-    message = r"population seeds: .* are trajectory: 12 different networks of one initialisation, .* \(1 if their order"
+    message = (
+        r"population seeds: .* look like trajectory: 12 different networks of one initialisation, .* \(1 if their order"
+    )
     with pytest.raises(UserError, match=message):
         prepare_files(source, population="seeds")
 

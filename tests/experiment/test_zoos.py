@@ -81,7 +81,7 @@ def test_a_zoo_is_prepared_and_whole_networks_are_held_out(here):
     sizes = stages.run("prepare", experiment, out, log=lambda point: None)
     assert (sizes["checkpoints"], sizes["heldout_checkpoints"]) == (12, 6)
     population, heldout = Population.load(out), Collection.load(out / "heldout.safetensors")
-    assert population.describe() == "18 checkpoints of 6 networks from files"
+    assert population.describe() == "6 networks from independent seeds, 3 checkpoints of each"
     assert not set(population.column("network")) & set(population.column("network", heldout=True))
     assert population.column("name", heldout=True) == heldout.names
     for k, seed in enumerate(population.column("seed", heldout=True)):

@@ -81,7 +81,8 @@ def test_the_tokens_of_an_mlp_are_rows_and_columns_of_its_weights() -> None:
     x = standardizer.encode(collection)
     tokens = Tokens.fit(x, standardizer.slots, groups.groups)
     assert tokens.layout == Layout(((32, 64 + 1 + 10),), (), 10)
-    parts = {s.name: p.unflatten(1, s.shape) for s, p in zip(standardizer.slots, standardizer._columns(x), strict=True)}
+    columns = x.split([slot.size for slot in standardizer.slots], dim=1)
+    parts = {s.name: p.unflatten(1, s.shape) for s, p in zip(standardizer.slots, columns, strict=True)}
     units = torch.cat([parts["1.weight"], parts["1.bias"][:, :, None], parts["3.weight"].transpose(1, 2)], dim=2)
     mean, std = units.mean((0, 1)), units.flatten(0, 1).std(0, correction=0)
     nodes, rest = tokens.layout.split(tokens.encode(x))

@@ -36,12 +36,11 @@ SCRATCH_BYTES = 16 << 20  # of a tensor from which on `scratch` puts it into a f
 SCRATCH_FOLDER: ContextVar[Path | None] = ContextVar("SCRATCH_FOLDER", default=None)
 """Where `scratch` puts its files; None: the folder of the system's temporary files."""
 TYPES = {
-    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-    **{"bfloat16": "BF16", "bool": "BOOL", "complex64": "C64"},
+    **{"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16"},
+    **{"bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32", "complex64": "C64"},
+    **{"float64": "F64", "int64": "I64", "uint64": "U64"},
 }
-"""Names of types in safetensors files."""
+"""Names of types in safetensors files, in the order of that library, which sorts by them: the last ones come first."""
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -183,7 +182,8 @@ def new_tensors(
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
-    for name, tensor in sorted(like.items(), key=lambda item: (-item[1].element_size(), item[0])):  # aligned
+    order = list(TYPES)
+    for name, tensor in sorted(like.items(), key=lambda item: (-order.index(str(item[1].dtype)[6:]), item[0])):
         start, end = end, end + tensor.numel() * tensor.element_size()
         kind = TYPES[str(tensor.dtype)[6:]]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}

@@ -115,7 +115,7 @@ def test_generators_are_those_of_tensors(options: Section, tmp_path: Path, monke
 
 
 MEMORY = """
-import sys, threading
+import json, sys, threading
 from pathlib import Path
 import torch
 from pdiff.files import new_tensors, scratch_folder
@@ -131,36 +131,41 @@ def private():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
-torch.set_num_threads(1)
-generator = torch.Generator().manual_seed(0)
-Collection.stack([{"w": torch.zeros(10)}] * 2)  # what PyTorch allocates once
-with new_tensors(folder / "c.safetensors", {"w": torch.empty(1).expand(COUNT, SIZE)}) as tensors:
-    for row in tensors["w"]:
-        row.normal_(generator=generator)
-(folder / "c.json").write_text(
-    '{"layout": {"w": {"shape": [%d], "dtype": "float32"}}, "checkpoints": %s}' % (SIZE, [*range(COUNT)])
-)
-peak, before, done = 0, private(), threading.Event()
+def save(path, count, size):
+    with new_tensors(path, {"w": torch.empty(1).expand(count, size)}) as tensors:
+        for row in tensors["w"]:
+            row.normal_(generator=generator)
+    index = {"layout": {"w": {"shape": [size], "dtype": "float32"}}, "checkpoints": [*range(count)]}
+    path.with_suffix(".json").write_text(json.dumps(index))
+
+def everything(folder, count, size):
+    save(folder / "c.safetensors", count, size)
+    collection = Collection.load(folder / "c.safetensors")
+    options = LatentDiffusionOptions(autoencoder=PCAOptions(variance=1.0), diffusion=DiffusionOptions(steps=2))
+    fitted = Generator.fit(collection, options)
+    fitted.save(folder / "generator")
+    networks = Generator.load(folder / "generator").sample(count)
+    networks.save(folder / "generated.safetensors")
+    x, y = (fitted.standardizer.vectors(c) for c in (collection, networks))
+    assert squared_distances(y, x).isfinite().all()
+    return fitted.sizes()["latent_size"]
 
 def watch():
     global peak
     while not done.wait(0.002):
         peak = max(peak, private() - before)
 
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+everything(folder / "small", 10, 50)  # what is imported and allocated once
+peak, before, done = 0, private(), threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
 with scratch_folder(folder):
-    collection = Collection.load(folder / "c.safetensors")
-    options = LatentDiffusionOptions(autoencoder=PCAOptions(variance=1.0), diffusion=DiffusionOptions(steps=2))
-    fitted = Generator.fit(collection, options)
-    fitted.save(folder / "generator")
-    networks = Generator.load(folder / "generator").sample(COUNT)
-    networks.save(folder / "generated.safetensors")
-    x, y = (fitted.standardizer.vectors(c) for c in (collection, networks))
-    assert squared_distances(y, x).isfinite().all()
+    latents = everything(folder / "large", COUNT, SIZE)
 done.set()
 watcher.join()
-assert fitted.sizes()["latent_size"] >= 30
+assert latents >= 30
 print(peak)
 """
 

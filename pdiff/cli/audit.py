@@ -54,9 +54,9 @@ def audit(
     function: Function = "",
     command: Shell = "",
     align: Annotated[
-        Literal["none", "weights"],
-        typer.Option(help="`weights` permutes units to match the first original: for independent seeds."),
-    ] = "none",
+        Literal["auto", "none", "weights"],
+        typer.Option(help="`weights` permutes units to match a reference; `auto` does so for independent seeds."),
+    ] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Repeat what is finished.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Repeat what is finished, but damaged.")] = False,
 ) -> None:

@@ -89,7 +89,7 @@ def audit(
     architecture: str = "",
     function: str = "",
     command: str = "",
-    align: str = "none",
+    align: str = "auto",
     overrides: Mapping[str, str] | None = None,
 ) -> Experiment:
     """The experiment of `pdiff audit`, called `audit_<folder of the originals>`.
@@ -113,9 +113,7 @@ def audit(
     given = {
         "dataset": {"name": dataset},
         "network": {"architecture": architecture},
-        "prepare": {"source": written(source)}
-        | ({"heldout": 0} if heldout else {})
-        | ({"align": align} if align != "none" else {}),
+        "prepare": {"source": written(source), "align": align} | ({"heldout": 0} if heldout else {}),
         "evaluate": evaluation(command, function),
         "audit": {
             "generated": {name: written(config.expanded(place)) for name, place in places.items()},

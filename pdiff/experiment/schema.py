@@ -197,9 +197,8 @@ class Experiment(Section):
             raise ValueError(f"generator.checkpoints <= {keys} must hold, but got ({used}, {collect.total})")
         if not (collect.pretrains or self.prepare.source or self.prepare.parameters == ("all",)):
             raise ValueError(f"prepare.parameters must be all where prepare.collect.from is {self.collected_from}")
-        trained = {"prepare.collect": collect}
-        if collect.pretrains:
-            trained["prepare.pretrain"] = self.prepare.pretrain
+        trained = {"prepare.pretrain": self.prepare.pretrain} if collect.pretrains else {}
+        trained["prepare.collect"] = collect
         trained |= {name: getattr(self, name) for name in GENERATORS[self.generator.kind].sections}
         for name, section in trained.items():
             batch_size = getattr(section, "batch_size", self.processes)

@@ -285,7 +285,7 @@ def test_networks_of_another_layout_are_refused(zoo, tmp_path, role, change, exp
         ("--originals fresh --generated copies --dataset digits", "--dataset and --architecture belong together"),
         ("--originals fresh --generated copies --function no.py:f", "--function: 'no.py:f' is not path/to/file.py"),
         ("--originals fresh --generated copies --align weights", "prepare.align weights: needs dataset and network"),
-        ("--originals fresh --generated copies --align sideways", "'sideways' is not one of 'none', 'weights'"),
+        ("--originals fresh --generated copies --align sideways", "'sideways' is not one of 'auto', 'none', 'weights'"),
         ("--originals fresh --generated copies --evaluate.nose 1", "evaluate.nose: unknown key; did you mean"),
         ("--originals fresh --generated ~no_such_user/x", "there is no such home folder"),
         (

@@ -99,8 +99,8 @@ def test_what_cannot_be_measured_is_left_out(groups, results):
 
 
 def test_every_group_is_encoded_once(groups, results, monkeypatch):
-    encoded, encode = [], Standardizer.encode
-    monkeypatch.setattr(Standardizer, "encode", lambda self, group: encoded.append(len(group)) or encode(self, group))
+    encoded, encode = [], Standardizer.vectors
+    monkeypatch.setattr(Standardizer, "vectors", lambda self, group: encoded.append(len(group)) or encode(self, group))
     compared(groups, results)
     assert encoded == list(SIZES.values())
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from hostile import Try, answered
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tracked import artifacts, runs, statuses
 
 from pdiff.cli.main import main
-from pdiff.experiment import config
+from pdiff.experiment import config, limits
 from pdiff.networks.imported.plain import read_collection
 
 LARGE, HUGE = 10**13, 10**400
@@ -70,11 +70,10 @@ def test_sizes_are_refused_before_anything_is_begun(tried, workspace, capfd):
 
 @pytest.mark.slow
 def test_what_is_known_once_files_are_read_is_refused_before_its_stage(workspace, capfd, monkeypatch):
-    """15 numbers of 2 bytes for each of 10^6 networks, on a machine with 20 MB; before, the 15 are not known."""
-    memory, swap = psutil.virtual_memory()._replace(total=20 * 10**6), psutil.swap_memory()._replace(total=0)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)  # for `limits`, and MLflow's system metrics
-    monkeypatch.setattr(psutil, "swap_memory", lambda: swap)
-    needed = ("generate.count 1000000: generate needs at least 30.0 MB of memory, but this machine has 20.0 MB",)
+    """15 numbers of 2 bytes for each of 10^6 networks, twice, on a disk of 20 MB; before, the 15 are not known."""
+    disk = shutil.disk_usage(workspace)._replace(total=20 * 10**6, free=20 * 10**6)
+    monkeypatch.setattr(limits.shutil, "disk_usage", lambda path: disk)
+    needed = ("generate.count 1000000: generate needs at least", "MB of disk, but")
     put = beside("b.pth", lambda path: torch.save(good(9), path), count=4)
     answered(Try("generate --tag mine.yaml --generate.count 1000000", 2, needed, put), workspace, capfd)
     assert dict(statuses()) == {"prepare": "FINISHED", "train": "FINISHED", "generate": "FAILED"}

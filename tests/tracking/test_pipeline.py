@@ -265,7 +265,7 @@ def test_a_full_disk_is_one_line(workspace, capfd, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "checkpoints.safetensors")
 
-    monkeypatch.setattr("pdiff.method.collection.write_tensors", full)
+    monkeypatch.setattr("pdiff.method.collection.new_tensors", full)
     assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 1
     assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
     (run,) = runs("prepare")

@@ -251,7 +251,7 @@ def unit_rows(stacked: Tensor, axis: int, index: Tensor) -> Tensor:
     front = stacked.movedim(axis + 1, 1)
     if index.numel() != front.shape[1] or not torch.equal(index.flatten(), torch.arange(index.numel())):
         front = front.index_select(1, index.flatten().to(stacked.device))
-    return front.reshape(len(stacked), len(index), -1)
+    return front.reshape(len(stacked), len(index), front.shape[1:].numel() // max(1, len(index)))
 
 
 def recombine(collection: Collection, parents: Tensor, groups: Groups, *, seed: int) -> Collection:

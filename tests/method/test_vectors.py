@@ -171,7 +171,6 @@ print(peak)
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="not yet seen to pass: an earlier form measured 165 MB, imports included", strict=False)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's accounts of memory")
 def test_a_large_collection_is_never_in_memory(tmp_path: Path) -> None:
     """80 MB of numbers, of which 4 MB at a time may be in memory: fit, save, load, sample and compare."""

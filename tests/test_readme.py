@@ -12,7 +12,7 @@ from pdiff.experiment.keys import all_keys
 from pdiff.sweeps import schema
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "pdiff/README.md", *sorted((ROOT / "experiments").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("*.md"))]
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 FENCED = r"^```(\w*)\n(.*?)^```$"
 BLOCKS = re.findall(FENCED, TEXT, re.MULTILINE | re.DOTALL)

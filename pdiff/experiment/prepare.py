@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,9 @@ from pdiff.networks.images import Images
 from pdiff.networks.imported.plain import read_checkpoints
 from pdiff.networks.imported.zoo import columns
 from pdiff.networks.patterns import matching
-from pdiff.networks.populations import branches, collect, generated_names, seeds
+from pdiff.networks.populations import branches, collect, generated_names
 from pdiff.networks.predict import accuracy, predictions
+from pdiff.networks.runs import train_all
 from pdiff.seeds import stream
 
 
@@ -101,12 +101,10 @@ def _collected(
             path = out / STATE / "collect.pt"
             collection = collect(network.to(device), images, settings.collect, names, path=path, **options)
         else:
+            made = branches(network, names) if pretrain else lambda k: new_network(experiment, images).train()
             options |= {"device": device, "folder": out / STATE / "collect"}
-            if experiment.collected_from == "branches":
-                collection, known = branches(network, images, settings.collect, names, **options)
-            else:
-                build = partial(new_network, experiment, images)
-                collection, known = seeds(build, images, settings.collect, names, **options)
+            collection, known = train_all(made, images.train, settings.collect, names, **options)
+            if not pretrain:
                 network.load_state_dict(collection[0], strict=False)
             predicted = predictions(network, collection, images.validation, device=device, label="validate")
             known["val_accuracy"] = accuracy(predicted, images.validation.labels).tolist()

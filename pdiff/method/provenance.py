@@ -62,7 +62,7 @@ class Provenance:
         """Measure a collection of at least two different networks, in the order of the steps if they are steps.
 
         Equal networks count once. Networks whose matrices are alike come from one initialisation, as do those that are
-        connected by such pairs. Where there are several, each is a training of its own; where there is one, see
+        connected by such pairs. Where there are several, each is a separate training; where there is one, see
         `_of_one_origin`.
         """
         digests = [digest(collection, row) for row in range(len(collection))]

@@ -140,7 +140,7 @@ class Trainer:
         seed: of the whole training.
         ema: decay of the exponential moving average of the weights, 0 for none.
         autocast: compute the loss in bfloat16 on GPUs of CUDA that can.
-        shared: several processes share every batch; otherwise each trains a module of its own.
+        shared: several processes share every batch; otherwise each trains a separate module.
     """
 
     def __init__(

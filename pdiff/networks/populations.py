@@ -15,9 +15,9 @@ from pdiff.method.collection import Collection, generated_numbers
 from pdiff.method.log import Log, Point
 from pdiff.method.training import Best, Trainer, follow
 from pdiff.networks.images import Batch, Images, Part
-from pdiff.networks.options import Pretrain, RunsOptions, TrajectoryOptions
+from pdiff.networks.options import Pretrain, TrajectoryOptions
 from pdiff.networks.patterns import EVERYTHING, matching
-from pdiff.networks.runs import Snapshots, Trained, train_all
+from pdiff.networks.runs import Snapshots
 from pdiff.networks.split import split
 from pdiff.parallel import ranks
 
@@ -143,65 +143,17 @@ def collect(
     return Collection.stack(collected.states)
 
 
-def seeds(
-    make: Callable[[], nn.Module],
-    images: Images,
-    settings: RunsOptions,
-    names: Sequence[str],
-    *,
-    seed: int,
-    device: torch.device | str,
-    log: Log,
-    folder: Path,
-) -> Trained:
-    """Networks from independent seeds: each has its own initialisation and its own order of batches.
+def branches(trunk: nn.Module, names: Sequence[str]) -> Callable[[int], nn.Module]:
+    """k -> branch k of a pretrained network, the trunk: a copy, of which the generated tensors alone are trained on.
 
-    Args:
-        make: a freshly initialised network.
-        images: data set; its training part is used.
-        settings: number of networks, steps, optimiser.
-        names: generated tensors of the state dict.
-        seed: of all trainings.
-        device: where to train.
-        log: receives `collect/loss`.
-        folder: of finished networks, from which an interrupted collection continues.
-    """
-    return train_all(
-        lambda k: make().train(), images.train, settings, names, seed=seed, device=device, log=log, folder=folder
-    )
-
-
-def branches(
-    trunk: nn.Module,
-    images: Images,
-    settings: RunsOptions,
-    names: Sequence[str],
-    *,
-    seed: int,
-    device: torch.device | str,
-    log: Log,
-    folder: Path,
-) -> Trained:
-    """Branches of a pretrained network, the trunk, whose generated parameters are trained on, in an order of batches of
-    their own. They can be averaged (linear mode connectivity: Frankle et al. 2020, arXiv 1912.05671), yet differ.
-
-    Args:
-        trunk: pretrained.
-        images: data set; its training part is used.
-        settings: number of networks, steps, optimiser.
-        names: generated tensors of the state dict.
-        seed: of all trainings.
-        device: where to train.
-        log: receives `collect/loss`.
-        folder: of finished networks, from which an interrupted collection continues.
+    Networks that go on from one trunk differ, and can yet be averaged (linear mode connectivity: Frankle et al. 2020,
+    arXiv 1912.05671).
 
     Raises:
         UserError: `names` are buffers only.
     """
     _only_trains(trunk, names)
-    return train_all(
-        lambda k: deepcopy(trunk), images.train, settings, names, seed=seed, device=device, log=log, folder=folder
-    )
+    return lambda k: deepcopy(trunk)
 
 
 def _only_trains(network: nn.Module, names: Sequence[str]) -> bool:

@@ -87,7 +87,7 @@ def train_all(
     log: Log,
     folder: Path,
 ) -> Trained:
-    """Train many networks, each on batches in an order of its own.
+    """Train many networks, each with a separate order of batches.
 
     Network k depends on (seed, k) alone: not on how many there are, nor, but for rounding, on those trained beside it.
     Small networks are trained side by side, where that is faster; processes share the networks.

@@ -122,7 +122,7 @@ def _log_programs(generator: Generator) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
         if size > LARGEST_PROGRAM:
             tqdm.write(
-                f"train: {name} is not logged as a model of its own: an export of {size / 1e9:.1f} GB takes memory"
+                f"train: {name} is not logged as a separate model: an export of {size / 1e9:.1f} GB takes memory"
             )
             continue
         example = np.zeros((2, width), dtype=np.float32)

@@ -29,9 +29,8 @@ def network(name: str = "mlp") -> nn.Module:
 
 def collected(images, folder, settings, *, make=network, log=ignore, **options):
     names = populations.generated_names(make(), ["all"])
-    return populations.seeds(
-        make, images, settings, names, **{"seed": 3, "device": "cpu", "log": log, "folder": folder} | options
-    )
+    options = {"seed": 3, "device": "cpu", "log": log, "folder": folder} | options
+    return runs.train_all(lambda k: make().train(), images.train, settings, names, **options)
 
 
 def assert_close(a, b) -> None:
@@ -137,8 +136,9 @@ def test_branches_leave_what_is_not_generated_as_the_trunk_has_it(images, tmp_pa
     torch.manual_seed(0)
     trunk = network()
     before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
-    options = {"seed": 0, "device": "cpu", "log": ignore}
-    found = populations.branches(trunk, images, BranchesOptions(**SMALL), ["3.weight"], folder=tmp_path, **options)
+    names, options = ["3.weight"], {"seed": 0, "device": "cpu", "log": ignore, "folder": tmp_path}
+    make = populations.branches(trunk, names)
+    found = runs.train_all(make, images.train, BranchesOptions(**SMALL), names, **options)
     assert found.collection.tensors.keys() == {"3.weight"} and len(found.collection) == 5
     rows = found.collection.tensors["3.weight"]
     assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], before["3.weight"])

@@ -18,14 +18,15 @@ from pdiff.method.autoencoders.pca import PCA
 from pdiff.method.collection import Collection
 from pdiff.method.denoisers import ConvDenoiserOptions, DenoiserOptions, MLPDenoiserOptions
 from pdiff.method.generators import DiffusionOptions
+from pdiff.method.log import ignore
 from pdiff.method.novelty import squared_distances
 from pdiff.method.objectives import Epsilon, Flow, Objective
 from pdiff.method.similarity import wrong_iou
 from pdiff.method.training import Trainer, shuffled_rows
 from pdiff.networks import datasets
 from pdiff.networks.options import Dataset, SeedsOptions
-from pdiff.networks.populations import seeds as train_seeds
 from pdiff.networks.predict import batch_predictions
+from pdiff.networks.runs import train_all
 from pdiff.networks.small import mlp
 
 HIDDEN, CLASSES = 32, 10
@@ -126,9 +127,8 @@ def seeds(sizes: Sizes, device: torch.device, folder: Path) -> Work:
     numbered = itertools.count()  # a folder for each call, or the second would find its networks finished
 
     def call() -> object:
-        place = folder / f"seeds_{next(numbered)}"
-        make = lambda: mlp(classes=10, channels=1, image_size=8)  # noqa: E731
-        return train_seeds(make, images, settings, names, seed=0, device=device, log=lambda _: None, folder=place)
+        options = {"seed": 0, "device": device, "log": ignore, "folder": folder / f"seeds_{next(numbered)}"}
+        return train_all(lambda k: mlp(classes=10, channels=1, image_size=8), images.train, settings, names, **options)
 
     parameters, pixels = numbers(64), settings.batch_size * 64
     steps = settings.networks * TRAINED_STEPS

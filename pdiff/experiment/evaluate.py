@@ -15,6 +15,7 @@ from pdiff.experiment import board, config, costs, limits, published, report, su
 from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
+from pdiff.experiment.population import Population
 from pdiff.experiment.prepared import (
     evaluator,
     heldout_networks,
@@ -132,7 +133,10 @@ def write_audit(
             "layers": summary.layers_table(groups),
             "board": board.board(metrics, groups, generated) if len(generated) > 1 else pd.DataFrame(),
         }
-        sentences = [*verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated), *notes]
+        sentences = verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated)
+        if "prepare" in upstream:
+            sentences.append(f"The originals: {Population.load(upstream['prepare']).describe()}.")
+        sentences += notes
     of_stages = {**upstream, stage: out}
     tables["costs"] = costs.costs_table(of_stages, _networks(groups, generated, of_stages))
     write_text(out / "verdict.md", "\n\n".join(sentences) + "\n")

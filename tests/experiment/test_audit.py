@@ -144,7 +144,8 @@ def test_everything_is_written(known, sentences):
     evaluation = pd.read_csv(known / "evaluation.csv")
     sizes = {"original": 30, "heldout": 15, "copies": 15, "fresh": 15, "averages": 15, "noise_0.05": 6}
     assert evaluation["group"].value_counts(sort=False).to_dict() == sizes | {"average": 1, "gaussian": 6}
-    assert len(sentences) == 3 * 3, "held-out networks were given: no note"
+    assert len(sentences) == 3 * 3 + 1, "held-out networks were given: no note"
+    assert sentences[-1] == "The originals: 30 networks from independent seeds."
     assert set(pd.read_csv(known / "tables" / "comparisons.csv")["group"]) == {"copies", "fresh", "averages"}
     assert "Leaderboard" in (known / "report.html").read_text()
 
@@ -189,8 +190,9 @@ def test_a_tenth_is_set_apart_and_the_cost_is_said(zoo, tmp_path):
     evaluation = pd.read_csv(out / "evaluation.csv")
     assert evaluation["group"].value_counts().to_dict() == {"original": 27, "heldout": 3, "generated": 1, "average": 1}
     assert "test_accuracy" not in evaluation
-    *three, note = (out / "verdict.md").read_text().strip().split("\n\n")
+    *three, population, note = (out / "verdict.md").read_text().strip().split("\n\n")
     assert "accuracy was not measured" in three[0] and len(three) == 3
+    assert population == "The originals: 30 networks from independent seeds."
     assert note == cost_of_a_split(27, 3, 1) and "3 of the 30 originals were set apart" in note
     assert not (out / "tables" / "board.csv").exists()
     assert Collection.load(tmp_path / "prepare" / "checkpoints.safetensors").tensors.keys() == {"0.weight", "2.weight"}

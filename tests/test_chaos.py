@@ -6,15 +6,14 @@
 import os
 import random
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import forked
 import mlflow
 import optuna
 import pytest
 import yaml
 from filelock import FileLock
+from forked import Command
 from safetensors.torch import load_file
 from tracked import TINY, artifacts, runs
 
@@ -47,14 +46,14 @@ VARYING = ("seconds/", "memory_mb/", "system/")  # the beginnings of metrics tha
 pytestmark = pytest.mark.slow
 
 
-def begin(folder: Path, command: str) -> BaseProcess:
+def begin(folder: Path, command: str) -> Command:
     """Start a command in a folder."""
     folder.mkdir(exist_ok=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     (folder / "grid.yaml").write_text(yaml.safe_dump(SWEEP))
     unset = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE")
     variables = {name: value for name, value in os.environ.items() if name not in unset}
-    return forked.begin(folder, COMMANDS[command], variables | {"PDIFF_SAVE_SECONDS": "0.02", "OMP_NUM_THREADS": "1"})
+    return Command(folder, COMMANDS[command], variables | {"PDIFF_SAVE_SECONDS": "0.02", "OMP_NUM_THREADS": "1"})
 
 
 def results(folder: Path, command: str) -> dict:
@@ -81,7 +80,7 @@ def results(folder: Path, command: str) -> dict:
 
 def left(folder: Path) -> set[str]:
     """What stands in a folder that a finished command should not have left there; locks must be free."""
-    expected = {"tiny.yaml", "grid.yaml", "output.txt", ".pdiff", "mlruns", "mlflow.db", "optuna.db"}
+    expected = {"tiny.yaml", "grid.yaml", ".pdiff", "mlruns", "mlflow.db", "optuna.db"}
     beside = {f"{name}.db{end}" for name in ("mlflow", "optuna") for end in ("-wal", "-shm")}
     names = {path.name for path in folder.iterdir()} - expected - beside
     for path in (folder / ".pdiff").rglob("*"):
@@ -93,9 +92,10 @@ def left(folder: Path) -> set[str]:
     return names
 
 
-def check(folder: Path, command: str, process: BaseProcess) -> dict:
+def check(folder: Path, command: str, process: Command) -> dict:
     """What a command that has ended finds; it must have succeeded, and left nothing behind."""
-    assert process.exitcode == 0, (folder / "output.txt").read_text()
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     found = results(folder, command)
     assert not left(folder)
     return found
@@ -104,10 +104,10 @@ def check(folder: Path, command: str, process: BaseProcess) -> dict:
 @pytest.fixture(scope="module")
 def reference(request, tmp_path_factory):
     """A command, how many seconds it takes, and what it finds when nothing disturbs it."""
-    begin(tmp_path_factory.mktemp("first"), "main").join()  # the libraries are imported, and in memory
+    begin(tmp_path_factory.mktemp("first"), "main").wait()  # the libraries are imported, and in memory
     folder, start = tmp_path_factory.mktemp("reference"), time.monotonic()
     process = begin(folder, request.param)
-    process.join()
+    process.wait()
     seconds = time.monotonic() - start
     return request.param, seconds, check(folder, request.param, process)
 
@@ -125,10 +125,9 @@ def test_kills_change_nothing(reference, tmp_path, number):
     while kills < PER_FOLDER[command] or folder.exists():
         moment = chance.uniform(0, seconds) if kills < PER_FOLDER[command] else None
         process = begin(folder, command)
-        process.join(moment)
-        killed = process.exitcode is None and forked.kill(process)
+        killed = process.wait(moment) is None and process.kill_group()
         files = " ".join(sorted(path.name for path in folder.iterdir()))
-        line = f"{command},{number},{kills},{'' if moment is None else f'{moment:.3f}'},{process.exitcode},{files}"
+        line = f"{command},{number},{kills},{'' if moment is None else f'{moment:.3f}'},{process.returncode},{files}"
         print(line)  # shown where the test fails
         if record := os.environ.get("PDIFF_CHAOS_RECORD"):
             append_line(Path(record), line)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import mlflow
+from forked import Command
 
 TINY = """
 log_models: false
@@ -40,10 +39,9 @@ def artifacts(run):
 
 
 def start(*words, **environment):
-    """Start the command in another process, on the workspace's store."""
+    """Start the command in another process, in the current folder and on the workspace's store."""
     variables = {**os.environ, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), **environment}
-    command = [sys.executable, "-m", "pdiff", *words]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command(Path.cwd(), words, variables)
 
 
 def wait_for(condition, process, seconds=90):

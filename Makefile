@@ -29,9 +29,9 @@ ui: $(INSTALLED)  ## MLflow's user interface
 dashboard: $(INSTALLED)  ## Optuna's user interface, of the studies in PDIFF_STORAGE or optuna.db
 	$(BIN)/optuna-dashboard $${PDIFF_STORAGE:-sqlite:///optuna.db}
 
-notebooks: $(INSTALLED)  ## run all notebooks again, in place; their images take Chrome or Chromium
+notebooks: $(INSTALLED)  ## run all notebooks again, in place, two at a time; their images take Chrome or Chromium
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
-	for notebook in notebooks/*.ipynb; do TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace "$$notebook" || exit 1; done
+	ls -r notebooks/*.ipynb | TQDM_DISABLE=1 OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/jupyter execute --inplace
 
 lab: $(INSTALLED)  ## open the notebooks
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'

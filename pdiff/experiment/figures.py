@@ -104,7 +104,7 @@ def front(points: pd.DataFrame, networks: pd.DataFrame, *, looks: Styles | None 
         ends = points[["accuracy_low", "accuracy", "accuracy_high"]].stack()  # single networks may lie outside
         low, high, room = ends.min(), ends.max(), 0.1 * (ends.max() - ends.min())
         figure.update_yaxes(range=_window(points.set_index("group")["accuracy"]) or [low - room, high + room])
-    wide = points["novelty"].max() > WIDE * points["novelty"].min() > 0 if len(points) else False
+    wide = points["novelty"].max() > WIDE and points["novelty"].min() > 0 if len(points) else False
     figure.update_xaxes(
         title="novelty (1: as far as held-out networks)", rangemode="tozero", type="log" if wide else "-"
     )

@@ -60,6 +60,15 @@ def test_arms_far_below_do_not_squeeze_the_others(tables):
     assert low < alike["accuracy_low"].min() < alike["accuracy_high"].max() < high
 
 
+def test_novelty_near_1_is_told_apart(tables):
+    """A logarithmic axis only where an arm is many times as far as held-out networks, not for noise that is near 0."""
+    near = tables["front"].query("part == 'test'").assign(novelty=0.9)
+    near.iloc[0, near.columns.get_loc("novelty")] = 0.001
+    assert figures.front(near, tables["evaluation"]).layout.xaxis.type == "-"
+    far = near.assign(novelty=[0.5, *[50] * (len(near) - 1)])
+    assert figures.front(far, tables["evaluation"]).layout.xaxis.type == "log"
+
+
 def test_distances_have_a_row_for_each_group(tables):
     figure = figures.distances(tables["evaluation"])
     assert [trace.y0 for trace in figure.data] == list(AUDITED)

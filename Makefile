@@ -3,17 +3,20 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 INSTALLED := .venv/.installed
 
-.PHONY: demo quick test chaos lint ui dashboard notebooks lab clean
+.PHONY: demo quick test thorough chaos lint ui dashboard notebooks lab clean
 
 demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how good they are
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
 	@echo "compare runs: make ui, then open http://127.0.0.1:5000"
 
 quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, under 60 s together
-	$(PYTEST) -m "not slow" -x
+	$(PYTEST) -m "not slow and not thorough" -x
 
-test: $(INSTALLED)  ## the whole suite
-	$(PYTEST)
+test: $(INSTALLED)  ## all tests but the thorough ones, in ten minutes on two cores
+	$(PYTEST) -m "not thorough"
+
+thorough: $(INSTALLED)  ## the others: the same proofs on the largest networks, and once more with other kills
+	$(PYTEST) -m thorough
 
 chaos: $(INSTALLED)  ## 200 kills of main and 40 of a sweep, at random moments; chaos.csv says what was killed when
 	PDIFF_CHAOS=200 PDIFF_CHAOS_RECORD=$(CURDIR)/chaos.csv $(PYTEST) tests/test_chaos.py

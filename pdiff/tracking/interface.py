@@ -21,16 +21,16 @@ USER_INTERFACE = "http://127.0.0.1:5000"  # of `mlflow ui`
 MODEL_TRAINING = "workflowType=machine_learning"
 VIEW = "pdiff"  # name and identifier of the saved view
 COLUMNS = {
-    "attributes.`Duration`": 90,
-    "tags.`pdiff.tag`": 120,
-    "tags.`pdiff.verdict`": 260,
-    "tags.`pdiff.alarm`": 110,
-    "metrics.`test_accuracy/generated_mean`": 215,
-    "metrics.`test_accuracy/original_mean`": 205,
-    "metrics.`novelty/generated_median`": 190,
+    "tags.`pdiff.tag`": 90,
+    "duration": 75,
+    "metrics.`test_accuracy/generated_mean`": 200,
+    "metrics.`test_accuracy/original_mean`": 190,
+    "metrics.`novelty/generated_median`": 175,
+    "tags.`pdiff.alarm`": 100,
+    "tags.`pdiff.verdict`": 300,
     **{f"metrics.`{name}`": 170 for name in (*FIT_SECONDS, "seconds/generate")},
 }
-"""Of the runs table in the saved view, from left to right -> how wide, in pixels; those that no run has are left out."""
+"""Of the runs table in the saved view, from left to right -> width in pixels; those that no run has are left out."""
 
 
 def tags() -> dict[str, str]:

@@ -15,6 +15,7 @@ import pytest
 import requests
 
 from pdiff.cli.main import main
+from pdiff.sweeps import schema
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCK = README.partition("\n## A first hour\n")[2].split("```")[1]
@@ -56,8 +57,11 @@ def serving(command: list[str]):
 
 
 @pytest.mark.slow
-def test_its_commands_run_one_after_another(empty_workspace, monkeypatch, capsys):
+def test_its_commands_run_one_after_another(workspace, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    small = Path("experiments/sweeps/latent_noise_timesteps.yaml")  # a file of the current folder comes first
+    small.parent.mkdir(parents=True)
+    small.write_text(f"{schema.sweeps()[small.stem].read_text()}final: {{seeds: 1}}\n")
     activation, *commands = LINES
     assert activation == ". .venv/bin/activate"
     printed: dict[str, str] = {}

@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 
 demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how good they are
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
-	@echo "compare runs: make ui, then open http://127.0.0.1:5000"
+	@echo "\`make ui\` starts \`mlflow ui\`"
 
 quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, under 60 s together
 	$(PYTEST) -m "not slow and not thorough" -x

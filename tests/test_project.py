@@ -1,6 +1,7 @@
 """What the files of the repository promise one another."""
 
 import ast
+import platform
 import re
 import subprocess
 import sys
@@ -40,7 +41,15 @@ def test_both_environments_are_the_same():
     *names, pip = conda["dependencies"]
     assert [re.match(r"\w+", name).group() for name in names] == ["python", "pip"]
     assert pip == {"pip": project["dependencies"]}
-    assert names[0] == f"python{project['requires-python']}"
+    assert names[0] == f"python {project['requires-python']}"
+
+
+def test_virtual_environments_get_the_python_of_mlflow():
+    """`mlflow run --env-manager uv` would take python>=3.10, without the space, for 3.10 alone."""
+    from mlflow.utils.environment import _PythonEnv
+
+    found = _PythonEnv.from_conda_yaml(ROOT / "conda.yaml")
+    assert found.python == platform.python_version() and found.dependencies == pyproject()["project"]["dependencies"]
 
 
 def test_entry_points_are_those_of_the_command_line():

@@ -53,7 +53,10 @@ def execute(experiment: Experiment, name: str, *, fresh: bool, repair: bool) -> 
     done = library.execute(experiment, name, fresh=fresh, repair=repair)
     if name in ("main", stages.evaluation(experiment)):
         _print_evaluation(experiment, done.folder)
-    print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    mlflow ui   (make ui)")
+    from pdiff.tracking import store  # imports MLflow, which is there by now
+
+    with store.connected() as runs:
+        print(f"\nrun        {done.run_id}\nartifacts  {done.folder}\ncompare    {runs.table(done.run_id)}")
 
 
 def _print_evaluation(experiment: Experiment, folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""The description of a run, which MLflow's user interface shows as Markdown."""
+"""What MLflow's user interface says of a run: its description, as Markdown, and its verdict, in a few words."""
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from pdiff.experiment import config, stages
@@ -24,3 +25,8 @@ def note(stage: str, experiment: Experiment, verdict: str = "") -> str:
         words = config.words(experiment)
         on = f"`{shlex.join(['pdiff', following, *words])}`" if words else f"the stage `{following}`."
     return "\n\n".join(filter(None, [about, verdict.strip(), f"Next: {on}"]))
+
+
+def answers(verdict: str) -> str:
+    """The answers of a verdict without their reasons, for a column of a table: "No difference; Worse; ..."."""
+    return "; ".join(re.findall(r"\? ([^:]+):", verdict))

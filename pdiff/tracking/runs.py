@@ -30,7 +30,7 @@ from pdiff.method.log import Log, Point
 from pdiff.parallel.interrupts import uninterrupted
 from pdiff.parallel.liveness import this_process
 from pdiff.tracking.engine import VERDICT, Done, work_folder
-from pdiff.tracking.notes import NOTE, note
+from pdiff.tracking.notes import NOTE, answers, note
 
 BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
@@ -102,7 +102,8 @@ class TrackedRun:
                 dataset = MetaDataset(source, name=described["name"], digest=described["digest"])
                 mlflow.log_input(dataset, context="training")
             elif path.name == VERDICT:
-                self.tag({NOTE: note(self.stage, self.experiment, path.read_text(encoding="utf-8"))})
+                verdict = path.read_text(encoding="utf-8")
+                self.tag({NOTE: note(self.stage, self.experiment, verdict), "pdiff.verdict": answers(verdict)})
             elif path.name == "generator" and (self.experiment.log_models or self.experiment.register):
                 from pdiff.tracking import models  # imports torch
 

@@ -26,13 +26,11 @@ from pdiff.errors import Failure, UserError
 from pdiff.experiment.schema import Experiment
 from pdiff.method.log import Point
 from pdiff.parallel.liveness import alive
-from pdiff.tracking import database
+from pdiff.tracking import database, interface
 from pdiff.tracking.engine import Done, work_folder
 from pdiff.tracking.runs import CONFIG_FILE, TrackedRun, artifacts, commit, local_artifacts, tracked
 
 EXPERIMENT = "pdiff"
-KIND = "mlflow.experimentKind"  # tag by which MLflow's user interface shows model training, or GenAI
-USER_INTERFACE = "http://127.0.0.1:5000"  # of `mlflow ui`
 MISTAKES = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")  # MLflow's names of errors
 LONGEST = 400  # characters of a message of MLflow, which may hold a whole page or statement
 
@@ -89,8 +87,9 @@ def connect() -> None:
                 experiment = mlflow.get_experiment(mlflow.get_run(run_id).info.experiment_id)
             else:
                 experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
-            if KIND not in experiment.tags:
-                mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, KIND, "custom_model_development")
+            for name, value in interface.tags().items():
+                if name not in experiment.tags:
+                    mlflow.MlflowClient().set_experiment_tag(experiment.experiment_id, name, value)
             close_dead_runs()
     except OSError as error:
         raise Failure(f"{database.place()} or {work_folder()} cannot be written: {error}") from None
@@ -125,10 +124,12 @@ class MLflowStore:
             yield run
 
     def link(self, run_id: str) -> str:
-        """Where MLflow's user interface shows a run: at the tracking server, or where `mlflow ui` serves by default."""
-        uri = mlflow.get_tracking_uri()
-        experiment = mlflow.get_run(run_id).info.experiment_id
-        return f"{uri if uri.startswith('http') else USER_INTERFACE}/#/experiments/{experiment}/runs/{run_id}"
+        """Where MLflow's user interface shows a run."""
+        return interface.run(mlflow.get_run(run_id))
+
+    def table(self, run_id: str) -> str:
+        """Where MLflow's user interface compares a run with all others, and what must be started for that."""
+        return f"{'' if interface.is_served() else 'mlflow ui, then open '}{interface.table(mlflow.get_run(run_id))}"
 
     def reuse(self, stage: str, experiment: Experiment, done: Done) -> None:
         """Warn of a run that was made by other code; log its models, if this experiment wants them and the run has

@@ -7,7 +7,7 @@ import pytest
 
 from pdiff.cli.main import COMMANDS
 from pdiff.experiment import config, stages
-from pdiff.tracking.notes import note
+from pdiff.tracking.notes import answers, note
 
 
 @pytest.mark.parametrize("stage", ["main", *(name for name in stages.STAGES if name != "audit")])
@@ -26,3 +26,12 @@ def test_an_experiment_in_no_file_has_no_command(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: digits_mlp\n")
     assert note("train", config.load(str(path))).endswith("Next: the stage `generate`.")
+
+
+def test_answers_of_a_verdict():
+    sentences = [
+        "Better? No difference: on average.",
+        "As new? That cannot be said: none.",
+        "New? They are copies: 1.",
+    ]
+    assert answers("\n\n".join(sentences)) == "No difference; That cannot be said; They are copies"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -46,6 +47,11 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
     assert runs("train")[0].data.tags["mlflow.note.content"].endswith("Next: the stage `generate`.")
     experiment = mlflow.get_experiment(parent.info.experiment_id)
     assert experiment.name == "pdiff" and experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.pdiff"])["state"])
+    there = {f"metrics.`{name}`" for name in parent.data.metrics} | {f"tags.`{name}`" for name in parent.data.tags}
+    sometimes = {"tags.`pdiff.alarm`", "metrics.`seconds/gaussian`"}
+    assert set(view["selectedColumns"]) - there - sometimes == {"duration"}
+    assert f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=pdiff&" in printed
     written = {
         "pretrain": {"network.safetensors", "history.csv"},
         "prepare": {"checkpoints.safetensors", "heldout.safetensors", "heldout.json", "network.safetensors"},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pdiff.errors import UserError
-from pdiff.experiment import board, config, costs, limits, published, report, summary, verdict
+from pdiff.experiment import board, config, control, costs, limits, published, report, summary, verdict
 from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
@@ -75,18 +75,21 @@ def evaluate(
     with measured(history, "baselines"):
         arms = baselines(experiment, prepare, fitted, standardizer, groups["generated"], generator)
         groups |= aligned(to, arms)
-    intermediate = generate / "trajectory.safetensors"
-    extra = {"trajectory": Collection.load(intermediate)} if intermediate.exists() else {}
+    paths = {name: generate / f"{name}.safetensors" for name in ("trajectory", "control")}
+    extra = {name: Collection.load(path) for name, path in paths.items() if path.exists()}
     with measured(history, "evaluate"):
         results = results_of(experiment, groups | extra, out / STATE, prepare, originals)
     if ranks.rank():  # rank 0 has the results of all
         return {}
-    if extra:
+    if "trajectory" in extra:
         write_text(out / "trajectory.csv", _trajectory_table(extra["trajectory"], results).to_csv(index=False))
     folders = {"pretrain": pretrain, "prepare": prepare, "train": train, "generate": generate, "originals": originals}
     upstream = {name: folder for name, folder in folders.items() if folder}
     found = summary.evaluated(groups, results, standardizer)
-    return write_audit(experiment, out, history, found, summary.GENERATED, upstream)
+    asked = None
+    if "control" in extra and "validation" in results:
+        asked = control.control_table(extra["control"].names, results["validation"]["control"].accuracy)
+    return write_audit(experiment, out, history, found, summary.GENERATED, upstream, asked=asked)
 
 
 def aligned(to: Reference | None, groups: Mapping[str, Collection], log: Log = ignore) -> Mapping[str, Collection]:
@@ -105,6 +108,7 @@ def write_audit(
     generated: tuple[str, ...],
     upstream: Mapping[str, Path],
     notes: Sequence[str] = (),
+    asked: pd.DataFrame | None = None,
 ) -> Metrics:
     """Measure groups of networks, and write what was found: numbers, tables, the verdict, and the report.
 
@@ -116,6 +120,7 @@ def write_audit(
         generated: the groups that come from generators.
         upstream: stage -> its folder, of those whose training and costs the report shows.
         notes: what the reader of the verdict must know beside it.
+        asked: as of `control.control_table`, where networks were asked for accuracies.
     """
     stage = "audit" if experiment.audit else "evaluate"
     with measured(log, "audit"):
@@ -132,6 +137,10 @@ def write_audit(
             "layers": summary.layers_table(groups),
             "board": board.board(metrics, groups, generated) if len(generated) > 1 else pd.DataFrame(),
         }
+        if asked is not None:
+            tables["control"] = asked
+            metrics |= control.slope(asked)
+            notes = [control.sentence(asked, metrics), *notes]
         sentences = [*verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated), *notes]
     of_stages = {**upstream, stage: out}
     tables["costs"] = costs.costs_table(of_stages, _networks(groups, generated, of_stages))

@@ -96,6 +96,10 @@ READING = {
         "The networks that would result if sampling stopped at a timestep. The line is their mean, the band reaches "
         "from the worst to the best."
     ),
+    "Control": (
+        "Each point is a network that was asked for an accuracy on validation images. On the dotted line it has it; a "
+        "flat cloud means that the generator does not care."
+    ),
     "Comparisons": (
         "Differences of mean accuracy with 95 % intervals; p is adjusted for all comparisons (Holm). "
         "A triangle to the right is better, one to the left worse, and an open circle no difference."
@@ -273,6 +277,7 @@ def report(
             spectrum: group, component, variance_share, rms_ratio.
             layers: group, tensor, mean, std.
             costs: stage, seconds, memory_mb, networks, seconds_per_network, note.
+            control: as of `figures.control`, where networks were asked for accuracies.
             board: as of `board.board`, where several generators are compared.
         similarity: IoU of errors of every two networks, (N, N).
         groups: the group of each of these networks, N names, equal ones side by side.
@@ -382,6 +387,8 @@ def _about_the_run(
     yield Shown("Training", figures.loss_curves(curves), curves)
     if trajectory is not None:
         yield Shown("Accuracy on the way", figures.accuracy_over_time(trajectory), trajectory)
+    if "control" in tables:
+        yield Shown("Control", figures.control(tables["control"]), tables["control"])
     if "comparisons" in tables:
         found = tables["comparisons"]
         yield Shown("Comparisons", figures.forest(found), found, comparisons_table(found))

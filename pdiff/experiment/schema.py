@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, create_model, field_validator, model_validator
 
-from pdiff.experiment.metrics import family
+from pdiff.experiment.metrics import CONTROLLED, family
 from pdiff.method.autoencoders import AUTOENCODERS
 from pdiff.method.baselines import BASELINES
 from pdiff.method.denoisers import DENOISERS
@@ -126,7 +126,7 @@ class Evaluate(Section):
         return baselines
 
 
-RESERVED = ("original", "heldout", "trajectory", *BASELINES)
+RESERVED = ("original", "heldout", "trajectory", "control", *BASELINES)
 """Groups of networks that no generator can be called."""
 ENDS = ("_max", "_low", "_high")  # of metrics, which follow the name of a group
 GENERATOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,59}")
@@ -270,6 +270,12 @@ class Experiment(Section):
     def generators(self) -> tuple[str, ...]:
         """The groups of networks that come from generators."""
         return tuple(self.audit.generated) if self.audit else ("generated",)
+
+    @property
+    def control_count(self) -> int:
+        """How many networks are sampled to see whether they have the accuracy that they are asked for."""
+        conditioned = CONTROLLED in self.generator_options.columns and not self.audit
+        return self.generate.control_count if conditioned else 0
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def _evaluated(experiment: Experiment) -> list[str]:
     measured = ["baselines", "evaluate", "audit"]
     if experiment.aligns(experiment.collected_from or "seeds"):  # of files it is not known yet
         measured.append("align")
-    return [*found, *names_of_measured(*measured)]
+    control = metrics.CONTROL if experiment.control_count and "validation" in parts else ()
+    return [*found, *control, *names_of_measured(*measured)]
 
 
 STAGES = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pdiff.errors import UserError
-from pdiff.experiment import board, config, control, costs, limits, published, report, summary, verdict
+from pdiff.experiment import board, config, control, costs, limits, published, report, summary, verdict, warm_start
 from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
@@ -79,6 +79,10 @@ def evaluate(
     extra = {name: Collection.load(path) for name, path in paths.items() if path.exists()}
     with measured(history, "evaluate"):
         results = results_of(experiment, groups | extra, out / STATE, prepare, originals)
+    warm = None
+    if experiment.evaluate.warm_start:
+        with measured(history, "warm_start"):
+            warm = warm_start.warm_start_table(experiment, prepare, groups, out / STATE / "warm_start")
     if ranks.rank():  # rank 0 has the results of all
         return {}
     if "trajectory" in extra:
@@ -89,7 +93,7 @@ def evaluate(
     asked = None
     if "control" in extra and "validation" in results:
         asked = control.control_table(extra["control"].names, results["validation"]["control"].accuracy)
-    return write_audit(experiment, out, history, found, summary.GENERATED, upstream, asked=asked)
+    return write_audit(experiment, out, history, found, summary.GENERATED, upstream, asked=asked, warm=warm)
 
 
 def aligned(to: Reference | None, groups: Mapping[str, Collection], log: Log = ignore) -> Mapping[str, Collection]:
@@ -109,6 +113,7 @@ def write_audit(
     upstream: Mapping[str, Path],
     notes: Sequence[str] = (),
     asked: pd.DataFrame | None = None,
+    warm: pd.DataFrame | None = None,
 ) -> Metrics:
     """Measure groups of networks, and write what was found: numbers, tables, the verdict, and the report.
 
@@ -121,6 +126,7 @@ def write_audit(
         upstream: stage -> its folder, of those whose training and costs the report shows.
         notes: what the reader of the verdict must know beside it.
         asked: as of `control.control_table`, where networks were asked for accuracies.
+        warm: as of `warm_start.warm_start_table`, where networks were trained on.
     """
     stage = "audit" if experiment.audit else "evaluate"
     with measured(log, "audit"):
@@ -140,7 +146,11 @@ def write_audit(
         if asked is not None:
             tables["control"] = asked
             metrics |= control.slope(asked)
-            notes = [control.sentence(asked, metrics), *notes]
+            notes = [*notes, control.sentence(asked, metrics)]
+        if warm is not None:
+            tables["warm_start"], target = warm, groups["original"].accuracy("validation").mean().item()
+            metrics |= warm_start.fewest_steps(warm, target)
+            notes = [*notes, warm_start.sentence(warm, target)]
         sentences = [*verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated), *notes]
     of_stages = {**upstream, stage: out}
     tables["costs"] = costs.costs_table(of_stages, _networks(groups, generated, of_stages))

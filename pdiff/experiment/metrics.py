@@ -179,6 +179,7 @@ METRICS: dict[str, Metric] = {
         ),
     ),
     "control": Metric("control", part="validation"),
+    "warm_start": Metric("warm start", part="validation", better="lower", digits=0),
     "val_similarity": Metric("similarity", part="validation", unit="IoU"),
     "similarity": Metric("similarity", part="test", heading="similarity", unit="IoU"),
     "pretrain/loss": LOSS,
@@ -203,6 +204,9 @@ CONTROLLED = "val_accuracy"
 
 CONTROL = ("control/slope", "control/slope_low", "control/slope_high")
 """Slope of what networks have over what they were asked for, and its 95 % interval."""
+
+STARTS = ("generated", "average", "fresh")
+"""Networks that are trained on where warm starts are measured; fresh ones are newly initialised."""
 
 DIAGNOSTICS = ("diffusion/dispersion", "diffusion/nearest_ratio")
 """Metrics of a few samples during a fit; low values are an alarm."""

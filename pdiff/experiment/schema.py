@@ -105,11 +105,13 @@ class Evaluate(Section):
     """What generated networks are compared with, beside the originals: noise on originals at every scale of `noise`,
     and the `baselines`, `auto` for all that can be made of these originals; `baseline_count` networks of each. `kind`
     is how networks are evaluated; `auto` is by `function` or `command` where one is given, else on images where there
-    is a data set."""
+    is a data set. `warm_start` are numbers of steps: `baseline_count` generated networks are trained on for each of
+    them, beside averages and newly initialised ones, to see which are soonest as accurate as the originals."""
 
     noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
     baselines: Annotated[tuple[str, ...], Several] = ("auto",)
     baseline_count: Positive = 25
+    warm_start: Annotated[tuple[Positive, ...], Several] = ()
 
     @field_validator("noise")
     @classmethod
@@ -204,6 +206,8 @@ class Experiment(Section):
             batch_size = getattr(section, "batch_size", self.processes)
             if batch_size < self.processes:
                 raise ValueError(f"processes <= {name}.batch_size must hold, but got ({self.processes}, {batch_size})")
+        if self.evaluate.warm_start and (self.collected_from != "seeds" or self.evaluate.kind != "images"):
+            raise ValueError("evaluate.warm_start: needs prepare.collect.from seeds and evaluate.kind images")
         if hasattr(self.generate, "sampler"):
             self._check_sampling()
         if self.generate.batchnorm != "generate" and not self.network:

@@ -156,6 +156,9 @@ def audit(groups: Mapping[str, tuple] = AUDITED, *, seed: int = 0) -> dict[str, 
         "spectrum": pd.DataFrame(spectrum, columns=["group", "component", "variance_share", "rms_ratio"]),
         "layers": pd.DataFrame(layers, columns=["group", "tensor", "mean", "std"]),
         "control": pd.DataFrame({"asked": asked, "obtained": 0.1 + 0.85 * asked}),
+        "warm_start": pd.DataFrame(
+            {"group": ["generated"] * 2 + ["fresh"] * 2, "steps": [0, 10] * 2, "accuracy": [0.89, 0.9, 0.1, 0.8]}
+        ),
         "costs": pd.DataFrame(costs, columns=["stage", "seconds", "memory_mb", "networks"]).assign(
             seconds_per_network=lambda frame: frame["seconds"] / frame["networks"],
             note=["", "", "", "", "", "estimated from prepare"],

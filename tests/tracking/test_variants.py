@@ -87,7 +87,7 @@ def test_a_trajectory_ends_at_the_samples(workspace):
     passed, sampled = (load_file(folder / f"{name}.safetensors") for name in ("trajectory", "generated"))
     names = [name.split() for name in json.loads((folder / "trajectory.json").read_text())["checkpoints"]]
     timesteps = sorted({float(t) for t, _ in names}, reverse=True)
-    assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == 4  # 5 calls of Heun's, and the end
+    assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == 4  # every second of 6 calls, and the end
     assert [int(k) for _, k in names] == [0, 1, 2] * 4
     for name, tensor in passed.items():
         torch.testing.assert_close(tensor[-3:], sampled[name][:3])

@@ -17,8 +17,8 @@ from pdiff.method.collection import Collection
 from pdiff.method.generators.base import Generator
 from pdiff.method.statistics import slope_replicates
 
-LEVELS = 5  # accuracies that networks are asked for
-RANGE = (0.05, 0.95)  # quantiles of the fitted networks' accuracies, between which those lie
+LEVELS = 5  # accuracies that networks are asked for, evenly spaced
+RANGE = (0.05, 0.95)  # quantiles of the fitted networks' accuracies, the first and the last of those
 
 
 def sampled(generator: Generator, prepare: Path, count: int, *, first: int, **options: Any) -> Collection:
@@ -34,8 +34,8 @@ def sampled(generator: Generator, prepare: Path, count: int, *, first: int, **op
     Returns:
         The networks, each named by what it was asked for and its number.
     """
-    known = Population.load(prepare).column(CONTROLLED)
-    levels = torch.tensor([value for value in known if value is not None]).quantile(torch.linspace(*RANGE, LEVELS))
+    known = torch.tensor([value for value in Population.load(prepare).column(CONTROLLED) if value is not None])
+    levels = torch.linspace(*known.quantile(torch.tensor(RANGE)).tolist(), LEVELS)
     parts = []
     for level, numbers in zip(levels.tolist(), torch.arange(first, first + count).tensor_split(LEVELS), strict=True):
         if len(numbers):

@@ -27,14 +27,14 @@ def population(folder: Path, accuracies: list[float | None], *, heldout: list[in
 
 
 def test_networks_are_asked_for_what_fitted_ones_have(tmp_path: Path) -> None:
-    accuracies = [k / 100 for k in range(101)]
+    accuracies = [(k / 100) ** 2 for k in range(101)]
     population(tmp_path, [*accuracies, None, 7.0], heldout=[102])
     options = {"seed": 3, "condition": {"depth": 2.0, "val_accuracy": 0.4}}
     found = control.sampled(Obedient(), tmp_path, 12, first=50, **options)
     asked, numbers, depth = found.tensors["x"].T.tolist()
     assert numbers == list(range(50, 62)), "each is another network"
     assert set(depth) == {2.0}, "the other conditions are as they were"
-    assert sorted(set(asked)) == pytest.approx([0.05, 0.275, 0.5, 0.725, 0.95], abs=1e-6)
+    assert sorted(set(asked)) == pytest.approx([0.0025, 0.2275, 0.4525, 0.6775, 0.9025], abs=1e-6)
     assert np.unique(asked, return_counts=True)[1].tolist() == [3, 3, 2, 2, 2]
     table = control.control_table(found.names, torch.tensor(asked))
     assert table.asked.tolist() == pytest.approx(asked, abs=1e-6) == table.obtained.tolist()

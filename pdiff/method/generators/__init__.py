@@ -171,7 +171,7 @@ class NeuronsSampling(DiffusionSampling):
     networks. `guidance` w extrapolates from the unconditional prediction (Ho and Salimans 2022, arXiv 2207.12598): 0 is
     without condition, 1 is plain conditioning, above 1 conditions count for more."""
 
-    sampling_steps: Annotated[int, Field(ge=0)] = 40
+    sampling_steps: Annotated[int, Field(ge=0)] = 4
     condition: dict[str, float] = {}
     guidance: NonNegative = 1.0
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pdiff.errors import UserError
-from pdiff.experiment import board, config, costs, limits, published, report, summary, verdict
+from pdiff.experiment import board, config, control, costs, limits, published, report, summary, verdict, warm_start
 from pdiff.experiment.history import HISTORY, LINEAGE, STATE, History, Metrics
 from pdiff.experiment.measures import Evaluated
 from pdiff.experiment.metrics import by_part
@@ -76,18 +76,25 @@ def evaluate(
     with measured(history, "baselines"):
         arms = baselines(experiment, prepare, fitted, standardizer, groups["generated"], generator)
         groups |= aligned(to, arms)
-    intermediate = generate / "trajectory.safetensors"
-    extra = {"trajectory": Collection.load(intermediate)} if intermediate.exists() else {}
+    paths = {name: generate / f"{name}.safetensors" for name in ("trajectory", "control")}
+    extra = {name: Collection.load(path) for name, path in paths.items() if path.exists()}
     with measured(history, "evaluate"):
         results = results_of(experiment, groups | extra, out / STATE, prepare, originals)
+    warm = None
+    if experiment.evaluate.warm_start:
+        with measured(history, "warm_start"):
+            warm = warm_start.warm_start_table(experiment, prepare, groups, out / STATE / "warm_start")
     if ranks.rank():  # rank 0 has the results of all
         return {}
-    if extra:
+    if "trajectory" in extra:
         write_text(out / "trajectory.csv", _trajectory_table(extra["trajectory"], results).to_csv(index=False))
     folders = {"pretrain": pretrain, "prepare": prepare, "train": train, "generate": generate, "originals": originals}
     upstream = {name: folder for name, folder in folders.items() if folder}
     found = summary.evaluated(groups, results, standardizer)
-    return write_audit(experiment, out, history, found, summary.GENERATED, upstream)
+    asked = None
+    if "control" in extra and "validation" in results:
+        asked = control.control_table(extra["control"].names, results["validation"]["control"].accuracy)
+    return write_audit(experiment, out, history, found, summary.GENERATED, upstream, asked=asked, warm=warm)
 
 
 def aligned(to: Reference | None, groups: Mapping[str, Collection], log: Log = ignore) -> Mapping[str, Collection]:
@@ -106,6 +113,8 @@ def write_audit(
     generated: tuple[str, ...],
     upstream: Mapping[str, Path],
     notes: Sequence[str] = (),
+    asked: pd.DataFrame | None = None,
+    warm: pd.DataFrame | None = None,
 ) -> Metrics:
     """Measure groups of networks, and write what was found: numbers, tables, the verdict, and the report.
 
@@ -117,6 +126,8 @@ def write_audit(
         generated: the groups that come from generators.
         upstream: stage -> its folder, of those whose training and costs the report shows.
         notes: what the reader of the verdict must know beside it.
+        asked: as of `control.control_table`, where networks were asked for accuracies.
+        warm: as of `warm_start.warm_start_table`, where networks were trained on.
     """
     stage = "audit" if experiment.audit else "evaluate"
     with measured(log, "audit"):
@@ -134,6 +145,14 @@ def write_audit(
             "board": board.board(metrics, groups, generated) if len(generated) > 1 else pd.DataFrame(),
         }
         sentences = verdict.verdict(groups, evaluation, tables["comparisons"], metrics, generated)
+        if asked is not None:
+            tables["control"] = asked
+            metrics |= control.slope(asked)
+            sentences.append(control.sentence(asked, metrics))
+        if warm is not None:
+            tables["warm_start"], target = warm, groups["original"].accuracy("validation").mean().item()
+            metrics |= warm_start.fewest_steps(warm, target)
+            sentences.append(warm_start.sentence(warm, target))
         if "prepare" in upstream:
             sentences.append(f"The originals: {Population.load(upstream['prepare']).describe()}.")
         sentences += notes

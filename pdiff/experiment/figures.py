@@ -345,6 +345,20 @@ def accuracy_over_time(trajectory: pd.DataFrame) -> go.Figure:
     return figure.update_yaxes(title="accuracy", tickformat=".2~%")
 
 
+def control(asked: pd.DataFrame) -> go.Figure:
+    """Accuracy of networks against that which they were asked for.
+
+    Args:
+        asked: asked, obtained; one row a network.
+    """
+    figure = _figure(height=420, showlegend=False)
+    look = _look("generated", styles(["generated"])["generated"], size=6)
+    figure.add_scatter(**_xy(asked, "asked", "obtained"), **look)
+    figure.add_shape(_diagonal(asked.to_numpy().min(), asked.to_numpy().max()))
+    figure.update_xaxes(title="validation accuracy that was asked for", tickformat=".4~%")
+    return figure.update_yaxes(title="validation accuracy", tickformat=".4~%")
+
+
 def loss_curves(history: pd.DataFrame, *, limit: int = 1000) -> go.Figure:
     """Losses over steps, one plot for each part of the training, and a small one for each of DIAGNOSTICS.
 

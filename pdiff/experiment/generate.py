@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pdiff.experiment import limits
+from pdiff.experiment import control, limits
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import with_statistics
 from pdiff.experiment.schema import Experiment
@@ -18,7 +18,8 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path, prepar
     """Sample networks, batch by batch; an interrupted run goes on after its last whole batch.
 
     Writes `generated.safetensors` and `.json`, and with `generate.trajectory_every` also `trajectory.safetensors` and
-    `.json`: the first samples on their way from noise, each named by its timestep and its number.
+    `.json`: the first samples on their way from noise, each named by its timestep and its number. Where networks are
+    conditioned on their accuracy, writes `control.safetensors` and `.json`: networks asked for several accuracies.
     """
     history, settings = History(out, log), experiment.generate
     generator, device = Generator.load(train / "generator"), resolve_device(experiment.device)
@@ -42,4 +43,7 @@ def generate(experiment: Experiment, out: Path, log: Log, *, train: Path, prepar
         names = [f"{t:g} {k}" for t, _ in looks for k in range(count)]
         trajectory = Collection.concatenate([networks for _, networks in looks], names)
         with_statistics(experiment, prepare, trajectory, "trajectory").save(out / "trajectory.safetensors")
+    if count := experiment.control_count:
+        asked = control.sampled(generator, prepare, count, first=settings.count, label="control", **options)
+        with_statistics(experiment, prepare, asked, "control").save(out / "control.safetensors")
     return {"generated": settings.count}

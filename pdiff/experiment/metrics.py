@@ -178,6 +178,8 @@ METRICS: dict[str, Metric] = {
             suffixes=("", "_low", "_high"),
         ),
     ),
+    "control": Metric("control", part="validation"),
+    "warm_start": Metric("warm start", part="validation", better="lower", digits=0),
     "val_similarity": Metric("similarity", part="validation", unit="IoU"),
     "similarity": Metric("similarity", part="test", heading="similarity", unit="IoU"),
     "pretrain/loss": LOSS,
@@ -196,6 +198,15 @@ METRICS: dict[str, Metric] = {
     "memory_mb": Metric("memory", unit="MB", better="lower", digits=0),
 }
 """Name of a metric, or of a family (what stands before the first slash) -> what is known of it."""
+
+CONTROLLED = "val_accuracy"
+"""The condition of which evaluation sees whether networks obey: it is measured on validation images."""
+
+CONTROL = ("control/slope", "control/slope_low", "control/slope_high")
+"""Slope of what networks have over what they were asked for, and its 95 % interval."""
+
+STARTS = ("generated", "average", "fresh")
+"""Networks that are trained on where warm starts are measured; fresh ones are newly initialised."""
 
 DIAGNOSTICS = ("diffusion/dispersion", "diffusion/nearest_ratio")
 """Metrics of a few samples during a fit; low values are an alarm."""

@@ -96,6 +96,14 @@ READING = {
         "The networks that would result if sampling stopped at a timestep. The line is their mean, the band reaches "
         "from the worst to the best."
     ),
+    "Control": (
+        "Each point is a network that was asked for an accuracy on validation images. On the dotted line it has it; a "
+        "flat cloud means that the generator does not care."
+    ),
+    "Warm starts": (
+        "Mean validation accuracy in % after so many steps of training. A generator is worth its cost as a beginning "
+        "where its networks are sooner as accurate as the originals than newly initialised ones."
+    ),
     "Comparisons": (
         "Differences of mean accuracy with 95 % intervals; p is adjusted for all comparisons (Holm). "
         "A triangle to the right is better, one to the left worse, and an open circle no difference."
@@ -148,6 +156,12 @@ def comparisons_table(comparisons: pd.DataFrame) -> pd.DataFrame:
     shown["difference, points"] = [f"{text(middle)} [{text(low)}, {text(high)}]" for middle, low, high in numbers]
     shown["p"] = comparisons["p"].map(lambda p: MISSING if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}")
     return shown.assign(verdict=comparisons["verdict"])
+
+
+def warm_start_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Warm starts as text: a row for each group, a column for each number of steps."""
+    wide = table.pivot(index="group", columns="steps", values="accuracy").reindex(table["group"].unique())
+    return wide.map(find("val_accuracy").text).rename(columns=lambda steps: f"{steps} steps").reset_index()
 
 
 def costs_table(costs: pd.DataFrame) -> pd.DataFrame:
@@ -273,6 +287,8 @@ def report(
             spectrum: group, component, variance_share, rms_ratio.
             layers: group, tensor, mean, std.
             costs: stage, seconds, memory_mb, networks, seconds_per_network, note.
+            control: as of `figures.control`, where networks were asked for accuracies.
+            warm_start: group, steps, accuracy, where networks were trained on.
             board: as of `board.board`, where several generators are compared.
         similarity: IoU of errors of every two networks, (N, N).
         groups: the group of each of these networks, N names, equal ones side by side.
@@ -382,6 +398,10 @@ def _about_the_run(
     yield Shown("Training", figures.loss_curves(curves), curves)
     if trajectory is not None:
         yield Shown("Accuracy on the way", figures.accuracy_over_time(trajectory), trajectory)
+    if "control" in tables:
+        yield Shown("Control", figures.control(tables["control"]), tables["control"])
+    if "warm_start" in tables:
+        yield Shown("Warm starts", data=tables["warm_start"], table=warm_start_table(tables["warm_start"]))
     if "comparisons" in tables:
         found = tables["comparisons"]
         yield Shown("Comparisons", figures.forest(found), found, comparisons_table(found))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, create_model, field_validator, model_validator
 
-from pdiff.experiment.metrics import family
+from pdiff.experiment.metrics import CONTROLLED, family
 from pdiff.method.autoencoders import AUTOENCODERS
 from pdiff.method.baselines import BASELINES
 from pdiff.method.denoisers import DENOISERS
@@ -105,11 +105,13 @@ class Evaluate(Section):
     """What generated networks are compared with, beside the originals: noise on originals at every scale of `noise`,
     and the `baselines`, `auto` for all that can be made of these originals; `baseline_count` networks of each. `kind`
     is how networks are evaluated; `auto` is by `function` or `command` where one is given, else on images where there
-    is a data set."""
+    is a data set. `warm_start` are numbers of steps: `baseline_count` generated networks are trained on for each of
+    them, beside averages and newly initialised ones, to see which are soonest as accurate as the originals."""
 
     noise: Annotated[tuple[NonNegative, ...], Several] = (0.001, 0.05, 0.15)
     baselines: Annotated[tuple[str, ...], Several] = ("auto",)
     baseline_count: Positive = 25
+    warm_start: Annotated[tuple[Positive, ...], Several] = ()
 
     @field_validator("noise")
     @classmethod
@@ -126,7 +128,7 @@ class Evaluate(Section):
         return baselines
 
 
-RESERVED = ("original", "heldout", "trajectory", *BASELINES)
+RESERVED = ("original", "heldout", "trajectory", "control", *BASELINES)
 """Groups of networks that no generator can be called."""
 ENDS = ("_max", "_low", "_high")  # of metrics, which follow the name of a group
 GENERATOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,59}")
@@ -204,6 +206,8 @@ class Experiment(Section):
             batch_size = getattr(section, "batch_size", self.processes)
             if batch_size < self.processes:
                 raise ValueError(f"processes <= {name}.batch_size must hold, but got ({self.processes}, {batch_size})")
+        if self.evaluate.warm_start and (self.collected_from != "seeds" or self.evaluate.kind != "images"):
+            raise ValueError("evaluate.warm_start: needs prepare.collect.from seeds and evaluate.kind images")
         if hasattr(self.generate, "sampler"):
             self._check_sampling()
         if self.generate.batchnorm != "generate" and not self.network:
@@ -270,6 +274,12 @@ class Experiment(Section):
     def generators(self) -> tuple[str, ...]:
         """The groups of networks that come from generators."""
         return tuple(self.audit.generated) if self.audit else ("generated",)
+
+    @property
+    def control_count(self) -> int:
+        """How many networks are sampled to see whether they have the accuracy that they are asked for."""
+        conditioned = CONTROLLED in self.generator_options.columns and not self.audit
+        return self.generate.control_count if conditioned else 0
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -79,9 +79,12 @@ def _evaluated(experiment: Experiment) -> list[str]:
     parts = [part for part in evaluator.parts if part != "test" or getattr(evaluator, "test", True)]
     found = metrics.of_evaluation(["original", "heldout", *generators, *arms], parts, generators)
     measured = ["baselines", "evaluate", "audit"]
+    measured += ["warm_start"] if settings.warm_start else []
     if experiment.aligns(experiment.collected_from or "seeds"):  # of files it is not known yet
         measured.append("align")
-    return [*found, *names_of_measured(*measured)]
+    control = metrics.CONTROL if experiment.control_count and "validation" in parts else ()
+    warm = [f"warm_start/steps_{group}" for group in metrics.STARTS] if settings.warm_start else []
+    return [*found, *control, *warm, *names_of_measured(*measured)]
 
 
 STAGES = {

@@ -105,6 +105,23 @@ def median_replicates(values: Tensor, *, seed: int, resamples: int = RESAMPLES) 
     return Replicates(values.quantile(0.5).item(), drawn.quantile(0.5, dim=1).double())
 
 
+def slope_replicates(x: Tensor, y: Tensor, *, seed: int, resamples: int = RESAMPLES) -> Replicates:
+    """The slope of the least-squares line of y over x, of networks (N,); networks are drawn again.
+
+    NaN where all x are equal.
+    """
+    generator = torch.Generator().manual_seed(stream(seed, "networks"))
+    drawn = torch.randint(len(x), (resamples, len(x)), generator=generator)
+    return Replicates(_slope(x, y).item(), _slope(x[drawn], y[drawn]))
+
+
+def _slope(x: Tensor, y: Tensor) -> Tensor:
+    """Slopes of the lines through points (..., N), float64."""
+    x, y = x.double(), y.double()
+    x = x - x.mean(dim=-1, keepdim=True)
+    return (x * y).sum(dim=-1) / x.square().sum(dim=-1)
+
+
 def _interaction(right: Tensor) -> float:
     """What networks times images add to the variance of a mean of 0s and 1s (N, I): the residual mean square over N I.
 

@@ -145,6 +145,7 @@ def test_all_problems_in_one_message(write):
         (BASE + "generate: {trajectory_every: 2}\ndiffusion: {steps: 0}", "trajectory_every needs diffusion.steps > 0"),
         ("prepare: {source: s}\ngenerator: {kind: neurons}", "generator.kind neurons: needs dataset and network"),
         (BASE + "generator: {kind: neurons, width: 9}", "generator: heads must divide width, but got (4, 9)"),
+        (BASE + "evaluate: {warm_start: 10}", "evaluate.warm_start: needs prepare.collect.from seeds"),
         (BASE + "generator: {kind: neurons, condition: [a, a]}", "generator.condition: a column stands twice"),
         (BASE + "generator: {kind: neurons}\ngenerate: {condition: {a: 1}}", "'a' is not in generator.condition"),
         (BASE + "device: tpu", "t.yaml: device: string should match pattern"),

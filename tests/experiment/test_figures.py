@@ -249,6 +249,13 @@ def test_accuracy_over_time_has_mean_and_band():
     assert list(high.y) == pytest.approx([0.9, 0.8, 0.7])
 
 
+def test_control_has_a_point_for_each_network_and_the_diagonal(tables):
+    figure, asked = figures.control(tables["control"]), tables["control"]
+    assert points(figure, "generated") == [pytest.approx(row, rel=1e-6) for row in asked.to_numpy()]
+    (line,) = figure.layout.shapes
+    assert line.x0 == line.y0 == asked.to_numpy().min() and line.x1 == line.y1 == asked.to_numpy().max()
+
+
 def test_losses_of_a_single_point_are_left_out():
     losses = history()
     losses = losses[(losses["name"] != "autoencoder/loss") | (losses["step"] == 0)]  # of a PCA, which has no steps

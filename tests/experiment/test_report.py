@@ -124,7 +124,7 @@ def test_sections_stand_in_their_order(whole):
     parsed = Page(whole)
     assert parsed.texts["h2"] == [*report.READING, "Lineage"]
     plots = [value for name, value in parsed.attributes if name == "class" and value == "plotly-graph-div"]
-    assert len(plots) == len(report.READING) - 3, "leaderboard, groups, and what was published are tables"
+    assert len(plots) == len(report.READING) - 4, "leaderboard, groups, warm starts, and what was published are tables"
     assert whole.count('"modeBarButtons": [["toImage", ') == len(plots)
     anchors = {value for name, value in parsed.attributes if name == "href" and value.startswith("#")}
     assert anchors <= {f"#{value}" for name, value in parsed.attributes if name == "id"}
@@ -163,6 +163,12 @@ def test_comparisons_are_text_in_points():
         *("swag", "original", "originals", "validation", "-0.70 [-1.05, -0.35]", "< 0.001", "worse")
     ]
     assert report.comparisons_table(audit()["comparisons"].assign(p=nan)).p.eq("–").all()
+
+
+def test_warm_starts_are_text():
+    found = report.warm_start_table(audit(FEW)["warm_start"])
+    assert found.to_numpy().tolist() == [["generated", "89.00", "90.00"], ["fresh", "10.00", "80.00"]]
+    assert list(found) == ["group", "0 steps", "10 steps"]
 
 
 def test_costs_are_text():

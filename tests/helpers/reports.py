@@ -141,6 +141,7 @@ def audit(groups: Mapping[str, tuple] = AUDITED, *, seed: int = 0) -> dict[str, 
         ("generate", 2.4, 640, 200),
     ]
     costs += [("evaluate", 214.0, 2105, 4661), ("training as many originals", 12300.0, float("nan"), 200)]
+    asked = rng.uniform(0.5, 0.9, 100)
     measured = ["accuracy", "accuracy_low", "accuracy_high", "novelty", "novelty_low", "novelty_high"]
     question = ["question", "group", "against", "part", "difference", "low", "high", "p", "verdict"]
     means = {f"test_accuracy/{group}_mean": 0.9 + gain / 100 for group, (_, gain, *_) in groups.items()}
@@ -154,6 +155,10 @@ def audit(groups: Mapping[str, tuple] = AUDITED, *, seed: int = 0) -> dict[str, 
         "latents": pd.DataFrame(latents, columns=["group", "index", "component_1", "component_2"]),
         "spectrum": pd.DataFrame(spectrum, columns=["group", "component", "variance_share", "rms_ratio"]),
         "layers": pd.DataFrame(layers, columns=["group", "tensor", "mean", "std"]),
+        "control": pd.DataFrame({"asked": asked, "obtained": 0.1 + 0.85 * asked}),
+        "warm_start": pd.DataFrame(
+            {"group": ["generated"] * 2 + ["fresh"] * 2, "steps": [0, 10] * 2, "accuracy": [0.89, 0.9, 0.1, 0.8]}
+        ),
         "costs": pd.DataFrame(costs, columns=["stage", "seconds", "memory_mb", "networks"]).assign(
             seconds_per_network=lambda frame: frame["seconds"] / frame["networks"],
             note=["", "", "", "", "", "estimated from prepare"],

@@ -147,7 +147,7 @@ def test_ddim_against_its_formula(prediction: str, steps: int) -> None:
     assert torch.allclose(found, z, atol=1e-4)
 
 
-def test_heun_and_euler_are_of_second_and_first_order() -> None:
+def test_midpoint_heun_and_euler_are_of_second_and_first_order() -> None:
     """Ideal flow to N(0, s^2) multiplies the start by s: the variance of z at time u is (1 - u)^2 s^2 + u^2."""
     objective = made("flow")
     start = torch.randn(1, 8, generator=torch.Generator().manual_seed(0))
@@ -158,7 +158,27 @@ def test_heun_and_euler_are_of_second_and_first_order() -> None:
 
     assert error("euler", 10) / error("euler", 20) == pytest.approx(2, rel=0.3)
     assert error("heun", 11) < error("euler", 11) / 3
+    assert error("midpoint", 10) > 4 * error("midpoint", 20)
+    assert all(error("midpoint", calls) < error("heun", calls) / 5 for calls in (20, 40))
     assert error("euler", 500) < 0.01 and error("heun", 99) < 0.005
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+def test_midpoint_against_its_formula(steps: int) -> None:
+    objective, mean = made("flow"), gaussian(1.0, 0.7)
+    ideal = Ideal(objective, mean)
+    found = sampled(objective, ideal, 4, [5], sampler="midpoint", steps=steps)
+    z = torch.randn(1, 4, generator=torch.Generator().manual_seed(5))
+
+    def velocity(z: Tensor, u: float) -> Tensor:
+        return (z - mean(z, torch.tensor(1 - u), torch.tensor(u))) / u
+
+    for k in range(0, steps - 1, 2):
+        u, h = 1 - k / steps, 1 / steps
+        z = z - 2 * h * velocity(z - h * velocity(z, u), u - h)
+    z = z - velocity(z, 1 / steps) / steps if steps % 2 else z
+    torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)
+    assert ideal.times == pytest.approx([1000 - 1000 * k / steps for k in range(steps)])
 
 
 @pytest.mark.parametrize(("prediction", "sampler"), PAIRS)

@@ -18,6 +18,7 @@ from pdiff.method.statistics import (
     mean_replicates,
     median_replicates,
     pareto_front,
+    slope_replicates,
 )
 from pdiff.seeds import stream
 
@@ -209,3 +210,15 @@ def test_hypervolumes_of_groups_of_different_sizes_compare() -> None:
     (value, low, high), (other, *_) = (hypervolume_interval(x, REFERENCE, size=40, seed=0) for x in (few, many))
     assert low < other < high and value == pytest.approx(other, rel=0.1)
     assert hypervolume(many, REFERENCE) > high  # of all points, the larger group wins for its size alone
+
+
+def test_slopes_against_least_squares_and_their_interval_against_its_theory() -> None:
+    rng = np.random.default_rng(0)
+    x, noise = rng.uniform(-1, 2, 400), rng.normal(0, 0.5, 400)
+    expected = stats.linregress(x, 3 * x + noise)
+    found = slope_replicates(torch.from_numpy(x), torch.from_numpy(3 * x + noise), seed=0)
+    assert found.value == pytest.approx(expected.slope)
+    low, high = found.interval()
+    assert (low + high) / 2 == pytest.approx(found.value)
+    assert (high - low) / 2 == pytest.approx(1.96 * expected.stderr, rel=0.1)
+    assert math.isnan(slope_replicates(torch.ones(5), torch.rand(5), seed=0).value)

@@ -16,6 +16,7 @@ from tracked import artifacts, runs
 
 from pdiff.cli.main import main as pdiff
 from pdiff.experiment import config, stages
+from pdiff.experiment.metrics import CONTROL
 from pdiff.method.generators.base import Generator
 from pdiff.networks.evaluators import images
 from pdiff.seeds import stream
@@ -86,7 +87,7 @@ def test_a_trajectory_ends_at_the_samples(workspace):
     passed, sampled = (load_file(folder / f"{name}.safetensors") for name in ("trajectory", "generated"))
     names = [name.split() for name in json.loads((folder / "trajectory.json").read_text())["checkpoints"]]
     timesteps = sorted({float(t) for t, _ in names}, reverse=True)
-    assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == 4  # 5 calls of Heun's, and the end
+    assert timesteps[0] == 1000 and timesteps[-1] == 0 and len(timesteps) == 4  # every second of 6 calls, and the end
     assert [int(k) for _, k in names] == [0, 1, 2] * 4
     for name, tensor in passed.items():
         torch.testing.assert_close(tensor[-3:], sampled[name][:3])
@@ -95,6 +96,36 @@ def test_a_trajectory_ends_at_the_samples(workspace):
     assert last.test_accuracy.tolist() == generated.test_accuracy.tolist()
     assert "trajectory" not in set(table().group)
     assert "Accuracy on the way" in (artifacts(runs("evaluate")[0]) / "report.html").read_text()
+
+
+CONDITIONED = """
+log_models: false
+dataset: {name: digits, validation_fraction: 0.2}
+network: {architecture: mlp}
+prepare: {collect: {from: seeds, networks: 10, steps: 40, snapshots: 3}}
+generator: {kind: neurons, condition: val_accuracy, width: 16, blocks: 1, heads: 2}
+diffusion: {steps: 4, batch_size: 8, evaluate_every: 4}
+generate: {count: 3, sampling_steps: 3, control_count: 7}
+evaluate: {noise: [0.05], baselines: average, baseline_count: 2}
+"""
+
+
+@pytest.mark.slow
+def test_networks_are_asked_for_accuracies(workspace):
+    Path("asked.yaml").write_text(CONDITIONED)
+    assert pdiff(["main", "--tag", "asked.yaml"]) == 0
+    metrics, folder = runs("main")[-1].data.metrics, artifacts(runs("evaluate")[-1])
+    assert metrics["control/slope_low"] < metrics["control/slope"] < metrics["control/slope_high"]
+    control = pd.read_csv(folder / "tables" / "control.csv")
+    assert len(control) == 7 and control.asked.nunique() == 5 and control.obtained.between(0, 1).all()
+    slope = np.polyfit(control.asked, control.obtained, 1)[0]
+    assert metrics["control/slope"] == pytest.approx(slope, abs=1e-4)
+    assert "control" not in set(table().group)
+    assert "Obedient?" in (folder / "verdict.md").read_text() and "Control" in (folder / "report.html").read_text()
+    assert set(CONTROL) == {name for name in metrics if name.startswith("control/")}
+    assert set(CONTROL) < set(stages.STAGES["evaluate"].logs(config.load("asked.yaml"))), "a sweep may look at them"
+    assert pdiff(["main", "--tag", "asked.yaml", "--generate.control_count", "0"]) == 0
+    assert "control/slope" not in runs("main")[-1].data.metrics
 
 
 OWN = """

@@ -102,6 +102,13 @@ class TrajectoryOptions(Section):
     trajectory_count: Positive = 16
 
 
+class ControlOptions(Section):
+    """Where `generator.condition` has `val_accuracy`, `control_count` networks beside the others are asked for low to
+    high accuracies, to see whether they have them."""
+
+    control_count: Annotated[int, Field(ge=0)] = 100
+
+
 class LatentDiffusionOptions(GeneratorOptions):
     """Standardise, compress, diffuse (arXiv 2402.13144, section 3): `autoencoder` compresses, `denoiser` predicts what
     `objective` says, and `diffusion` is how it is trained."""
@@ -164,7 +171,7 @@ class NeuronsSampling(DiffusionSampling):
     networks. `guidance` w extrapolates from the unconditional prediction (Ho and Salimans 2022, arXiv 2207.12598): 0 is
     without condition, 1 is plain conditioning, above 1 conditions count for more."""
 
-    sampling_steps: Annotated[int, Field(ge=0)] = 40
+    sampling_steps: Annotated[int, Field(ge=0)] = 4
     condition: dict[str, float] = {}
     guidance: NonNegative = 1.0
 
@@ -191,7 +198,7 @@ class NeuronsOptions(GeneratorOptions):
 
     implementation: ClassVar[Any] = "pdiff.method.generators.neurons:Neurons"
     sampling: ClassVar[type[SamplingOptions]] = NeuronsSampling
-    extras: ClassVar[tuple[type[Section], ...]] = (TrajectoryOptions,)
+    extras: ClassVar[tuple[type[Section], ...]] = (TrajectoryOptions, ControlOptions)
     sections: ClassVar[dict[str, tuple[type[Section], ...]]] = {
         "generator": (Tokenization, GraphDenoiserOptions),
         "diffusion": (NeuronsTraining,),

@@ -186,19 +186,19 @@ def _joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Mapping[str,
     for name, first in parts[0].items():
         tensors = [part[name].detach() for part in parts]
         count = sum(map(len, tensors)) if rows else len(tensors)
-        joined[name] = join(tensors, out=_empty(first, count, *first.shape[rows:]))
+        joined[name] = join(tensors, out=empty(first, count, *first.shape[rows:]))
     return joined
 
 
 def _rows(stacked: Tensor, rows: Tensor) -> Tensor:
     """Some rows of a stacked tensor, copied."""
-    out = _empty(stacked, len(rows), *stacked.shape[1:])
+    out = empty(stacked, len(rows), *stacked.shape[1:])
     return torch.index_select(stacked.detach(), 0, rows.to(stacked.device), out=out)
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
+def empty(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor of the type and on the device of another one; see `scratch`."""
-    return scratch(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
+    return scratch(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.newempty(shape)
 
 
 def _on_cpu(state: StateDict, where: str) -> StateDict:

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from pdiff.files import read_tensors, write_tensors
 from pdiff.method.alignment import groups as units
 from pdiff.method.alignment.groups import Groups, inverse, permute
-from pdiff.method.alignment.matching import align
-from pdiff.method.collection import Collection, StateDict
+from pdiff.method.alignment.matching import Matching
+from pdiff.method.collection import Collection, StateDict, empty
 from pdiff.parallel import ranks
 
-CHUNK_BYTES = 256 << 20  # of the tensors of networks that are aligned together
+CHUNK_BYTES = 64 << 20  # of the tensors of networks that are aligned together
 PERMUTATION, SCALE, STATE = "permutation/", "scale/", "reference/"  # prefixes of the tensors in a file
 
 
@@ -79,7 +79,7 @@ class Reference:
 
     def align(self, collection: Collection) -> tuple[Collection, Changes]:
         """Networks with their units in the order of the reference; they compute what they did."""
-        tensors = {name: torch.empty_like(tensor) for name, tensor in collection.tensors.items()}
+        tensors = {name: empty(tensor, *tensor.shape) for name, tensor in collection.tensors.items()}
         found = []
         for rows, aligned, changes in self.chunks(collection):
             for name, tensor in aligned.tensors.items():
@@ -89,6 +89,7 @@ class Reference:
 
     def chunks(self, collection: Collection) -> Iterator[tuple[slice, Collection, Changes]]:
         """Which networks, aligned, and how; few of large networks at a time, so that memory does not grow with N."""
+        matching = Matching(self.state, self.groups.within(collection.tensors), seed=self.seed)
         size = sum(tensor.numel() * tensor.element_size() for tensor in collection[0].values())
         most = max(ranks.world(), CHUNK_BYTES // size)
         with tqdm(total=len(collection), desc="align", unit="network", dynamic_ncols=True, disable=None) as bar:
@@ -97,7 +98,7 @@ class Reference:
                 part, scales = collection.select(rows), {}
                 if self.balance:
                     part, scales = units.balance(part, self.groups)
-                aligned, permutations = align(part, self.state, self.groups, seed=self.seed)
+                aligned, permutations = matching.align(part)
                 yield rows, aligned, Changes(permutations, scales)
                 bar.update(len(part))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pdiff.files import scratch
 
-BLOCK_BYTES = 64 << 20  # of what a block of columns or rows needs beside the results
+BLOCK_BYTES = 8 << 20  # of what a block of columns or rows needs beside the results; it fits into a processor's cache
 IN_MEMORY = 256 << 20  # bytes of vectors that are computed at once
 
 Index = slice | Tensor | Sequence[int]

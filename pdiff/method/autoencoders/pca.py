@@ -51,9 +51,9 @@ class PCA(nn.Module):
         products = torch.zeros(min(x.shape), min(x.shape), dtype=torch.float64, device=x.device)
         if wide:
             for part in column_blocks(x):
-                block = x[:, part]
-                center[part] = block.mean(dim=0)
-                block = (block - center[part]).double()
+                block = x[:, part].double()
+                center[part] = block.mean(dim=0).float()
+                block -= center[part]
                 products.addmm_(block, block.T)
                 del block  # before the next one needs memory
         else:

@@ -17,7 +17,7 @@ from pdiff.files import scratch
 from pdiff.method.autoencoders.pca import ROWS
 from pdiff.method.baselines import Fitted
 from pdiff.method.novelty import Span
-from pdiff.method.vectors import Matrix, column_blocks, dense, joined, over_columns
+from pdiff.method.vectors import Matrix, column_blocks, joined, over_columns
 from pdiff.seeds import stream
 
 
@@ -180,7 +180,9 @@ def with_noise(vectors: Matrix, scale: Tensor | float, draws: Sequence[torch.Gen
     """vectors + scale z, (M, D), with z of one generator for each vector; scale is a number, or (D,)."""
     result = scratch(*vectors.shape)
     for row, draw, vector in zip(result, draws, vectors.split(1), strict=True):
-        torch.add(dense(vector)[0], scale * torch.randn(len(row), generator=draw), out=row)
+        for part in column_blocks(vector):
+            z = torch.randn(part.stop - part.start, generator=draw)
+            row[part] = vector[:, part][0] + (scale[part] if isinstance(scale, Tensor) else scale) * z
     return result
 
 

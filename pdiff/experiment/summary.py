@@ -35,8 +35,9 @@ def evaluated(
 
     def group(name: str, **beside: Evaluated | None) -> Evaluated:
         of = {part: found[name] for part, found in results.items()}
-        return Evaluated(name, groups[name], standardizer.vectors(groups[name]), of, **beside)
+        return Evaluated(name, groups[name], standardizer.vectors(groups[name], among=count), of, **beside)
 
+    count = sum(map(len, groups.values()))
     original = group("original")
     original.heldout = heldout = group("heldout", originals=original) if "heldout" in groups else None
     found = {"original": original} | ({"heldout": heldout} if heldout else {})

@@ -112,9 +112,9 @@ class Standardizer:
         """Standardised vectors, float32 (N, D), in memory."""
         return self._columns(collection, slice(None), slice(0, self.size))
 
-    def vectors(self, collection: Collection) -> Matrix:
-        """As `encode`; many of them are not in memory, and computed where they are read."""
-        return matrix(len(collection), self.size, partial(self._columns, collection))
+    def vectors(self, collection: Collection, *, among: int | None = None) -> Matrix:
+        """As `encode`; many of them, or of those that they are kept `among`, are computed where they are read."""
+        return matrix(len(collection), self.size, partial(self._columns, collection), among)
 
     def _columns(self, collection: Collection, rows: Tensor | slice, part: slice) -> Tensor:
         """Columns `part` of the vectors of some checkpoints."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import nan
 
@@ -22,11 +22,10 @@ from pdiff.method.novelty import (
     nearest_two,
     novel_and_performant,
     precision_recall_density_coverage,
-    squared_distances,
 )
 from pdiff.method.similarity import maxima_without_self, wrong_iou
 from pdiff.method.statistics import Replicates, hypervolume_interval, mean_replicates, median_replicates
-from pdiff.method.vectors import Matrix, over_columns
+from pdiff.method.vectors import Matrix, joined
 from pdiff.networks.evaluators import Evaluation
 from pdiff.seeds import stream
 
@@ -47,6 +46,7 @@ class Evaluated:
         results: part of the images -> what was measured there.
         originals: the group of originals that generators and baselines are fitted on; None for that group itself.
         heldout: the group of held-out originals; None where there is none, and for that group itself.
+        beside: all groups that are compared, by name; the inner products of all are taken in one pass.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Evaluated:
     results: Mapping[str, Evaluation]
     originals: Evaluated | None = None
     heldout: Evaluated | None = None
+    beside: Mapping[str, Evaluated] = field(default_factory=dict)
 
     @property
     def fitted(self) -> Evaluated:
@@ -141,8 +142,21 @@ class Evaluated:
 
     @cached_property
     def products(self) -> Products:
-        """Inner products with the fitted networks: the one pass over all numbers that most measures come from."""
-        return centered_products(self.vectors, self.fitted.vectors)
+        """Inner products with the fitted networks, from which most measures come.
+
+        Whichever group asks first gets them for all beside it: one pass over the numbers of the fitted ones.
+        """
+        groups = [group for group in self.beside.values() if "products" not in vars(group)] or [self]
+        inner, norms, *rest = centered_products(joined([group.vectors for group in groups]), self.fitted.vectors)
+        sizes = [len(group.vectors) for group in groups]
+        for group, *own in zip(groups, inner.split(sizes), norms.split(sizes), strict=True):
+            vars(group)["products"] = Products(*own, *rest)
+        return vars(self)["products"]
+
+    @cached_property
+    def within(self) -> Products:
+        """Inner products of the group with itself, about its own mean."""
+        return self.products if self.originals is None else centered_products(self.vectors, self.vectors)
 
     @cached_property
     def nearest(self) -> tuple[Tensor, Tensor]:
@@ -209,7 +223,7 @@ class Evaluated:
     @cached_property
     def total_variance(self) -> float:
         """The sum of the variances of all parameters."""
-        return over_columns(lambda block: block.var(dim=0), self.vectors).sum(dtype=torch.float64).item()
+        return self.within.b.sum().item() / (len(self.vectors) - 1)
 
     def frechet(self) -> float:
         """Fréchet distance to the fitted networks on their first principal axes: a diagnostic, not a score."""
@@ -225,7 +239,7 @@ class Evaluated:
         return precision_recall_density_coverage(
             self.fitted.products.squared_distances(),
             self.products.squared_distances(),
-            squared_distances(self.vectors, self.vectors),
+            self.within.squared_distances(),
         )
 
     # -- both

@@ -73,9 +73,9 @@ def prepare(experiment: Experiment, out: Path, log: Log, *, pretrain: Path | Non
     if experiment.aligns(kind):
         with measured(history, "align"):
             collection = _aligned(experiment, collection, fitted, out)
-    collection.select(fitted).save(out / "checkpoints.safetensors")
+    collection.save(out / "checkpoints.safetensors", fitted)
     if len(heldout):
-        collection.select(heldout).save(out / "heldout.safetensors")
+        collection.save(out / "heldout.safetensors", heldout)
     Population(
         kind=kind,
         recipe={} if settings.source else settings.collect.model_dump(),
@@ -147,7 +147,7 @@ def _aligned(experiment: Experiment, collection: Collection, fitted: Tensor, out
     if groups.left_alone:
         others = f" and {len(groups.left_alone) - 1} more" if len(groups.left_alone) > 1 else ""
         tqdm.write(f"note: prepare.align: units of {name}{others} are not permuted: {reason}")
-    reference = Reference.fit(collection.select(fitted), groups, **alignment_options(experiment))
+    reference = Reference.fit(collection, groups, rows=fitted, **alignment_options(experiment))
     aligned, changes = reference.align(collection)
     reference.save(out / ALIGNMENT, changes)
     return aligned

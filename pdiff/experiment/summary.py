@@ -35,13 +35,17 @@ def evaluated(
 
     def group(name: str, **beside: Evaluated | None) -> Evaluated:
         of = {part: found[name] for part, found in results.items()}
-        return Evaluated(name, groups[name], standardizer.vectors(groups[name]), of, **beside)
+        return Evaluated(name, groups[name], standardizer.vectors(groups[name], among=count), of, **beside)
 
+    count = sum(map(len, groups.values()))
     original = group("original")
     original.heldout = heldout = group("heldout", originals=original) if "heldout" in groups else None
     found = {"original": original} | ({"heldout": heldout} if heldout else {})
     others = [name for name in groups if name not in found]
-    return found | {name: group(name, originals=original, heldout=heldout) for name in others}
+    found |= {name: group(name, originals=original, heldout=heldout) for name in others}
+    for evaluated_group in found.values():
+        evaluated_group.beside = found
+    return found
 
 
 def evaluation_table(groups: Mapping[str, Evaluated]) -> pd.DataFrame:
@@ -164,7 +168,8 @@ def layers_table(groups: Mapping[str, Evaluated]) -> pd.DataFrame:
         state = group.networks[0]
         for tensor, stacked in group.networks.tensors.items():
             if is_generated(tensor, state[tensor]):
-                mean = sum(numbers.double().mean().item() for numbers in stacked) / len(stacked)
-                squares = sum((numbers.double() - mean).square().mean().item() for numbers in stacked) / len(stacked)
-                rows.append((name, tensor, mean, squares**0.5))
+                means = torch.stack([numbers.mean(dtype=torch.float64) for numbers in stacked])
+                variances = torch.stack([numbers.var(correction=0).double() for numbers in stacked])
+                std = (variances.mean() + means.var(correction=0)).sqrt()
+                rows.append((name, tensor, means.mean().item(), std.item()))
     return pd.DataFrame(rows, columns=["group", "tensor", "mean", "std"])

@@ -121,8 +121,12 @@ class Collection:
         """Names of the tensors in which the checkpoints differ."""
         return {name for name, rows in self.tensors.items() if any(not torch.equal(row, rows[0]) for row in rows)}
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str, rows: Tensor | None = None) -> None:
         """Write `path` (safetensors, each tensor (N, *shape)) and its index beside it (JSON).
+
+        Args:
+            path: of the file.
+            rows: of the checkpoints to write, int64; all when absent. Nothing is copied before.
 
         Example:
             >>> collection = Collection({"weight": torch.randn(5, 2, 4)})
@@ -130,23 +134,25 @@ class Collection:
             >>> len(Collection.load("networks.safetensors"))
             5
         """
-        self.save_joined(path, [self], self.names)
+        if rows is None:
+            return self.save_joined(path, [self], self.names)
+
+        def fill(name: str, out: Tensor) -> None:
+            torch.index_select(self.tensors[name].cpu(), 0, rows, out=out)
+
+        return _write(Path(path), self[0], [self.names[row] for row in rows.tolist()], fill)
 
     @staticmethod
-    @rank_zero_only
     def save_joined(path: Path | str, parts: Sequence[Collection], names: Sequence[str] | None = None) -> None:
         """Write several collections of one layout as one, as `save` does; numbered when `names` is absent."""
-        path, count, first = Path(path), sum(map(len, parts)), 0
-        names = [f"{k:05d}" for k in range(count)] if names is None else list(names)
-        state = parts[0][0]
-        like = {name: tensor.expand(count, *tensor.shape) for name, tensor in state.items()}
-        with new_tensors(path, like) as tensors:
-            for part in parts:
-                for name, tensor in part.tensors.items():
-                    tensors[name][first : first + len(part)] = tensor
-                first += len(part)
-        layout = {n: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for n, t in state.items()}
-        write_json(path.with_suffix(".json"), {"count": count, "layout": layout, "checkpoints": names})
+        counts = [len(part) for part in parts]
+        names = [f"{k:05d}" for k in range(sum(counts))] if names is None else list(names)
+
+        def fill(name: str, out: Tensor) -> None:
+            for rows, part in zip(out.split(counts), parts, strict=True):
+                rows.copy_(part.tensors[name])
+
+        _write(Path(path), parts[0][0], names, fill)
 
     @classmethod
     def load(cls, path: Path | str) -> Collection:
@@ -169,6 +175,23 @@ class Collection:
         return cls({name: tensors[name] for name in index["layout"]}, index["checkpoints"])
 
 
+@rank_zero_only
+def _write(path: Path, like: StateDict, names: Sequence[str], fill: Callable[[str, Tensor], object]) -> None:
+    """Write a collection and its index.
+
+    Args:
+        path: of the collection.
+        like: one checkpoint; its numbers do not matter.
+        names: of the checkpoints.
+        fill: puts the numbers of the tensor of a name into one of the file, (N, *shape).
+    """
+    with new_tensors(path, {n: tensor.expand(len(names), *tensor.shape) for n, tensor in like.items()}) as tensors:
+        for name, tensor in tensors.items():
+            fill(name, tensor)
+    layout = {name: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for name, t in like.items()}
+    write_json(path.with_suffix(".json"), {"count": len(names), "layout": layout, "checkpoints": list(names)})
+
+
 def _joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of several parts, joined by name; the order of names is that of the first part."""
     if not parts:
@@ -186,19 +209,19 @@ def _joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Mapping[str,
     for name, first in parts[0].items():
         tensors = [part[name].detach() for part in parts]
         count = sum(map(len, tensors)) if rows else len(tensors)
-        joined[name] = join(tensors, out=_empty(first, count, *first.shape[rows:]))
+        joined[name] = join(tensors, out=empty(first, count, *first.shape[rows:]))
     return joined
 
 
 def _rows(stacked: Tensor, rows: Tensor) -> Tensor:
     """Some rows of a stacked tensor, copied."""
-    out = _empty(stacked, len(rows), *stacked.shape[1:])
+    out = empty(stacked, len(rows), *stacked.shape[1:])
     return torch.index_select(stacked.detach(), 0, rows.to(stacked.device), out=out)
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
+def empty(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor of the type and on the device of another one; see `scratch`."""
-    return scratch(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
+    return scratch(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.newempty(shape)
 
 
 def _on_cpu(state: StateDict, where: str) -> StateDict:

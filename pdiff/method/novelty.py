@@ -215,6 +215,13 @@ class Span:
         share = torch.where(outside <= rounding, 0.0, outside / norms)
         return coordinates, share
 
+    def weights(self, coordinates: Tensor) -> Tensor:
+        """The weights (M, N) of the fitted vectors about their mean that make points of coordinates (M, L).
+
+        Axes that are left out at the end count as 0.
+        """
+        return coordinates @ self._weights[:, : coordinates.shape[1]].T.to(coordinates)
+
     def coordinates(self, y: Matrix) -> Tensor:
         """Principal coordinates of vectors (M, D) about the mean of the fitted ones, float64 (M, L)."""
         return self.project(y)[0]

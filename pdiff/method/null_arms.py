@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pdiff.files import scratch
-from pdiff.method.autoencoders.pca import PCA, ROWS
+from pdiff.method.autoencoders.pca import ROWS
 from pdiff.method.baselines import Fitted
-from pdiff.method.vectors import Matrix, column_blocks, dense, joined, over_columns
+from pdiff.method.novelty import Span
+from pdiff.method.vectors import Matrix, column_blocks, joined, over_columns
 from pdiff.seeds import stream
 
 
@@ -67,7 +68,7 @@ def swag(fitted: Fitted, count: int, seed: int, *, rank: int) -> Tensor:
     return with_noise(low_rank, std / 2**0.5, draws)
 
 
-def kde(fitted: Fitted, count: int, seed: int, *, variance: float, bandwidth: float | None = None) -> Matrix:
+def kde(fitted: Fitted, count: int, seed: int, *, variance: float, bandwidth: float | None = None) -> Tensor:
     """Samples of Gaussian kernels around the originals, on principal components, (count, D).
 
     A sample is u_i + h s z, with u (N, L) the coordinates of x on the components that explain the share `variance` of
@@ -75,12 +76,13 @@ def kde(fitted: Fitted, count: int, seed: int, *, variance: float, bandwidth: fl
     rule N^(-1 / (L + 4)) (Scott 1992). Each of the L numbers of z is independent of the others.
     """
     x, draws = fitted.vectors, generators(count, seed)
-    pca = PCA.fit(x, variance=variance)
-    u = torch.cat([pca.encode(rows) for rows in x.split(ROWS)])
+    span = Span.fit(x)
+    kept = int((span.values.cumsum(0) < variance * span.values.sum()).sum()) + 1
+    u = span.fitted[:, :kept].float()
     if bandwidth is None:
         bandwidth = len(x) ** (-1 / (u.shape[1] + 4))
     centers = torch.cat([torch.randint(len(x), (1,), generator=draw) for draw in draws])
-    return pca.vectors(with_noise(u[centers], bandwidth * u.std(0), draws))
+    return combination(span.weights(with_noise(u[centers], bandwidth * u.std(0), draws)), x)
 
 
 def mixed(fitted: Fitted, count: int, seed: int, *, a: float) -> Tensor:
@@ -178,7 +180,9 @@ def with_noise(vectors: Matrix, scale: Tensor | float, draws: Sequence[torch.Gen
     """vectors + scale z, (M, D), with z of one generator for each vector; scale is a number, or (D,)."""
     result = scratch(*vectors.shape)
     for row, draw, vector in zip(result, draws, vectors.split(1), strict=True):
-        torch.add(dense(vector)[0], scale * torch.randn(len(row), generator=draw), out=row)
+        for part in column_blocks(vector):
+            z = torch.randn(part.stop - part.start, generator=draw)
+            row[part] = vector[:, part][0] + (scale[part] if isinstance(scale, Tensor) else scale) * z
     return result
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pdiff.files import scratch
 
-BLOCK_BYTES = 64 << 20  # of what a block of columns or rows needs beside the results
+BLOCK_BYTES = 8 << 20  # of what a block of columns or rows needs beside the results; it fits into a processor's cache
 IN_MEMORY = 256 << 20  # bytes of vectors that are computed at once
 
 Index = slice | Tensor | Sequence[int]
@@ -84,9 +84,14 @@ Matrix = Tensor | Vectors
 """Vectors (N, D)."""
 
 
-def matrix(count: int, size: int, columns: Callable[[Tensor | slice, slice], Tensor]) -> Matrix:
-    """Vectors (count, size) that `columns` computes, see `Vectors`: at once, as a tensor, where there are few."""
-    if 4 * count * size <= IN_MEMORY:
+def matrix(
+    count: int, size: int, columns: Callable[[Tensor | slice, slice], Tensor], among: int | None = None
+) -> Matrix:
+    """Vectors (count, size) that `columns` computes, see `Vectors`: at once, as a tensor, where there are few.
+
+    `among` says of how many, with others that are kept at the same time; of `count` when absent.
+    """
+    if 4 * (among or count) * size <= IN_MEMORY:
         return columns(slice(0, count), slice(0, size))
     return Vectors(torch.arange(count), size, columns)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +37,7 @@ BATCH = 100  # metrics or parameters sent at a time
 BATCH_SECONDS = 5.0
 CONFIG = "config."  # before the names of the parameters that are keys of the configuration
 CONFIG_FILE = "config.yaml"  # the artifact that every run of an experiment has
+LINKED_BYTES = 16 << 20  # of a file from which on a local store gets a link to it: such files are written once
 PARAMETER_LIMIT = 6000  # characters; MLflow cuts longer values silently
 
 _inherited: ContextVar[dict[str, str]] = ContextVar("inherited", default={})  # noqa: B039 (never changed in place)
@@ -95,7 +97,10 @@ class TrackedRun:
     def upload(self, paths: Iterable[Path]) -> None:
         """Keep files, and folders with what is in them, as artifacts; what MLflow has other places for, there, too."""
         for path in paths:
-            self.client.log_artifact(self.run_id, str(path))
+            if local := local_artifacts(self.record):
+                _keep(path, local / path.name)
+            else:
+                self.client.log_artifact(self.run_id, str(path))
             if path.name == "dataset.json":
                 described = read_json(path)
                 source = CodeDatasetSource({"mlflow.source.name": f"pdiff.networks.datasets:{described['name']}"})
@@ -189,6 +194,25 @@ def artifacts(record: Record) -> Path:
         mlflow.artifacts.download_artifacts(run_id=record.info.run_id, dst_path=str(loading))
         os.replace(loading, target)
     return target
+
+
+def _keep(path: Path, target: Path) -> None:
+    """Put a file, or a folder with what is in it, into a folder of this machine; large files without copying them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.copytree(path, target, copy_function=_linked, dirs_exist_ok=True)
+    else:
+        _linked(path, target)
+
+
+def _linked(source: str | Path, target: str | Path) -> None:
+    """One more name of a large file, which nothing writes to again, or else a copy of it."""
+    if os.stat(source).st_size >= LINKED_BYTES:
+        Path(target).unlink(missing_ok=True)
+        with suppress(OSError):  # another file system, or one without links
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def local_artifacts(record: Record) -> Path | None:

@@ -16,8 +16,10 @@ from pdiff.errors import UserError
 from pdiff.experiment import config, documents, leaderboard, metrics, report, stages, summary
 from pdiff.experiment.leaderboard import Result
 from pdiff.experiment.metrics import Metric
+from pdiff.method import vectors
 from pdiff.method.collection import Collection
 from pdiff.method.standardize import Standardizer
+from pdiff.method.vectors import Vectors
 from pdiff.networks.evaluators import Evaluation
 from pdiff.sweeps import schema
 
@@ -100,7 +102,7 @@ def test_what_cannot_be_measured_is_left_out(groups, results):
 
 def test_every_group_is_encoded_once(groups, results, monkeypatch):
     encoded, encode = [], Standardizer.vectors
-    monkeypatch.setattr(Standardizer, "vectors", lambda self, group: encoded.append(len(group)) or encode(self, group))
+    monkeypatch.setattr(Standardizer, "vectors", lambda self, x, **o: encoded.append(len(x)) or encode(self, x, **o))
     compared(groups, results)
     assert encoded == list(SIZES.values())
 
@@ -247,3 +249,20 @@ def test_what_is_imported_is_what_is_needed():
     words = [sys.executable, "-c", IMPORTS, *needed]
     printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines() == [module + libraries for module, libraries in needed.items()]
+
+
+def test_groups_that_are_large_together_are_measured_as_small_ones(groups, results, monkeypatch) -> None:
+    """In memory or not, with inner products in one pass over all groups or in one for each."""
+    standardizer = Standardizer.fit(groups["original"])
+    size = 4 * sum(SIZES.values()) * standardizer.size
+    found = []
+    for least, kind, together in ((size, torch.Tensor, True), (size - 1, Vectors, True), (size, torch.Tensor, False)):
+        monkeypatch.setattr(vectors, "IN_MEMORY", least)
+        evaluated = summary.evaluated(groups, results, standardizer)
+        assert all(isinstance(group.vectors, kind) for group in evaluated.values())
+        for group in evaluated.values() if not together else ():
+            group.beside = {}
+        found.append(summary.summary(evaluated, summary.evaluation_table(evaluated), {}))
+    assert any(name.startswith("dispersion/") for name in found[0])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6, abs=1e-6)

@@ -1,17 +1,23 @@
 """Alignment: functions that permutations must not change, permutations that must be found again."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pdiff.method.alignment.groups import Groups, balance, inverse, permute, recombine
+from pdiff import files
+from pdiff.method.alignment.groups import Group, Groups, balance, inverse, permute, recombine
 from pdiff.method.alignment.matching import align
 from pdiff.method.alignment.reference import Reference
 from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection, StateDict
 from pdiff.networks.architectures import ARCHITECTURES, build
+from pdiff.seeds import stream
 
 pytestmark = pytest.mark.slow
 
@@ -415,12 +421,102 @@ def test_large_networks_are_aligned_few_at_a_time(monkeypatch) -> None:
     for size in (2**30, 2 * sum(4 * tensor.numel() for tensor in collection[0].values())):
         monkeypatch.setattr("pdiff.method.alignment.reference.CHUNK_BYTES", size)
         reference = Reference.fit(collection, groups, balance=True, seed=0)
-        found.append((len(list(reference.chunks(collection))), *reference.align(collection)))
+        found.append((len(list(reference.chunks(collection, torch.arange(7)))), *reference.align(collection)))
     (once, whole, whole_changes), (several, parts, parts_changes) = found
     assert (once, several) == (1, 4)
     assert all(torch.equal(rows, parts_changes.permutations[n]) for n, rows in whole_changes.permutations.items())
     for name, tensor in whole.tensors.items():
         torch.testing.assert_close(parts.tensors[name], tensor)
+
+
+def matched_plainly(network: StateDict, reference: StateDict, groups: Groups, seed: int) -> dict[str, Tensor]:
+    """Weight matching of one network as the paper writes it: every similarity anew, no step left out, in float64."""
+    names = {place.name for group in groups for place in group.places}
+    permuted = {name: {axis for group in groups for n, axis in group.axes() if n == name} for name in names}
+    target = {name: (reference[name] / reference[name].square().mean()).double() for name in names}
+    tolerances = {g.name: 1e-6 * sum(target[n].numel() for n in {place.name for place in g.places}) for g in groups}
+
+    def similarity(state: StateDict, group: Group, sort: bool) -> Tensor:
+        total = torch.zeros(group.size, group.size, dtype=torch.float64)
+        for (name, axis), index in group.axes().items():
+            sides = [target[name], state[name].double()]
+            for other in sorted(permuted[name] - {axis}) if sort else ():
+                sides = [side.sort(dim=other).values for side in sides]
+            a, b = (side.movedim(axis, 0)[index].flatten(1) for side in sides)
+            total += a @ b.T
+        return total
+
+    def best(matrix: Tensor) -> Tensor:
+        return torch.from_numpy(linear_sum_assignment(matrix.numpy(), maximize=True)[1])
+
+    def objective(state: StateDict) -> float:
+        return sum((state[name].double() * target[name]).sum().item() for name in names)
+
+    def moved(state: StateDict, permutations: dict[str, Tensor]) -> StateDict:
+        return permute(Collection.stack([state]), groups, permutations)[0]
+
+    identity = {group.name: torch.arange(group.size) for group in groups}
+    found, reached = identity, -math.inf
+    for k, start in enumerate((identity, {group.name: best(similarity(network, group, True)) for group in groups})):
+        permutations, state, before = dict(start), moved(network, start), None
+        generator = torch.Generator().manual_seed(stream(seed, k))
+        while before is None or any(not torch.equal(before[name], rows) for name, rows in permutations.items()):
+            before = dict(permutations)
+            for group in (groups.groups[j] for j in torch.randperm(len(groups), generator=generator)):
+                step = best(similarity(state, group, False))
+                after = moved(state, {group.name: step})
+                if objective(after) - objective(state) > tolerances[group.name]:
+                    state, permutations[group.name] = after, permutations[group.name][step]
+        if objective(state) > reached + 1e-6 * sum(tensor.numel() for tensor in target.values()):
+            found, reached = permutations, objective(state)
+    return found
+
+
+def square() -> nn.Module:
+    """A stream that stands on both sides of one weight, beside a layer whose units stand alone."""
+    return Case(
+        lambda m, x: m.head(m.up((y := m.a(x)) + m.b(y)).relu()),
+        **{"a": nn.Linear(6, 12), "b": nn.Linear(12, 12), "up": nn.Linear(12, 16), "head": nn.Linear(16, 3)},
+    )
+
+
+DESCENTS = {"mlp": (deep_mlp, (1, 64)), "residual": (Residual, (1, 1, 8, 8)), "square": (square, (1, 6))}
+DESCENTS["resnet"] = (
+    lambda: build("resnet_mini", pretrained=False, classes=10, channels=3, image_size=16),
+    (1, 3, 16, 16),
+)
+
+
+@pytest.mark.parametrize("name", DESCENTS)
+def test_what_is_left_out_of_the_descent_changes_nothing(name: str) -> None:
+    """Independent networks, alone and beside others, reach what a descent reaches that computes everything anew."""
+    make, shape = DESCENTS[name]
+    states = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        states.append(random_state(make(), seed))
+    groups = permutation_groups(make(), torch.zeros(shape))
+    _, together = align(Collection.stack(states[1:]), states[0], groups, seed=4)
+    for k, state in enumerate(states[1:]):
+        _, alone = align(Collection.stack([state]), states[0], groups, seed=4)
+        for group, expected in matched_plainly(state, states[0], groups, 4).items():
+            assert torch.equal(together[group][k], expected), (k, group)
+            assert torch.equal(alone[group][0], expected), (k, group)
+
+
+def test_aligned_networks_are_written_where_large_tensors_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To files, network by network, with the numbers that they have in memory."""
+    groups, _, collection, _ = planted(deep_mlp(), torch.zeros(1, 64), 7, noise=0.1)
+    reference = Reference.fit(collection, groups, balance=False, seed=0)
+    expected, _ = reference.align(collection)
+    monkeypatch.setattr("pdiff.method.alignment.reference.CHUNK_BYTES", 1)
+    monkeypatch.setattr(files, "SCRATCH_BYTES", 1)
+    made, mapped = [], files._mapped
+    monkeypatch.setattr(files, "_mapped", lambda *arguments: made.append(arguments[2]) or mapped(*arguments))
+    with files.scratch_folder(tmp_path):
+        found, _ = reference.align(collection)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert sum(made) == sum(tensor.numel() * tensor.element_size() for tensor in expected.tensors.values())
 
 
 def test_balanced_alignment_sees_through_scales() -> None:

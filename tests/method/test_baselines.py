@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pdiff.method import null_arms, vectors
+from pdiff.method.autoencoders.pca import PCA
 from pdiff.method.baselines import BASELINES, Fitted, available, noise
 from pdiff.method.collection import Collection
 from pdiff.method.novelty import nearest_two, squared_distances
@@ -302,7 +303,7 @@ def test_kde_noise_is_independent_in_every_dimension() -> None:
     x = torch.eye(4) * 1000
     samples = null_arms.kde(fitted_on(x), 3000, 0, variance=1.0)
     centers = x[distances(samples, x).argmin(dim=1)]
-    z = null_arms.PCA.fit(x, variance=1.0).encode(samples - centers + x.mean(0))  # h s z; s is equal in all
+    z = PCA.fit(x, variance=1.0).encode(samples - centers + x.mean(0))  # h s z; s is equal in all
     correlations = z.T.corrcoef() - torch.eye(z.shape[1])
     assert correlations.abs().max() < 0.15
 

@@ -75,7 +75,7 @@ def test_principal_components_are_those_of_a_tensor(shape: tuple[int, int], larg
     torch.testing.assert_close(pca(new), expected(new), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pca.encode(of(new)), pca.encode(new), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dense(pca.vectors(pca.encode(new))), pca(new), rtol=1e-4, atol=1e-5)
-    assert pca.residual(of(x)) == pytest.approx((x - pca(x)).square().mean().item(), rel=1e-4)
+    assert pca.loss == pytest.approx((x - pca(x)).square().mean().item(), rel=1e-4)
 
 
 def test_distances_are_those_of_tensors(large: None) -> None:

@@ -7,6 +7,7 @@ import signal
 import ssl
 import subprocess
 import threading
+from unittest.mock import Mock
 
 import mlflow
 import pytest
@@ -17,6 +18,7 @@ from pdiff.experiment import schema
 from pdiff.method.log import Point
 from pdiff.parallel.interrupts import uninterrupted
 from pdiff.tracking import database, store
+from pdiff.tracking import runs as tracked_runs
 
 
 class Healthy(http.server.BaseHTTPRequestHandler):
@@ -96,6 +98,25 @@ def test_the_latest_finished_run_with_all_tags_is_found(kept):
     assert found.metrics == {"fit/loss": 1 / 3}
     assert connected.find(TAGS | {"pdiff.prepare_run": "b"}).run_id == run_ids[2]
     assert [run.info.status for run in runs("train")] == ["FINISHED"] * 5 + ["FAILED", "KILLED"]
+
+
+def test_a_local_store_gets_links_to_large_files_and_copies_of_others(kept, workspace, monkeypatch):
+    """Also of files in folders; where there are no links, copies of all."""
+    monkeypatch.setattr(tracked_runs, "LINKED_BYTES", 5)
+    (workspace / "folder" / "inner").mkdir(parents=True)
+    written = [workspace / "large", workspace / "folder" / "small", workspace / "folder" / "inner" / "large"]
+    for path in written:
+        path.write_text("12345" if path.name == "large" else "1234")
+    connected, _ = kept
+    for links in (True, False):
+        if not links:
+            monkeypatch.setattr(os, "link", Mock(side_effect=OSError))
+        with connected.open("train", schema.experiment({"prepare": {"source": "folder"}}), "1") as run:
+            run.upload([workspace / "large", workspace / "folder"])
+        for path in written:
+            kept_file = run.done().folder / path.relative_to(workspace)
+            assert kept_file.read_text() == path.read_text()
+            assert path.samefile(kept_file) == (links and path.name == "large")
 
 
 def test_a_run_without_its_artifacts_is_not_found(kept):

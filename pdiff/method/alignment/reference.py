@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from pdiff.files import read_tensors, write_tensors
 from pdiff.method.alignment import groups as units
 from pdiff.method.alignment.groups import Groups, inverse, permute
-from pdiff.method.alignment.matching import align
-from pdiff.method.collection import Collection, StateDict
+from pdiff.method.alignment.matching import Matching
+from pdiff.method.collection import Collection, StateDict, empty
 from pdiff.parallel import ranks
 
-CHUNK_BYTES = 256 << 20  # of the tensors of networks that are aligned together
+CHUNK_BYTES = 64 << 20  # of the tensors of networks that are aligned together
 PERMUTATION, SCALE, STATE = "permutation/", "scale/", "reference/"  # prefixes of the tensors in a file
 
 
@@ -63,42 +63,55 @@ class Reference:
     seed: int
 
     @classmethod
-    def fit(cls, collection: Collection, groups: Groups, *, balance: bool, seed: int) -> Reference:
-        """The mean of the networks of a collection once they are aligned to the first one.
+    def fit(
+        cls, collection: Collection, groups: Groups, *, balance: bool, seed: int, rows: Tensor | None = None
+    ) -> Reference:
+        """The mean of the networks of a collection, or of some of its rows, once they are aligned to the first one.
 
         One assignment to the mean is more faithful than one to any network: the noise of single networks is averaged
         out (as in the merging of many models; Ainsworth et al. 2022, arXiv 2209.04836, section A.11).
         """
-        first = cls(collection[0], groups, balance, seed)
+        rows = torch.arange(len(collection)) if rows is None else rows
+        first = cls(collection[int(rows[0])], groups, balance, seed)
         totals = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in first.state.items() if t.is_floating_point()}
-        for _, aligned, _ in first.chunks(collection):
+        for _, aligned, _ in first.chunks(collection, rows):
             for name, total in totals.items():
                 total += aligned.tensors[name].sum(0, dtype=torch.float64)
-        mean = {name: (total / len(collection)).to(first.state[name].dtype) for name, total in totals.items()}
+        mean = {name: (total / len(rows)).to(first.state[name].dtype) for name, total in totals.items()}
         return cls(first.state | mean, groups, balance, seed)
 
     def align(self, collection: Collection) -> tuple[Collection, Changes]:
         """Networks with their units in the order of the reference; they compute what they did."""
-        tensors = {name: torch.empty_like(tensor) for name, tensor in collection.tensors.items()}
+        tensors = {name: empty(tensor, *tensor.shape) for name, tensor in collection.tensors.items()}
         found = []
-        for rows, aligned, changes in self.chunks(collection):
+        for rows, aligned, changes in self.chunks(collection, torch.arange(len(collection))):
             for name, tensor in aligned.tensors.items():
                 tensors[name][rows] = tensor
             found.append(changes)
         return Collection(tensors, collection.names), Changes.concatenate(found)
 
-    def chunks(self, collection: Collection) -> Iterator[tuple[slice, Collection, Changes]]:
-        """Which networks, aligned, and how; few of large networks at a time, so that memory does not grow with N."""
+    def chunks(self, collection: Collection, rows: Tensor) -> Iterator[tuple[Tensor, Collection, Changes]]:
+        """Some networks, aligned, and how; few large ones at a time, so that memory does not grow with N.
+
+        Args:
+            collection: of the networks.
+            rows: of these, int64.
+
+        Yields:
+            Rows, the networks there, and their changes.
+        """
+        matching = Matching(self.state, self.groups.within(collection.tensors), seed=self.seed)
         size = sum(tensor.numel() * tensor.element_size() for tensor in collection[0].values())
         most = max(ranks.world(), CHUNK_BYTES // size)
-        with tqdm(total=len(collection), desc="align", unit="network", dynamic_ncols=True, disable=None) as bar:
-            for start in range(0, len(collection), most):
-                rows = slice(start, min(start + most, len(collection)))
-                part, scales = collection.select(rows), {}
+        with tqdm(total=len(rows), desc="align", unit="network", dynamic_ncols=True, disable=None) as bar:
+            for some in rows.split(most):
+                first, last = int(some[0]), int(some[-1])
+                whole = slice(first, last + 1) if last - first == len(some) - 1 else some  # a slice copies nothing
+                part, scales = collection.select(whole), {}
                 if self.balance:
                     part, scales = units.balance(part, self.groups)
-                aligned, permutations = align(part, self.state, self.groups, seed=self.seed)
-                yield rows, aligned, Changes(permutations, scales)
+                aligned, permutations = matching.align(part)
+                yield some, aligned, Changes(permutations, scales)
                 bar.update(len(part))
 
     def save(self, path: Path, changes: Changes) -> None:

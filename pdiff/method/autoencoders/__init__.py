@@ -62,7 +62,7 @@ class PCAOptions(AutoencoderOptions):
 
         latent_size = None if self.latent_size == "auto" else self.latent_size
         pca = resolve(self.module).fit(x, latent_size=latent_size, variance=self.variance).to(device).eval()
-        log(Point("autoencoder/loss", pca.residual(x)))
+        log(Point("autoencoder/loss", pca.loss))
         return pca
 
 

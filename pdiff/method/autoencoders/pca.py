@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,12 @@ class PCA(nn.Module):
     Args:
         size: D, numbers in a vector.
         latent_size: L, components kept.
+
+    Attributes:
+        loss: after `fit`, the mean squared error of the reconstructions of the vectors, else NaN.
     """
+
+    loss: float = math.nan
 
     def __init__(self, size: int, latent_size: int) -> None:
         super().__init__()
@@ -40,14 +47,17 @@ class PCA(nn.Module):
             variance: the share of the total variance to explain, in (0, 1].
         """
         wide = x.shape[1] >= x.shape[0]
-        center = over_columns(lambda block: block.mean(dim=0), x)
+        center = torch.empty(x.shape[1], device=x.device)
         products = torch.zeros(min(x.shape), min(x.shape), dtype=torch.float64, device=x.device)
         if wide:
             for part in column_blocks(x):
-                block = (x[:, part] - center[part]).double()
+                block = x[:, part].double()
+                center[part] = block.mean(dim=0).float()
+                block -= center[part]
                 products.addmm_(block, block.T)
                 del block  # before the next one needs memory
         else:
+            center = over_columns(lambda block: block.mean(dim=0), x)
             for part in blocks(len(x), bytes_each=8 * x.shape[1]):
                 block = (dense(x[part]) - center).double()
                 products.addmm_(block.T, block)
@@ -62,6 +72,7 @@ class PCA(nn.Module):
         latent_size = min(latent_size, rank)
         pca = cls(x.shape[1], latent_size)
         pca.center = center
+        pca.loss = values[latent_size:].sum().item() / x.numel()  # what the components leave
         if wide:
             scale = values[:latent_size].clamp(min=1e-30).sqrt()  # of equal checkpoints the one value is 0
             weights = (vectors[:, :latent_size] / scale).T
@@ -76,17 +87,6 @@ class PCA(nn.Module):
         else:
             pca.components = vectors[:, :latent_size].T.float().contiguous()
         return pca
-
-    def residual(self, x: Matrix) -> float:
-        """The mean squared error of the reconstruction of vectors (N, D), of any device."""
-        total = 0.0
-        for rows in x.split(ROWS):
-            rows = rows.to(self.center.device)
-            reconstructed = self.vectors(self.encode(rows))
-            for part in column_blocks(rows):
-                error = reconstructed[:, part] - rows[:, part]
-                total += error.square().sum(dtype=torch.float64).item()
-        return total / x.numel()
 
     def encode(self, x: Matrix) -> Tensor:
         """Coordinates of vectors (B, D) on the components, (B, L)."""

@@ -221,7 +221,7 @@ def _rows(stacked: Tensor, rows: Tensor) -> Tensor:
 
 def empty(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor of the type and on the device of another one; see `scratch`."""
-    return scratch(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.newempty(shape)
+    return scratch(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
 
 
 def _on_cpu(state: StateDict, where: str) -> StateDict:

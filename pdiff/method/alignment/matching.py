@@ -253,7 +253,7 @@ def _products(target: Tensor, networks: Tensor) -> Tensor:
 
 def _sort(stacked: Tensor, axis: int) -> Tensor:
     """Numbers sorted along an axis: by NumPy, which takes a tenth of the time, for it moves no indices."""
-    return torch.from_numpy(np.sort(stacked.numpy(), axis=axis))
+    return torch.from_numpy(np.sort(stacked.cpu().numpy(), axis=axis)).to(stacked.device)
 
 
 def _assignments(similarity: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def _assignments(similarity: Tensor) -> Tensor:
     columns = similarity.argmax(dim=2)
     for row, matrix in zip(columns, similarity, strict=True):
         if len(row.unique()) < len(row):  # otherwise no row could have more
-            row.copy_(torch.from_numpy(linear_sum_assignment(matrix.double().numpy(), maximize=True)[1]))
+            row.copy_(torch.from_numpy(linear_sum_assignment(matrix.double().cpu().numpy(), maximize=True)[1]))
     return columns
 
 

@@ -1,6 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+# One more than cores: some tests only wait.
+WORKERS := $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 INSTALLED := .venv/.installed
 
 .PHONY: demo quick test thorough chaos lint ui dashboard notebooks lab clean

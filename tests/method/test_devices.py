@@ -45,6 +45,7 @@ def test_principal_components_are_where_the_vectors_are(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: 3)  # a fake tensor has no value to choose the rank by
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 0.0)
     with FakeTensorMode():
         x = torch.zeros(*shape, device="cuda")
         pca = PCA.fit(x, latent_size=3)

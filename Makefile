@@ -20,7 +20,7 @@ test: $(INSTALLED)  ## all tests but the thorough ones, in ten minutes on two co
 thorough: $(INSTALLED)  ## the others: the same proofs on the largest networks, and once more with other kills
 	$(PYTEST) -m thorough
 
-chaos: $(INSTALLED)  ## 200 kills of main and 40 of a sweep, at random moments; chaos.csv says what was killed when
+chaos: $(INSTALLED)  ## 200 kills of main and 20 of a sweep, at random moments; chaos.csv says what was killed when
 	PDIFF_CHAOS=200 PDIFF_CHAOS_RECORD=$(CURDIR)/chaos.csv $(PYTEST) tests/test_chaos.py
 
 lint: $(INSTALLED)  ## style, and the direction of imports

@@ -19,8 +19,8 @@ from tracked import TINY, artifacts, runs
 
 from pdiff.files import append_line
 
-KILLS = int(os.environ.get("PDIFF_CHAOS", "20"))  # of `main`; of a sweep a tenth of them, from 200 on a fifth
-PER_FOLDER = {"main": 10, "sweep": 4 if KILLS >= 200 else 2}
+KILLS = int(os.environ.get("PDIFF_CHAOS", "20"))  # of `main`; of a sweep a tenth as many
+PER_FOLDER = {"main": 10, "sweep": 2}
 FOLDERS = {"main": max(1, KILLS // 10), "sweep": max(1, KILLS // 20)}
 EXPERIMENT = yaml.safe_load(TINY)
 if KILLS < 200:  # the fewest images, checkpoints and steps with which every stage still saves states

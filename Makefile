@@ -36,7 +36,7 @@ dashboard: $(INSTALLED)  ## Optuna's user interface, of the studies in PDIFF_STO
 
 notebooks: $(INSTALLED)  ## run all notebooks again, in place, two at a time; their images take Chrome or Chromium
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'
-	ls -r notebooks/*.ipynb | TQDM_DISABLE=1 OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/jupyter execute --inplace
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
 lab: $(INSTALLED)  ## open the notebooks
 	$(BIN)/python -m pip install --quiet --editable '.[notebooks]'

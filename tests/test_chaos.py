@@ -114,7 +114,11 @@ def reference(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("reference", "number"),
-    [(command, number) for command, count in FOLDERS.items() for number in range(count)],
+    [
+        pytest.param(command, number, marks=pytest.mark.thorough if command == "sweep" else ())
+        for command, count in FOLDERS.items()
+        for number in range(count)
+    ],
     indirect=["reference"],
 )
 def test_kills_change_nothing(reference, tmp_path, number):

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and refusals of damaged ones."""
 
+import json
 import resource
 import stat
 from pathlib import Path
@@ -108,6 +109,12 @@ def test_a_full_disk_is_an_os_error(write, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def parts(data: bytes) -> tuple[dict, int, bytes]:
+    """Of a file of safetensors: its header, whose metadata stand in any order, the bytes that it takes, and the rest."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), size, data[8 + size :]
+
+
 @pytest.mark.parametrize("metadata", [None, {"format": "pt", "note": "ü"}])
 def test_tensor_files_are_those_of_safetensors(metadata: dict | None, tmp_path: Path) -> None:
     types = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -115,7 +122,8 @@ def test_tensor_files_are_those_of_safetensors(metadata: dict | None, tmp_path: 
     tensors |= {"scalar": torch.tensor(1.5), "view": torch.arange(12.0).view(3, 4).T[1:]}
     write_tensors(tmp_path / "ours", tensors, metadata)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", metadata)
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    (header, *ours), (expected, *theirs) = (parts((tmp_path / name).read_bytes()) for name in ("ours", "theirs"))
+    assert ours == theirs and header == expected and list(header) == list(expected)
     for name, tensor in load_file(tmp_path / "ours").items():
         assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
 

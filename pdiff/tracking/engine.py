@@ -155,6 +155,7 @@ class Pipeline:
                 if found:
                     tqdm.write(f"{stage}: reusing run {found.run_id} (--fresh repeats it)")
                     self.store.reuse(stage, self.experiment, found)
+                    _clear(self.digests[stage])  # a process that was killed once its run had finished left its work
                 self.known[stage] = found or self._run(stage, fresh=fresh)
         return self.known[stage]
 

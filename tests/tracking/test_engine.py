@@ -181,6 +181,15 @@ def test_what_is_finished_is_reused(store):
     assert store.ran() == []
 
 
+def test_what_a_process_leaves_that_is_killed_once_its_run_is_finished_is_removed(store, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_clear", lambda digest: None)
+        engine.main(experiment(), store)
+    assert len(left(tmp_path)) == 4
+    engine.main(experiment(), store)
+    assert store.ran().count("evaluate") == 1 and not left(tmp_path)
+
+
 def test_known_stages_of_another_experiment_are_taken(store):
     some = Pipeline(experiment(), store)
     some.execute("generator")

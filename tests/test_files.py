@@ -110,7 +110,7 @@ def test_a_full_disk_is_an_os_error(write, tmp_path: Path) -> None:
 
 
 def parts(data: bytes) -> tuple[dict, int, bytes]:
-    """Of a file of safetensors: its header, whose metadata stand in any order, the bytes that it takes, and the rest."""
+    """Of a file of safetensors: its header, whose metadata stand in any order; how long that is; and the rest."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), size, data[8 + size :]
 

@@ -1,8 +1,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# One more than cores: some tests only wait.
-WORKERS := $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 INSTALLED := .venv/.installed
 
 .PHONY: demo quick test thorough chaos lint ui dashboard notebooks lab clean
@@ -14,7 +12,7 @@ demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how
 quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, under 60 s together
 	$(PYTEST) -m "not slow and not thorough" -x
 
-test: $(INSTALLED)  ## all tests but the thorough ones, in ten minutes on two cores
+test: $(INSTALLED)  ## all tests but the thorough ones
 	$(PYTEST) -m "not thorough"
 
 thorough: $(INSTALLED)  ## the others: the same proofs on the largest networks, and once more with other kills

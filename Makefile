@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## generate networks on scikit-learn's digits, and print how
 	$(BIN)/mlflow run . -e main -P tag=digits_mlp
 	@echo "\`make ui\` starts \`mlflow ui\`"
 
-quick: $(INSTALLED)  ## what to run while working: the tests that are not slow, under 60 s together
+quick: $(INSTALLED)  ## what to run while working: the tests that are not slow
 	$(PYTEST) -m "not slow and not thorough" -x
 
 test: $(INSTALLED)  ## all tests but the thorough ones

@@ -37,7 +37,7 @@ SIZES = {
 
 @contextmanager
 def serving(command: list[str]):
-    """Run `mlflow ui` with a port of its own; yields its address once it answers."""
+    """Run `mlflow ui` on a free port; yields its address once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -17,12 +17,7 @@ from pdiff.networks.datasets import files_state
 from pdiff.networks.imported.files import checkpoints_at
 from pdiff.networks.imported.zoo import states
 
-BASELINES = (
-    "noise",
-    "baseline_count",
-    "baselines",
-    "warm_start",
-)  # keys of `evaluate` that do not concern the originals
+BASELINES = ("noise", "baseline_count", "baselines", "warm_start")  # keys of `evaluate` that leave originals alone
 
 
 def fingerprint(content: Any) -> str:

@@ -29,7 +29,7 @@ def warm_start_table(
 ) -> pd.DataFrame:
     """Mean validation accuracy of networks that are trained on, as the originals were, but for fewer steps.
 
-    Each number of steps is a training of its own, with the whole schedule of the originals, at the better of RATES. All
+    Each number of steps is a separate training, with the whole schedule of the originals, at the better of RATES. All
     groups meet the same batches.
 
     Args:

@@ -29,6 +29,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module] | str] = {
     "mlp_mini": "pdiff.networks.small:mlp_mini",
     "convnet_mini": "pdiff.networks.small:convnet_mini",
     "resnet_mini": "pdiff.networks.small:resnet_mini",
+    "resnet8": "pdiff.networks.small:resnet8",
     "vit_mini": "pdiff.networks.small:vit_mini",
     "convnext_mini": "pdiff.networks.small:convnext_mini",
 }

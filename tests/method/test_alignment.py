@@ -28,6 +28,7 @@ SMALL = {
     "mlp_mini": (3, 16),
     "convnet_mini": (3, 16),
     "resnet_mini": (3, 16),
+    "resnet8": (1, 8),
 }
 SMALL |= {"cnn_medium": (3, 32), "vit_mini": (3, 16), "convnext_mini": (3, 32)}
 PAPER = ("resnet18", "vit_tiny_patch16_224", "resnet50", "vit_base_patch16_224", "convnext_tiny", "convnext_base")
@@ -114,6 +115,7 @@ def test_function_of_small_networks(name: str) -> None:
         "mlp_mini": 2,
         "convnet_mini": 4,
         "resnet_mini": 4,
+        "resnet8": 6,
     }
     assert len(groups) == (expected | {"vit_mini": 8, "convnext_mini": 4 + 7})[name]
     assert bool(groups.left_alone) == (name == "vit_mini")  # its fixed positions tell the stream's units apart

@@ -50,6 +50,7 @@ def message(name: str, **options) -> str:
         ("mlp_mini", 3, 64, 66970, 0),
         ("convnet_mini", 3, 64, 24262, 0),
         ("resnet_mini", 3, 64, 25138, 0),
+        ("resnet8", 1, 8, 19810, 336),
         ("vit_mini", 3, 64, 80714, 0),
         ("convnext_mini", 3, 64, 74970, 0),
     ],

@@ -278,18 +278,21 @@ class Style(NamedTuple):
 
 
 class Alarm(NamedTuple):
-    """What a metric of a generator warns of below a limit, and what may help."""
+    """What a metric of a generator warns of below a limit, and what may help: section of the configuration -> words."""
 
     tag: str
     metric: str
     limit: float
-    remedy: str
+    remedies: Mapping[str, tuple[str, ...]]
 
 
 COPIES = 0.25  # networks of less novelty are copies, even where too few are held out for a test
 COPYING = -3.0  # Z_U below it: nearer to the fitted networks than held-out ones, beyond chance
-FEWER = "a lower autoencoder.latent_size or diffusion.learning_rate, or more diffusion.steps may help"
-NEWER = "fewer diffusion.steps, diffusion.stop_on memorising or more checkpoints may help"
+FEWER = {
+    "autoencoder": ("a lower autoencoder.latent_size",),
+    "diffusion": ("a lower diffusion.learning_rate", "more diffusion.steps"),
+}
+NEWER = {"diffusion": ("fewer diffusion.steps", "diffusion.stop_on memorising"), "prepare": ("more checkpoints",)}
 ALARMS = (
     Alarm("collapsed", "diffusion/final_dispersion", 0.8, FEWER),
     Alarm("collapsed", "dispersion/{group}", 0.8, FEWER),
@@ -301,14 +304,14 @@ ALARMS = (
 
 
 def alarms(
-    metrics: Mapping[str, float], generated: Iterable[str] = ("generated",), *, remedies: bool = True
+    metrics: Mapping[str, float], generated: Iterable[str] = ("generated",), *, sections: Collection[str] = ()
 ) -> dict[str, str]:
     """Tag of a run -> what it warns of, from its metrics: a generator that collapses, or that copies.
 
     Args:
         metrics: of the run.
         generated: the groups of networks that come from generators.
-        remedies: whether to say what may help, if the generator is one of pdiff.
+        sections: of the configuration, in which changes may help; none where the generator is not one of pdiff.
     """
     found: dict[str, str] = {}
     for group in generated:
@@ -317,7 +320,9 @@ def alarms(
             name = alarm.metric.format(group=group)
             if metrics.get(name, alarm.limit) < alarm.limit:
                 text = f"{alarm.tag}: {name} is {metrics[name]:.3g}, expected at least {alarm.limit:g}"
-                of_group.setdefault(alarm.tag, f"{text}; {alarm.remedy}" if remedies else text)
+                known = [alarm.remedies[section] for section in alarm.remedies if section in sections]
+                helpful = " or ".join(words for changes in known for words in changes)
+                of_group.setdefault(alarm.tag, f"{text}; {helpful} may help" if helpful else text)
         found |= {tag: f"{found[tag]}; {text}" if tag in found else text for tag, text in of_group.items()}
     return found
 

@@ -89,8 +89,8 @@ def resnet_mini(*, classes: int, channels: int, image_size: int) -> nn.Module:
 
 
 def resnet8(*, classes: int, channels: int, image_size: int) -> nn.Module:
-    """The residual network for small images of He et al. 2015 (arXiv 1512.03385, section 4.2) with one block in each of its
-    three stages and half their width; 19 810 parameters and 336 running statistics on grey images with 10 classes."""
+    """The residual network for small images of He et al. 2015 (arXiv 1512.03385, section 4.2) with one block in each
+    of three stages of half the width; 19 810 parameters and 336 running statistics on grey images with 10 classes."""
     from torchvision.models.resnet import BasicBlock
 
     def halved(inputs: int, outputs: int) -> nn.Module:

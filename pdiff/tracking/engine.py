@@ -233,7 +233,8 @@ class Pipeline:
 
 def warn(run: Run, experiment: Experiment, *, quiet: bool = False) -> None:
     """Report what the metrics of a run warn of, and tag the run with it; `quiet` leaves the report to another run."""
-    if found := alarms(run.done().metrics, experiment.generators, remedies=stages.fits(experiment)):
+    sections = ("prepare", *experiment.generator_options.sections) if stages.fits(experiment) else ()
+    if found := alarms(run.done().metrics, experiment.generators, sections=sections):
         run.tag({"pdiff.alarm": ", ".join(found)})
         for text in () if quiet else found.values():
             tqdm.write(f"warning: {text}")

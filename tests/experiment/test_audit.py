@@ -121,7 +121,7 @@ def test_copies_are_found(summary, sentences):
     assert summary["novelty/copies_median"] < 0.1
     assert summary["novel_performant/copies_0.5"] == summary["novel_performant/copies_0.25"] == 0
     assert "New, or copied? The networks of copies are copies: " in " ".join(sentences)
-    assert set(alarms(summary, ["copies", "fresh"], remedies=False)) == {"memorising"}
+    assert set(alarms(summary, ["copies", "fresh"])) == {"memorising"}
 
 
 def test_held_out_networks_are_as_new_and_as_good(summary, sentences):

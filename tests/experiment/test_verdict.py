@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 import pytest
 import torch
 
-from pdiff.experiment import metrics, summary, verdict
+from pdiff.experiment import config, metrics, summary, verdict
 from pdiff.method.collection import Collection
+from pdiff.method.generators import GENERATORS
 from pdiff.method.standardize import Standardizer
 from pdiff.networks.evaluators import Evaluation
 
@@ -137,3 +140,14 @@ def test_holm_corrects_the_family(population):
     *_, comparisons, _ = population.audited()
     assert (comparisons["question"] == "null arms").sum() >= 15
     assert set(comparisons["verdict"]) == {"no difference"}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_remedy_is_a_key_that_the_generator_has(kind):
+    experiment = config.load("digits_seeds", {"generator.kind": kind})
+    sections = ("prepare", *experiment.generator_options.sections)
+    found = metrics.alarms({"z_u/generated": -9.0, "dispersion/generated": 0.1}, sections=sections)
+    named = re.findall(r"([a-z]+)\.([a-z_]+)", " ".join(found.values()))
+    assert all(key in type(getattr(experiment, section)).model_fields for section, key in named)
+    assert bool(named) == ("diffusion" in sections)
+    assert "more checkpoints may help" in found["memorising"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pdiff.errors import UserError
 from pdiff.experiment import command_options, limits, source, summary
-from pdiff.experiment.evaluate import aligned, baselines, results_of, write_audit
+from pdiff.experiment.evaluate import aligned, baselines, matched_to_originals, results_of, write_audit
 from pdiff.experiment.history import STATE, History, Metrics
 from pdiff.experiment.prepared import heldout_networks, original_networks, reference
 from pdiff.experiment.schema import Experiment
@@ -135,13 +135,14 @@ def _compared(
         first = groups[experiment.generators[0]]
         arms = baselines(experiment, upstream.get("prepare"), originals, standardizer, first)
         groups = {**groups, **aligned(to, arms)}
+    matched = matched_to_originals(to, groups, standardizer, history)
     with measured(history, "evaluate"):
         results = evaluate(groups)
     if ranks.rank():  # rank 0 has the results of all
         return {}
     largest = max(len(groups[name]) for name in experiment.generators)
     notes = [cost_of_a_split(len(originals), apart, largest)] if apart else []
-    found = summary.evaluated(groups, results, standardizer)
+    found = summary.evaluated(groups, results, standardizer, matched)
     return write_audit(experiment, out, history, found, experiment.generators, upstream, notes)
 
 

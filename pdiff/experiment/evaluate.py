@@ -26,6 +26,7 @@ from pdiff.experiment.prepared import (
 )
 from pdiff.experiment.schema import Experiment
 from pdiff.files import copy_file, read_json, write_json, write_tensors, write_text
+from pdiff.method.alignment.copies import distances_to_originals
 from pdiff.method.alignment.groups import recombine
 from pdiff.method.alignment.reference import Reference
 from pdiff.method.baselines import BASELINES, Fitted, available, noise
@@ -76,6 +77,7 @@ def evaluate(
     with measured(history, "baselines"):
         arms = baselines(experiment, prepare, fitted, standardizer, groups["generated"], generator)
         groups |= aligned(to, arms)
+    matched = matched_to_originals(to, groups, standardizer, history)
     paths = {name: generate / f"{name}.safetensors" for name in ("trajectory", "control")}
     extra = {name: Collection.load(path) for name, path in paths.items() if path.exists()}
     with measured(history, "evaluate"):
@@ -90,7 +92,7 @@ def evaluate(
         write_text(out / "trajectory.csv", _trajectory_table(extra["trajectory"], results).to_csv(index=False))
     folders = {"pretrain": pretrain, "prepare": prepare, "train": train, "generate": generate, "originals": originals}
     upstream = {name: folder for name, folder in folders.items() if folder}
-    found = summary.evaluated(groups, results, standardizer)
+    found = summary.evaluated(groups, results, standardizer, matched)
     asked = None
     if "control" in extra and "validation" in results:
         asked = control.control_table(extra["control"].names, results["validation"]["control"].accuracy)
@@ -103,6 +105,17 @@ def aligned(to: Reference | None, groups: Mapping[str, Collection], log: Log = i
         return groups
     with measured(log, "align"):
         return {name: to.align(networks)[0] for name, networks in groups.items()}
+
+
+def matched_to_originals(
+    to: Reference | None, groups: Mapping[str, Collection], standardizer: Standardizer, log: Log
+) -> Mapping[str, Tensor]:
+    """Group -> `distances_to_originals`, of aligned networks."""
+    if not to:
+        return {}
+    with measured(log, "match"):
+        fitted = groups["original"]
+        return {name: distances_to_originals(networks, fitted, to, standardizer) for name, networks in groups.items()}
 
 
 def write_audit(

@@ -22,7 +22,10 @@ ORIGINALS = ("original", "heldout")
 
 
 def evaluated(
-    groups: Mapping[str, Collection], results: Evaluations, standardizer: Standardizer
+    groups: Mapping[str, Collection],
+    results: Evaluations,
+    standardizer: Standardizer,
+    matched: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Evaluated]:
     """Groups of networks after their evaluation.
 
@@ -31,11 +34,14 @@ def evaluated(
             originals; and those that are compared with them.
         results: part of the images -> group -> what was measured.
         standardizer: of the originals; distances are in its units.
+        matched: group -> what `distances_to_originals` returns, where networks are aligned.
     """
 
     def group(name: str, **beside: Evaluated | None) -> Evaluated:
         of = {part: found[name] for part, found in results.items()}
-        return Evaluated(name, groups[name], standardizer.vectors(groups[name], among=count), of, **beside)
+        return Evaluated(
+            name, groups[name], standardizer.vectors(groups[name], among=count), of, (matched or {}).get(name), **beside
+        )
 
     count = sum(map(len, groups.values()))
     original = group("original")

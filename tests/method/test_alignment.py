@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pdiff import files
+from pdiff.method.alignment.copies import distances_to_originals
 from pdiff.method.alignment.groups import Group, Groups, balance, inverse, permute, recombine
-from pdiff.method.alignment.matching import align
+from pdiff.method.alignment.matching import Matching, align
 from pdiff.method.alignment.reference import Reference
 from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection, StateDict
+from pdiff.method.standardize import Standardizer
 from pdiff.networks.architectures import ARCHITECTURES, build
 from pdiff.seeds import stream
 
@@ -607,3 +609,43 @@ def test_recombined_units_come_from_one_parent_each() -> None:
         assert set(chosen.tolist()) == set(parents[k].tolist())
     assert all(torch.equal(t, mixed[n]) for n, t in recombine(collection, parents, groups, seed=0).tensors.items())
     assert not torch.equal(recombine(collection, parents, groups, seed=1).tensors["0.bias"], mixed["0.bias"])
+
+
+@pytest.mark.parametrize("name", ["mlp_deep", "resnet8"])
+def test_matching_to_one_reference_of_each_is_matching_to_each(name: str) -> None:
+    channels, size = SMALL[name]
+    network = build(name, pretrained=False, classes=10, channels=channels, image_size=size)
+    groups = permutation_groups(network, image(channels, size))
+    references, networks = (
+        Collection.stack([random_state(network, 4 * k + seed) for seed in range(4)]) for k in (0, 1)
+    )
+    together = Matching(references.tensors, groups, seed=3).best(networks.tensors)
+    for k in range(4):
+        _, alone = align(networks.select([k]), references[k], groups, seed=3)
+        assert all(torch.equal(together[group][k], rows[0]) for group, rows in alone.items())
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.1])
+def test_noisy_copies_in_another_order_find_their_originals(noise: float) -> None:
+    """At the distance of their noise; networks of their own, and the others of the originals, are far away."""
+    network = build("resnet8", pretrained=False, classes=10, channels=1, image_size=8)
+    groups = permutation_groups(network, image(1, 8))
+    seeds = range(9), (20, 21)
+    originals, others = (Collection.stack([random_state(network, seed) for seed in some]) for some in seeds)
+    reference = Reference.fit(originals, groups, balance=False, seed=0)
+    fitted, _ = reference.align(originals)
+    standardizer = Standardizer.fit(fitted)
+    generator = torch.Generator().manual_seed(1)
+    sigma = {n: noise * t.float().std() for n, t in fitted.tensors.items() if t.is_floating_point()}
+    noisy = dict(fitted.tensors)
+    for n, deviation in sigma.items():
+        noisy[n] = noisy[n] + deviation * torch.randn(noisy[n].shape, generator=generator)
+    apart = standardizer.encode(Collection(noisy)) - standardizer.encode(fitted)
+    copies = permute(Collection(noisy), groups, random_permutations(groups, 9, 5)).select([4, 7, 1])
+    measured = distances_to_originals(reference.align(copies)[0], fitted, reference, standardizer)
+    torch.testing.assert_close(measured, apart[[4, 7, 1]].square().mean(1).sqrt(), rtol=1e-4, atol=1e-6)
+    for far in (
+        distances_to_originals(reference.align(others)[0], fitted, reference, standardizer),
+        distances_to_originals(fitted, fitted, reference, standardizer),
+    ):
+        assert far.min() > 0.5 and far.min() > 2 * measured.max()

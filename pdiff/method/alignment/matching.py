@@ -32,11 +32,12 @@ def align(
     Returns:
         The aligned networks, and the permutations that were applied: group -> int64 (N, size).
     """
-    return Matching(reference, groups.within(collection.tensors), seed=seed).align(collection)
+    references = {name: tensor[None] for name, tensor in reference.items()}
+    return Matching(references, groups.within(collection.tensors), seed=seed).align(collection)
 
 
 class Matching:
-    """Weight matching (arXiv 2209.04836, section 3.2) of networks to one reference.
+    """Weight matching (arXiv 2209.04836, section 3.2) of networks to one reference, or to one of each.
 
     Maximise the inner product of the permuted network and the reference, each tensor divided by its mean square over
     the reference, so that none dominates. One group at a time, the others held, this is an assignment problem, which is
@@ -44,33 +45,33 @@ class Matching:
     so aligning twice changes nothing the second time.
 
     Args:
-        reference: one network.
-        groups: of its architecture; those that are not wholly in the reference are left alone.
+        references: stacked tensors, (1, *shape), or (N, *shape) with one reference of each network.
+        groups: of their architecture; those that are not wholly in a reference are left alone.
         seed: of the order of groups.
     """
 
-    def __init__(self, reference: StateDict, groups: Groups, *, seed: int) -> None:
-        self.groups, self.seed = groups.within(reference), seed
+    def __init__(self, references: StateDict, groups: Groups, *, seed: int) -> None:
+        self.groups, self.seed = groups.within(references), seed
         self.names = {group.name: {place.name for place in group.places} for group in self.groups}
         names = dict.fromkeys(place.name for group in self.groups for place in group.places)
-        self.target = {name: _over_mean_square(reference[name].float()) for name in names}
+        self.target = {name: _over_mean_square(references[name].float()) for name in names}
+        self.tolerance = {name: PROGRESS * target[0].numel() for name, target in self.target.items()}
         self._permuted: dict[str, set[int]] = {}
         for group in self.groups:
             for name, axis in group.axes():
                 self._permuted.setdefault(name, set()).add(axis)
-        target = {name: tensor[None] for name, tensor in self.target.items()}
-        self._sorted_target = {group.name: list(self._sorted(target, group)) for group in self.groups}
+        self._sorted_target = {group.name: list(self._sorted(self.target, group)) for group in self.groups}
 
     def align(self, collection: Collection) -> tuple[Collection, dict[str, Tensor]]:
-        """Networks that hold all groups, permuted; and their permutations, group -> int64 (N, size).
+        """Networks that hold all groups, permuted to one reference; and their permutations, group -> int64 (N, size).
 
         Every rank of a process group matches its part of the networks; each has the result.
         """
-        mine = {name: collection.tensors[name][ranks.rows()].float() for name in self.target}
-        permutations = {name: ranks.gathered(rows, len(collection)) for name, rows in self._best(mine).items()}
+        mine = {name: collection.tensors[name][ranks.rows()] for name in self.target}
+        permutations = {name: ranks.gathered(rows, len(collection)) for name, rows in self.best(mine).items()}
         return permute(collection, self.groups, permutations), permutations
 
-    def _best(self, tensors: StateDict) -> dict[str, Tensor]:
+    def best(self, tensors: StateDict) -> dict[str, Tensor]:
         """The best permutations that coordinate descent finds from each start, group -> (N, size).
 
         From the identity alone, descent is lost in residual networks: a residual stream meets only tensors whose other
@@ -79,10 +80,11 @@ class Matching:
         Where a network is a permuted copy of the reference, even a noisy one, that is the solution, or close to it;
         where networks come from one run, the identity is.
         """
+        tensors = {name: tensors[name].float() for name in self.target}
         count = len(next(iter(tensors.values()), ()))
         found = {group.name: torch.arange(group.size).repeat(count, 1) for group in self.groups}
         best = torch.full((count,), -torch.inf, dtype=torch.float64)
-        tolerance = PROGRESS * sum(tensor.numel() for tensor in self.target.values())
+        tolerance = sum(self.tolerance.values())
         for k, start in enumerate((found, self._matched_when_sorted(tensors))):
             permutations, objective = self._descend(tensors, start, seed=stream(self.seed, k))
             better = objective > best + tolerance
@@ -152,6 +154,7 @@ class _Descent:
 
     def __init__(self, matching: Matching, tensors: StateDict, start: Mapping[str, Tensor]) -> None:
         self.groups, self.names, self.target = matching.groups, matching.names, matching.target
+        self.tolerance = matching.tolerance
         self.tensors, self.permutations = dict(tensors), {name: rows.clone() for name, rows in start.items()}
         for group in self.groups:
             permute_group(self.tensors, group, start[group.name])
@@ -172,8 +175,9 @@ class _Descent:
         else:  # the group is on both sides of a tensor: its similarity was taken with the other side held
             after = dict(before)
             permute_group(after, group, step)
-            gain = _objective(after, self.target) - _objective(before, self.target)
-        tolerance = PROGRESS * sum(self.target[name].numel() for name in before)
+            target = {name: _targets(self.target[name], rows) for name in before}
+            gain = _objective(after, target) - _objective(before, target)
+        tolerance = sum(self.tolerance[name] for name in before)
         moved = ((gain > tolerance) & (step != units.identity(group, step)).any(dim=1)).nonzero()[:, 0]
         if len(moved):
             self._move(group, rows[moved], step[moved], {name: _rows(tensor, moved) for name, tensor in before.items()})
@@ -211,7 +215,7 @@ class _Descent:
             ):
                 part = places[moved].flatten()
                 change = after[name].index_select(side + 1, part) - before[name].index_select(side + 1, part)
-                target = self.target[name].index_select(side, part)[None]
+                target = _targets(self.target[name], rows).index_select(side + 1, part)
                 self._known[other.name][rows] += _products(*(unit_rows(x, axis, index) for x in (target, change)))
 
     def _similarity(self, group: Group, rows: Tensor) -> Tensor:
@@ -222,8 +226,9 @@ class _Descent:
             self._holds[group.name] = torch.zeros(count, dtype=torch.bool)
         known, holds = self._known[group.name], self._holds[group.name]
         if len(missing := rows[~holds[rows]]):
+            mine = {name: _rows(self.tensors[name], missing) for name in self.names[group.name]}
             known[missing] = sum(
-                _products(*(unit_rows(x, axis, i) for x in (self.target[n][None], _rows(self.tensors[n], missing))))
+                _products(unit_rows(_targets(self.target[n], missing), axis, i), unit_rows(mine[n], axis, i))
                 for (n, axis), i in group.axes().items()
             )
             holds[missing] = True
@@ -236,9 +241,15 @@ def _on_one_side(group: Group) -> bool:
     return len(set(names)) == len(names)
 
 
-def _over_mean_square(tensor: Tensor) -> Tensor:
-    """A tensor over its mean square; zeros remain zeros."""
-    return tensor / tensor.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+def _over_mean_square(stacked: Tensor) -> Tensor:
+    """Each of some tensors over its mean square; zeros remain zeros."""
+    squares = stacked.flatten(1).square().mean(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return stacked / squares.view(-1, *[1] * (stacked.ndim - 1))
+
+
+def _targets(target: Tensor, rows: Tensor) -> Tensor:
+    """What some networks are matched to: one for all, or one of each."""
+    return target if len(target) == 1 else _rows(target, rows)
 
 
 def _rows(stacked: Tensor, rows: Tensor) -> Tensor:
@@ -247,8 +258,8 @@ def _rows(stacked: Tensor, rows: Tensor) -> Tensor:
 
 
 def _products(target: Tensor, networks: Tensor) -> Tensor:
-    """Inner products of units of the target, (1, size, m), and of networks, (N, size, m); (N, size, size)."""
-    return torch.einsum("if,njf->nij", target[0], networks)
+    """Inner products of units of one target or of N, (1 or N, size, m), and of networks, (N, size, m)."""
+    return torch.einsum("if,njf->nij", target[0], networks) if len(target) == 1 else target @ networks.mT
 
 
 def _sort(stacked: Tensor, axis: int) -> Tensor:
@@ -268,5 +279,6 @@ def _assignments(similarity: Tensor) -> Tensor:
 
 
 def _objective(tensors: StateDict, target: StateDict) -> Tensor:
-    """Inner product of each network with the target over the tensors given, float64 (N,)."""
-    return sum(tensor.flatten(1).matmul(target[name].flatten()).double() for name, tensor in tensors.items())
+    """Inner product of each network with its target over the tensors given, float64 (N,)."""
+    pairs = ((tensor.flatten(1), target[name].flatten(1)) for name, tensor in tensors.items())
+    return sum((x @ y[0] if len(y) == 1 else torch.einsum("nd,nd->n", x, y)).double() for x, y in pairs)

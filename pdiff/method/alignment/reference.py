@@ -100,7 +100,8 @@ class Reference:
         Yields:
             Rows, the networks there, and their changes.
         """
-        matching = Matching(self.state, self.groups.within(collection.tensors), seed=self.seed)
+        references = {name: tensor[None] for name, tensor in self.state.items()}
+        matching = Matching(references, self.groups.within(collection.tensors), seed=self.seed)
         size = sum(tensor.numel() * tensor.element_size() for tensor in collection[0].values())
         most = max(ranks.world(), CHUNK_BYTES // size)
         with tqdm(total=len(rows), desc="align", unit="network", dynamic_ncols=True, disable=None) as bar:

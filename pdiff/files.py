@@ -24,6 +24,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from pdiff.errors import Damaged
+from pdiff.parallel.interrupts import uninterrupted
 from pdiff.parallel.ranks import rank_zero_only
 
 if TYPE_CHECKING:
@@ -74,16 +75,18 @@ def make_database(path: Path, make: Callable[[Path], object], is_complete: Calla
     """Make an SQLite database, whole or not at all, unless a complete one is there; of several processes one does it.
 
     What is there instead, as a killed process leaves it, is kept under another name, `<name>.damaged-1` or higher.
+    Interrupts wait: libraries that make databases take them for errors of their own, or lose them.
 
     Args:
         path: of the database.
         make: makes one at a path where there is nothing, and closes it.
         is_complete: whether there is one at a path that may be used; raises where it may not be replaced either.
     """
-    if is_complete(path):
-        return
+    with uninterrupted():
+        if is_complete(path):
+            return
     lock = path.with_name(f".{path.name}.lock")
-    with FileLock(lock, timeout=LOCK_SECONDS):
+    with FileLock(lock, timeout=LOCK_SECONDS), uninterrupted():
         if not is_complete(path):
             for leftover in path.parent.glob(f".{path.name}.*.tmp*"):
                 leftover.unlink()

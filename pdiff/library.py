@@ -212,6 +212,7 @@ def sweep(
     workers: int = 1,
     storage: str = "",
     study: str = "",
+    launcher: str = "processes",
 ) -> optuna.Study:
     """Search for the best settings of an experiment with Optuna, as `pdiff sweep` does; a study goes on where it was.
 
@@ -224,6 +225,7 @@ def sweep(
         storage: sqlite:///FILE, journal:///FILE or a database's address; by default PDIFF_STORAGE, else
             sqlite:///optuna.db.
         study: its name; `<sweep>-<tag>` when absent.
+        launcher: where they run: `processes`, or `inline` for one worker that is this process, which starts sooner.
 
     Raises:
         UserError: a mistake in the arguments, found before the first trial, or trials that failed, every one of them.
@@ -248,6 +250,7 @@ def sweep(
         workers=workers,
         storage=storage or default_storage(),
         study=study,
+        launcher=launcher,
     )
     return lead(asked).study
 

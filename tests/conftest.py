@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from tracked import TINY
+from tracked import NAMES, TINY
 
 from pdiff.method.collection import Collection
 from pdiff.networks import datasets
@@ -63,7 +63,7 @@ def tracking_store(tmp_path_factory) -> Path:
 def empty_workspace(tmp_path, monkeypatch) -> Iterator[Path]:
     """The current folder, with a tiny experiment in it, and the address of a tracking store that does not exist yet."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE"):
+    for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "tiny.yaml").write_text(TINY)

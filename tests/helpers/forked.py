@@ -1,15 +1,22 @@
-"""Commands in processes forked from one that has imported the libraries: they begin at once, and can be killed."""
+"""Commands in processes forked from one that has imported all libraries: they begin at once, and can be killed.
+
+Even those that `pdiff main` imports late, and MLflow at its first run, take longer than a tiny experiment.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import pdiff
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
@@ -20,20 +27,31 @@ FORKSERVER.set_forkserver_preload(
         "optuna",
         "torch",
         "torchvision",
-        "pdiff.cli.main",
-        "pdiff.tracking.store",
+        "sklearn.datasets",
+        "diffusers",
+        "mlflow.store.tracking.sqlalchemy_store",
+        *(module.name for module in pkgutil.walk_packages(pdiff.__path__, "pdiff.") if "__main__" not in module.name),
     ]
 )
 
 
 class Command:
-    """A command that runs in a folder, with what `subprocess.Popen` offers; with its children it is a process group."""
+    """A command that runs in a folder, with what `subprocess.Popen` offers; with its children it is a process group.
 
-    def __init__(self, folder: Path, words: Sequence[str], environment: Mapping[str, str]) -> None:
+    It is `pdiff` with these words, or another function of the words that returns the exit code.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        function: tuple[str, str] = ("pdiff.cli.main", "main"),
+    ) -> None:
         file, name = tempfile.mkstemp()
         os.close(file)
         self._output = Path(name)
-        self._process = FORKSERVER.Process(target=_run, args=(folder, [*words], {**environment}, name))
+        self._process = FORKSERVER.Process(target=_run, args=(folder, [*words], {**environment}, function, name))
         self._process.start()
         self.pid = self._process.pid
 
@@ -73,7 +91,7 @@ class Command:
         return self.wait() == -signal.SIGKILL
 
 
-def _run(folder: Path, words: list[str], environment: dict[str, str], output: str) -> None:
+def _run(folder: Path, words: list[str], environment: dict[str, str], function: tuple[str, str], output: str) -> None:
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -82,9 +100,8 @@ def _run(folder: Path, words: list[str], environment: dict[str, str], output: st
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    from pdiff.cli.main import main
-
-    code = main(words)
+    module, name = function
+    code = getattr(importlib.import_module(module), name)(words)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)

@@ -20,6 +20,8 @@ diffusion: {steps: 60, width: 32, blocks: 1, evaluate_every: 20}
 generate: {count: 8, sampling_steps: 6}
 evaluate: {noise: [0.05], baselines: [average, gaussian], baseline_count: 4}
 """
+NAMES = ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "PDIFF_WORK", "PDIFF_STORAGE")
+"""Variables that say where runs go."""
 STAGES = ["pretrain", "prepare", "train", "generate", "originals", "evaluate"]
 
 

@@ -38,7 +38,8 @@ FORKSERVER.set_forkserver_preload(
 class Command:
     """A command that runs in a folder, with what `subprocess.Popen` offers; with its children it is a process group.
 
-    It is `pdiff` with these words, or another function of the words that returns the exit code.
+    It is `pdiff` with these words, or another function of the words that returns the exit code. What it prints goes to
+    one file, unless errors are kept `apart`.
     """
 
     def __init__(
@@ -47,11 +48,14 @@ class Command:
         words: Sequence[str],
         environment: Mapping[str, str],
         function: tuple[str, str] = ("pdiff.cli.main", "main"),
+        *,
+        apart: bool = False,
     ) -> None:
-        file, name = tempfile.mkstemp()
-        os.close(file)
-        self._output = Path(name)
-        self._process = FORKSERVER.Process(target=_run, args=(folder, [*words], {**environment}, function, name))
+        folder_of_output = Path(tempfile.mkdtemp())
+        self._files = [folder_of_output / name for name in ("printed", "errors" if apart else "printed")]
+        for file in self._files:
+            file.touch()
+        self._process = FORKSERVER.Process(target=_run, args=(folder, [*words], {**environment}, function, self._files))
         self._process.start()
         self.pid = self._process.pid
 
@@ -66,10 +70,11 @@ class Command:
         self._process.join(timeout)
         return self.returncode
 
-    def communicate(self) -> tuple[str, None]:
-        """Wait, and return what it has printed."""
+    def communicate(self) -> tuple[str, str]:
+        """Wait, and return what it has printed, and the errors among it, where they are apart."""
         self.wait()
-        return self._output.read_text(), None
+        printed, errors = self._files
+        return printed.read_text(), errors.read_text() if errors != printed else ""
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -96,9 +101,9 @@ def _run(folder: Path, words: list[str], environment: dict[str, str], function: 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    with open(output, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, name in enumerate(output, 1):
+        with open(name, "a") as file:
+            os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     module, name = function
     code = getattr(importlib.import_module(module), name)(words)

@@ -21,6 +21,7 @@ import pytest
 import requests
 import torch
 from elsewhere import HIDE
+from forked import Command
 from hostile import Try, answered
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -428,13 +429,13 @@ def test_nothing_but_pdiffs_lines_without_a_terminal(workspace):
         ["--log_models", "true"],
         ["--register", "true"],
     ):
-        command = [sys.executable, "-m", "pdiff", "main", "--tag", "tiny.yaml", *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
+        process = Command(workspace, ["main", "--tag", "tiny.yaml", *words], environment, apart=True)
+        printed, errors = process.communicate()
+        assert (process.returncode, errors) == (0, "")
         stages = "pretrain|prepare|train|generate|originals|evaluate"
-        first, _, _ = done.stdout.partition("\n\n")
+        first, _, _ = printed.partition("\n\n")
         assert all(re.match(rf"({stages}): (run|reusing run) [0-9a-f]{{32}}", line) for line in first.splitlines())
-        assert "\r" not in done.stdout and "mlflow.models" not in done.stdout
+        assert "\r" not in printed and "mlflow.models" not in printed
     assert [version.version for version in mlflow.search_model_versions()] == [1]
 
 

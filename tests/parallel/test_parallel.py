@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from pdiff.errors import ProcessError, Pruned, UserError
 from pdiff.experiment import prepare, pretrain, schema, train
 from pdiff.files import append_line, read_tensors, write_tensors
+from pdiff.method.alignment.copies import distances_to_originals
 from pdiff.method.alignment.matching import align
+from pdiff.method.alignment.reference import Reference
 from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection
 from pdiff.method.log import Point
 from pdiff.method.options import Optimization
+from pdiff.method.standardize import Standardizer
 from pdiff.method.training import Trainer, shuffled
 from pdiff.networks import datasets
 from pdiff.networks.architectures import build
@@ -135,7 +138,7 @@ def predict(folder: Path) -> None:
 
 
 def match(folder: Path) -> None:
-    """Align five networks to a sixth, and one: fewer than processes."""
+    """Align five networks to a sixth, match them to three, and one: fewer than processes."""
     states = [build("mlp", pretrained=False, classes=10, channels=1, image_size=8).state_dict() for _ in range(6)]
     g = torch.Generator().manual_seed(0)
     states = [{n: torch.randn(t.shape, generator=g) for n, t in state.items()} for state in states]
@@ -143,7 +146,9 @@ def match(folder: Path) -> None:
     groups, collection = permutation_groups(network, torch.zeros(1, 1, 8, 8)), Collection.stack(states[1:])
     for name, networks in {"five": collection, "one": collection.select([2])}.items():
         aligned, _ = align(networks, states[0], groups)
-        write_tensors(folder / f"aligned_{name}.safetensors", aligned.tensors)
+        fitted, reference = collection.select([0, 1, 3]), Reference(states[0], groups, balance=False, seed=0)
+        matched = distances_to_originals(aligned, fitted, reference, Standardizer.fit(fitted))
+        write_tensors(folder / f"aligned_{name}.safetensors", aligned.tensors | {"matched": matched})
 
 
 def compute(folder: Path, prepared: Path, *, log) -> dict[str, float]:

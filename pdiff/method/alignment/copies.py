@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pdiff.method.alignment.groups import permute
-from pdiff.method.alignment.matching import Matching
+from pdiff.method.alignment.matching import Matching, ascending
 from pdiff.method.alignment.reference import CHUNK_BYTES, Reference
 from pdiff.method.collection import Collection
 from pdiff.method.standardize import Standardizer
@@ -61,7 +61,7 @@ def _signatures(networks: Collection) -> Tensor:
     """Quantiles of the numbers of every tensor, float32 (N, Q): the same in whatever order the units are."""
     found = []
     for tensor in networks.tensors.values():
-        numbers = tensor.float().reshape(len(tensor), -1).sort(dim=1).values
+        numbers = ascending(tensor.float().reshape(len(tensor), -1), 1)
         count = numbers.shape[1]
         found.append(numbers[:, torch.linspace(0, count - 1, min(count, QUANTILES)).long()] if count else numbers)
     return torch.cat(found, dim=1)

@@ -26,7 +26,7 @@ from pdiff.experiment.prepared import (
 )
 from pdiff.experiment.schema import Experiment
 from pdiff.files import copy_file, read_json, write_json, write_tensors, write_text
-from pdiff.method.alignment.copies import distances_to_originals
+from pdiff.method.alignment.copies import Originals
 from pdiff.method.alignment.groups import recombine
 from pdiff.method.alignment.reference import Reference
 from pdiff.method.baselines import BASELINES, Fitted, available, noise
@@ -110,12 +110,12 @@ def aligned(to: Reference | None, groups: Mapping[str, Collection], log: Log = i
 def matched_to_originals(
     to: Reference | None, groups: Mapping[str, Collection], standardizer: Standardizer, log: Log
 ) -> Mapping[str, Tensor]:
-    """Group -> `distances_to_originals`, of aligned networks."""
+    """Group -> `Originals.distances`, of aligned networks that are not the originals themselves."""
     if not to:
         return {}
     with measured(log, "match"):
-        fitted = groups["original"]
-        return {name: distances_to_originals(networks, fitted, to, standardizer) for name, networks in groups.items()}
+        originals = Originals(groups["original"], to, standardizer)
+        return {name: originals.distances(networks) for name, networks in groups.items() if name != "original"}
 
 
 def write_audit(

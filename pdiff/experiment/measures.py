@@ -45,7 +45,7 @@ class Evaluated:
             aligned.
         results: part of the images -> what was measured there.
         matched: distance of each network to a fitted one, with its units matched to that one's, (N,), as
-            `distances_to_originals` returns it; None where networks are not aligned.
+            `Originals.distances` returns it; None where networks are not aligned.
         originals: the group of originals that generators and baselines are fitted on; None for that group itself.
         heldout: the group of held-out originals; None where there is none, and for that group itself.
         beside: all groups that are compared, by name; the inner products of all are taken in one pass.
@@ -165,12 +165,15 @@ class Evaluated:
     def nearest(self) -> tuple[Tensor, Tensor]:
         """Distance of each network to the nearest and to the second nearest fitted one, (N,) each.
 
-        Root mean squares over the parameters, in standard deviations of the weights. A network whose units match those
-        of a fitted one better in another order is as near as it is in that order.
+        Root mean squares over the parameters, in standard deviations of the weights. Where another order of the units
+        brings a network to less than half the distance, it is as near as it is in that order. Smaller gains do not
+        count: matched directly, independent networks come a few percent nearer, too.
         """
         squares = self.products.squared_distances() / self.vectors.shape[1]
         first, second = nearest_two(squares.sqrt(), same=self.originals is None)
-        return first if self.matched is None else torch.fmin(first, self.matched.to(first)), second
+        if self.matched is not None:
+            first = torch.where(self.matched < first / 2, self.matched.to(first), first)
+        return first, second
 
     def novelty(self) -> Tensor | None:
         """Distance to the nearest fitted network over the median of the held-out networks' distances, (N,)."""

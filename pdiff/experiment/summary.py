@@ -34,7 +34,7 @@ def evaluated(
             originals; and those that are compared with them.
         results: part of the images -> group -> what was measured.
         standardizer: of the originals; distances are in its units.
-        matched: group -> what `distances_to_originals` returns, where networks are aligned.
+        matched: group -> what `Originals.distances` returns, where networks are aligned.
     """
 
     def group(name: str, **beside: Evaluated | None) -> Evaluated:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pdiff import files
-from pdiff.method.alignment.copies import distances_to_originals
+from pdiff.method.alignment.copies import Originals
 from pdiff.method.alignment.groups import Group, Groups, balance, inverse, permute, recombine
 from pdiff.method.alignment.matching import Matching, align
 from pdiff.method.alignment.reference import Reference
@@ -642,10 +642,7 @@ def test_noisy_copies_in_another_order_find_their_originals(noise: float) -> Non
         noisy[n] = noisy[n] + deviation * torch.randn(noisy[n].shape, generator=generator)
     apart = standardizer.encode(Collection(noisy)) - standardizer.encode(fitted)
     copies = permute(Collection(noisy), groups, random_permutations(groups, 9, 5)).select([4, 7, 1])
-    measured = distances_to_originals(reference.align(copies)[0], fitted, reference, standardizer)
+    measured = Originals(fitted, reference, standardizer).distances(reference.align(copies)[0])
     torch.testing.assert_close(measured, apart[[4, 7, 1]].square().mean(1).sqrt(), rtol=1e-4, atol=1e-6)
-    for far in (
-        distances_to_originals(reference.align(others)[0], fitted, reference, standardizer),
-        distances_to_originals(fitted, fitted, reference, standardizer),
-    ):
-        assert far.min() > 0.5 and far.min() > 2 * measured.max()
+    far = Originals(fitted, reference, standardizer).distances(reference.align(others)[0])
+    assert far.min() > 0.5 and far.min() > 2 * measured.max()

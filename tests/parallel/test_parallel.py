@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pdiff.errors import ProcessError, Pruned, UserError
 from pdiff.experiment import prepare, pretrain, schema, train
 from pdiff.files import append_line, read_tensors, write_tensors
-from pdiff.method.alignment.copies import distances_to_originals
+from pdiff.method.alignment.copies import Originals
 from pdiff.method.alignment.matching import align
 from pdiff.method.alignment.reference import Reference
 from pdiff.method.alignment.symmetries import permutation_groups
@@ -147,7 +147,7 @@ def match(folder: Path) -> None:
     for name, networks in {"five": collection, "one": collection.select([2])}.items():
         aligned, _ = align(networks, states[0], groups)
         fitted, reference = collection.select([0, 1, 3]), Reference(states[0], groups, balance=False, seed=0)
-        matched = distances_to_originals(aligned, fitted, reference, Standardizer.fit(fitted))
+        matched = Originals(fitted, reference, Standardizer.fit(fitted)).distances(aligned)
         write_tensors(folder / f"aligned_{name}.safetensors", aligned.tensors | {"matched": matched})
 
 

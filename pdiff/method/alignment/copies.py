@@ -18,10 +18,8 @@ from pdiff.parallel import ranks
 QUANTILES = 256  # of the numbers of each tensor
 
 
-def distances_to_originals(
-    networks: Collection, fitted: Collection, reference: Reference, standardizer: Standardizer
-) -> Tensor:
-    """Distance of each network to the fitted one whose numbers it resembles most, with its units matched to that one's.
+class Originals:
+    """Fitted networks, of which others may be copies.
 
     Where units are in several groups, matching to a common reference ends in one of many local optima. Noise of one
     percent is enough for a copy of a residual network to end in another one than its original, and to seem as new as an
@@ -29,35 +27,37 @@ def distances_to_originals(
     which network to match it to directly, and a noisy copy is then found (see `Matching`).
 
     Args:
-        networks: aligned to the reference; `fitted` itself for the distance of each to another one.
-        fitted: aligned to it, too.
+        fitted: aligned to a reference.
         reference: whose groups, and whose seed, the matching has.
         standardizer: of the fitted networks.
-
-    Returns:
-        Root mean squares over the parameters, in standard deviations of the weights, float32 (N,); infinite where there
-        is nothing to match.
     """
-    groups, same = reference.groups.within(networks.tensors), networks is fitted
-    found = torch.full((len(networks),), torch.inf)[ranks.rows()]
-    if groups and len(fitted) > same:
-        signatures = torch.cat([_signatures(part) for _, part in _chunks(fitted, range(len(fitted)))])
-        mean, std = signatures.mean(0), signatures.std(0, correction=0)
-        std = torch.where(std > 0, std, 1)
-        mine, done = range(len(networks))[ranks.rows()], 0
-        for rows, part in _chunks(networks, mine):
-            distances = torch.cdist((_signatures(part) - mean) / std, (signatures - mean) / std)
-            if same:
-                distances[range(len(rows)), rows] = torch.inf
-            originals = fitted.select(distances.argmin(1))
-            permutations = Matching(originals.tensors, groups, seed=reference.seed).best(part.tensors)
-            apart = standardizer.encode(permute(part, groups, permutations)) - standardizer.encode(originals)
-            found[done : done + len(rows)] = apart.square().mean(1).sqrt()
-            done += len(rows)
-    return ranks.gathered(found, len(networks))
+
+    def __init__(self, fitted: Collection, reference: Reference, standardizer: Standardizer) -> None:
+        self.fitted, self.reference, self.standardizer = fitted, reference, standardizer
+        numbers = torch.cat([_sorted_numbers(part) for _, part in _chunks(fitted, range(len(fitted)))])
+        std = numbers.std(0, correction=0)
+        self.mean, self.std = numbers.mean(0), torch.where(std > 0, std, 1)
+        self.numbers = (numbers - self.mean) / self.std
+
+    def distances(self, networks: Collection) -> Tensor:
+        """Distance of each network to the one whose numbers it resembles most, with its units matched to that one's.
+
+        Every rank of a process group matches its part of the networks, which are aligned to the reference.
+
+        Returns:
+            Root mean squares over the parameters, in standard deviations of the weights, float32 (N,).
+        """
+        groups, found = self.reference.groups.within(networks.tensors), [torch.zeros(0)]
+        for _, part in _chunks(networks, range(len(networks))[ranks.rows()]):
+            numbers = (_sorted_numbers(part) - self.mean) / self.std
+            originals = self.fitted.select(torch.cdist(numbers, self.numbers).argmin(1))
+            permutations = Matching(originals.tensors, groups, seed=self.reference.seed).best(part.tensors)
+            encode = self.standardizer.encode
+            found.append((encode(permute(part, groups, permutations)) - encode(originals)).square().mean(1).sqrt())
+        return ranks.gathered(torch.cat(found), len(networks))
 
 
-def _signatures(networks: Collection) -> Tensor:
+def _sorted_numbers(networks: Collection) -> Tensor:
     """Quantiles of the numbers of every tensor, float32 (N, Q): the same in whatever order the units are."""
     found = []
     for tensor in networks.tensors.values():

@@ -2,6 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 INSTALLED := .venv/.installed
+export PYTHONDONTWRITEBYTECODE :=  # modules are compiled once, and not in every process that a test starts
 
 .PHONY: demo quick test thorough chaos lint ui dashboard notebooks lab clean
 

@@ -15,7 +15,7 @@ from pdiff.method.collection import Collection
 from pdiff.method.standardize import Standardizer
 from pdiff.parallel import ranks
 
-QUANTILES = 256  # of the numbers of each tensor
+QUANTILES = 64  # of the numbers of each tensor
 
 
 class Originals:
@@ -34,7 +34,7 @@ class Originals:
 
     def __init__(self, fitted: Collection, reference: Reference, standardizer: Standardizer) -> None:
         self.fitted, self.reference, self.standardizer = fitted, reference, standardizer
-        numbers = torch.cat([_sorted_numbers(part) for _, part in _chunks(fitted, range(len(fitted)))])
+        numbers = torch.cat([_sorted_numbers(part) for part in _chunks(fitted, range(len(fitted)))])
         std = numbers.std(0, correction=0)
         self.mean, self.std = numbers.mean(0), torch.where(std > 0, std, 1)
         self.numbers = (numbers - self.mean) / self.std
@@ -48,7 +48,7 @@ class Originals:
             Root mean squares over the parameters, in standard deviations of the weights, float32 (N,).
         """
         groups, found = self.reference.groups.within(networks.tensors), [torch.zeros(0)]
-        for _, part in _chunks(networks, range(len(networks))[ranks.rows()]):
+        for part in _chunks(networks, range(len(networks))[ranks.rows()]):
             numbers = (_sorted_numbers(part) - self.mean) / self.std
             originals = self.fitted.select(torch.cdist(numbers, self.numbers).argmin(1))
             permutations = Matching(originals.tensors, groups, seed=self.reference.seed).best(part.tensors)
@@ -67,11 +67,11 @@ def _sorted_numbers(networks: Collection) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def _chunks(networks: Collection, rows: range) -> Iterator[tuple[range, Collection]]:
+def _chunks(networks: Collection, rows: range) -> Iterator[Collection]:
     """Some networks, few large ones at a time."""
     most = max(1, CHUNK_BYTES // sum(tensor.numel() * tensor.element_size() for tensor in networks[0].values()))
     with tqdm(total=len(rows), desc="match", unit="network", dynamic_ncols=True, disable=None) as bar:
         for begin in range(0, len(rows), most):
             some = rows[begin : begin + most]
-            yield some, networks.select(some)
+            yield networks.select(some)
             bar.update(len(some))

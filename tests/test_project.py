@@ -81,11 +81,13 @@ def test_the_commands_of_the_readme_are_run_in_every_commit():
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
 
 
+@pytest.mark.slow
 def test_imports_point_upwards():
     cli = pytest.importorskip("importlinter.cli")
     assert cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
 
 
+@pytest.mark.slow
 def test_mlflow_and_optuna_are_at_one_seam_each():
     def imports(path: Path) -> set[str]:
         """First names of all that a module imports, at once or where it needs it; not what it needs for types alone."""

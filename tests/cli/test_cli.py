@@ -53,6 +53,7 @@ def test_examples(command) -> None:
 SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("memory", "compare", "leaderboard")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["tags", "show", "studies", *SLOW])
 def test_examples_run(command, workspace, capsys) -> None:
     assert main(words(command)) == 0
@@ -70,6 +71,7 @@ def test_without_words(capsys) -> None:
     assert "Usage: pdiff" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tags_and_show(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["tags", "resnet18", "cifar100", "main"]) == 0
@@ -149,6 +151,7 @@ def test_mistakes_are_one_line(line, expected, capsys) -> None:
     assert expected in printed.err
 
 
+@pytest.mark.slow
 def test_a_closed_pipe(monkeypatch, capsys) -> None:
     """`pdiff show digits_mlp | true` prints nothing."""
     for command in ("show", "tags"):

@@ -78,6 +78,7 @@ def test_what_reads_runs_is_without_torch():
     assert finished(*lines) == {line: (code, plotted.get(line, [])) for line, code in lines.items()}
 
 
+@pytest.mark.slow
 def test_completion_is_without_torch():
     asked = {"_PDIFF_COMPLETE": "complete_bash", "COMP_WORDS": "pdiff show digits_m", "COMP_CWORD": "2"}
     command = [sys.executable, "-X", "importtime", "-m", "pdiff"]
@@ -98,6 +99,7 @@ def seconds(*arguments: str) -> float:
     return min(once() for _ in range(3))
 
 
+@pytest.mark.slow
 def test_the_library_is_imported_when_it_is_used():
     program = "import sys, pdiff; pdiff.Gaussian(), pdiff.runs; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

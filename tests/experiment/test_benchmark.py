@@ -37,6 +37,7 @@ def autoencoder_operations(size, latent_size, rows):
     return 2 * rows * (7 * convolutions + 3 * linear)
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_formulas(tmp_path):
     size = 32 * SMALL.inputs + 362
     assert operations("paper_autoencoder", tmp_path) == autoencoder_operations(size, SMALL.latent_size, 50)
@@ -46,6 +47,7 @@ def test_operations_are_those_of_the_formulas(tmp_path):
     assert operations_of(lambda: total.baddbmm_(a, a.mT)) == 2 * 3 * 5 * 7 * 5
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_moves_bytes(tmp_path):
     for name in (name for name in PARTS if name not in ("paper_autoencoder", "seeds")):
         work = resolve(PARTS[name].make)(SMALL, CPU, tmp_path)
@@ -133,6 +135,7 @@ def test_a_benchmark_is_a_run(workspace, capsys, monkeypatch):
     assert "<h2>Programs</h2>" in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_programs_take_turns(tmp_path, monkeypatch):
     against.write_files(3, tmp_path / "files")
     assert len(read_collection(tmp_path / "files")) == 3

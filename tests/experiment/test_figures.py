@@ -23,6 +23,7 @@ def points(figure: go.Figure, name: str) -> list[tuple[float, float]]:
     return list(zip(trace.x.tolist(), trace.y.tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_front_has_a_point_for_each_group_with_its_intervals(tables):
     figure = figures.front(tables["front"], tables["evaluation"])
     for row in tables["front"].query("part == 'test'").itertuples():
@@ -42,12 +43,14 @@ def test_front_shows_the_networks_of_generators_with_their_group(tables):
     assert clouds == {"original": 300, "heldout": 60, "generated": 200}
 
 
+@pytest.mark.slow
 def test_a_front_on_validation_images_alone(tables):
     figure = figures.front(tables["front"].query("part == 'validation'"), tables["evaluation"])
     assert figure.layout.yaxis.title.text == "validation accuracy"
     assert not figures.front(tables["front"][:0], tables["evaluation"][:0]).data
 
 
+@pytest.mark.slow
 def test_arms_far_below_do_not_squeeze_the_others(tables):
     low, high = figures.front(tables["front"], tables["evaluation"]).layout.yaxis.range
     inside = tables["front"].query("part == 'test'").accuracy.between(low, high)
@@ -60,6 +63,7 @@ def test_arms_far_below_do_not_squeeze_the_others(tables):
     assert low < alike["accuracy_low"].min() < alike["accuracy_high"].max() < high
 
 
+@pytest.mark.slow
 def test_novelty_near_1_is_told_apart(tables):
     """A logarithmic axis only where an arm is many times as far as held-out networks, not for noise that is near 0."""
     near = tables["front"].query("part == 'test'").assign(novelty=0.9)

@@ -75,6 +75,7 @@ def boards() -> list[tuple[Path, pd.DataFrame]]:
     return [(folder, pd.read_csv(folder / "leaderboard.csv").fillna({"changed": "", "run": ""})) for folder in folders]
 
 
+@pytest.mark.slow
 def test_the_latest_evaluation_counts_and_one_without_changes_before_any_other(store, capsys):
     assert main(["leaderboard"]) == 0
     printed = capsys.readouterr().out
@@ -96,6 +97,7 @@ def test_the_latest_evaluation_counts_and_one_without_changes_before_any_other(s
     assert "92.00 (95.00)" in printed and "generate.count=8" in printed and str(folder) in printed
 
 
+@pytest.mark.slow
 def test_a_run_with_changes_stands_for_its_tag_where_there_is_no_other(store):
     client = MlflowClient()
     kept = mlflow.search_runs(["0"], "tags.`pdiff.tag` = 'digits_mlp'", output_format="list")
@@ -112,6 +114,7 @@ def test_a_run_with_changes_stands_for_its_tag_where_there_is_no_other(store):
     assert row["original mean ours"] == pytest.approx(0.93)
 
 
+@pytest.mark.slow
 def test_words_and_only_ours_choose_tags(store):
     assert main(["leaderboard", "cnn", "resnet18", "--only=ours"]) == 0
     assert list(boards()[0][1]["tag"]) == ["digits_cnn"]

@@ -70,6 +70,7 @@ def test_bounds_lie_below_the_predicted_peak(tag):
     assert all(0 < least[part] <= peaks[part] for part in peaks), (least, peaks)
 
 
+@pytest.mark.slow
 def test_every_tag_fits(tmp_path):
     for tag in config.runnable():
         experiment = config.load(tag)

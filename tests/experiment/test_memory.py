@@ -71,6 +71,7 @@ def allocated(run) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", EVERY_PART)
 def test_the_peak_of_training_is_what_the_allocator_gave(part):
     def run():
@@ -82,6 +83,7 @@ def test_the_peak_of_training_is_what_the_allocator_gave(part):
     assert counted(part).peak == pytest.approx(allocated(run), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", EVERY_PART)
 def test_what_is_held_is_what_real_tensors_hold(part):
     need, (trainer, data) = counted(part), real_trainer(part)
@@ -147,6 +149,7 @@ def test_the_fit_of_principal_components(latents, rows, size):
     assert need.data == x.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "call", "shape"),
     [
@@ -253,6 +256,7 @@ def test_the_stage_encodes_as_many_at_a_time_as_are_counted():
     assert encode(Recorder(), torch.zeros(600, 2), torch.device("cpu")).max() == memory.ENCODED
 
 
+@pytest.mark.slow
 def test_the_command(capsys):
     assert main(["memory", "digits_mlp", "--autoencoder.latent_size", "9", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -143,6 +143,7 @@ def loudness(monkeypatch) -> None:
     monkeypatch.setitem(metrics.COMPARED, "generated loudness", "loudness/generated_mean")
 
 
+@pytest.mark.slow
 def test_a_new_metric_is_measured_and_shown(groups, results, loudness):
     evaluation, matrices, found = compared(groups, results)
     values = groups["generated"].tensors["bias"].abs().mean(dim=1).tolist()
@@ -243,6 +244,7 @@ for module in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_what_is_needed():
     """One after the other in one process: what a module needs, the next ones may have."""
     needed = {"metrics": "", "report": " pandas", "leaderboard": " pandas", "figures": " pandas plotly"}

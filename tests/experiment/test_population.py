@@ -43,6 +43,7 @@ def seeds(tmp_path_factory):
     return experiment, folder / "prepare"
 
 
+@pytest.mark.slow
 def test_nothing_is_pretrained_for_independent_seeds(seeds):
     experiment, _ = seeds
     assert stages.needed("evaluate", experiment) == ["prepare", "train", "generate", "originals", "evaluate"]
@@ -103,6 +104,7 @@ def test_generated_networks_predict_what_they_did_once_they_are_aligned(seeds):
     assert near < 0.1 * far
 
 
+@pytest.mark.slow
 def test_heldout_networks_have_no_part_in_the_reference(seeds, tmp_path, monkeypatch):
     """Poison in their place changes nothing that is fitted or aligned to."""
     experiment, clean = seeds
@@ -250,6 +252,7 @@ def prepare_files(tmp_path):
     return prepared_
 
 
+@pytest.mark.slow
 def test_files_of_independent_seeds_are_recognised_held_out_as_wholes_and_aligned(seeds, tmp_path, prepare_files):
     _, folder = seeds
     originals = Collection.load(folder / "checkpoints.safetensors")  # 11 networks of 2 snapshots each
@@ -268,6 +271,7 @@ def test_files_of_independent_seeds_are_recognised_held_out_as_wholes_and_aligne
         prepare_files(source, population="branches")
 
 
+@pytest.mark.slow
 def test_files_of_one_training_are_recognised_unless_they_are_held_to_be_something_else(
     tmp_path, prepare_files, digits
 ):

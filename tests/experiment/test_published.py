@@ -241,6 +241,7 @@ def test_the_facts_are_those_that_the_checks_know():
     assert set(PUBLISHED["torchvision_splits"]) == set(DATA_SETS)
 
 
+@pytest.mark.slow
 def test_tags_that_share_checkpoints_share_a_run_of_prepare():
     found = {tag: stages.all_digests(config.load(tag))["prepare"] for tag in FACTS}
     shared = {"cifar100_resnet18", *(tag for tag, facts in FACTS.items() if "checkpoints_from" in facts)}

@@ -107,6 +107,7 @@ def test_figures_without_data_are_left_out(networks, losses):
     assert "script" not in parsed.tags and len(html) < 10_000, "nothing to plot, no plotly.js"
 
 
+@pytest.mark.slow
 def test_report_is_one_page_that_needs_nothing_from_outside(whole):
     parsed = Page(whole)
     assert [script for script in parsed.texts["script"] if "plotly.js v" in script] == [
@@ -135,6 +136,7 @@ def test_the_verdict_is_the_first_thing_on_the_page(whole):
     assert body.index(VERDICT[0]) < body.index(VERDICT[2]) < body.index("<nav>") < body.index("<h2>")
 
 
+@pytest.mark.slow
 def test_data_can_be_downloaded_from_the_page(whole):
     parsed, tables = Page(whole), audit()
     found = [pd.read_csv(StringIO(text)) for text in downloads(parsed)]
@@ -147,6 +149,7 @@ def test_data_can_be_downloaded_from_the_page(whole):
     assert len(set(names)) == len(names) and "tag-accuracy-against-novelty.csv" in names
 
 
+@pytest.mark.slow
 def test_a_page_of_thousands_of_networks_stays_small(whole):
     assert len(audit()["evaluation"]) > 4000
     assert len(whole.encode()) - len(get_plotlyjs().encode()) < 1_200_000
@@ -157,6 +160,7 @@ def test_groups_have_the_marks_of_their_figures(whole):
         assert f'style="color: {style.color}">{SYMBOLS[style.symbol]}</span> {group}</td>' in whole
 
 
+@pytest.mark.slow
 def test_comparisons_are_text_in_points():
     rows = report.comparisons_table(audit()["comparisons"]).query("group == 'swag' and against == 'original'")
     assert rows.iloc[0].tolist() == [
@@ -171,12 +175,14 @@ def test_warm_starts_are_text():
     assert list(found) == ["group", "0 steps", "10 steps"]
 
 
+@pytest.mark.slow
 def test_costs_are_text():
     assert report.costs_table(audit()["costs"]).iloc[-1].tolist() == [
         *("training as many originals", "12,300.0", "–", "200", "61.5", "estimated from prepare")
     ]
 
 
+@pytest.mark.slow
 def test_report_escapes_what_it_is_given():
     evil = "<script>alert(1)</script>{{ title }}"
     tables = {name: frame.replace(dict.fromkeys(["gaussian", "generate"], evil)) for name, frame in audit(FEW).items()}
@@ -187,10 +193,12 @@ def test_report_escapes_what_it_is_given():
     assert parsed.tags.count("script") == 2 + html.count('class="plotly-graph-div"')
 
 
+@pytest.mark.slow
 def test_report_is_the_same_for_the_same_data():
     assert page() == page()
 
 
+@pytest.mark.slow
 def test_report_shows_configuration_and_lineage_only_where_there_are_some(whole):
     assert not {"details", "dl"} & set(Page(page()).tags)
     parsed = Page(whole)
@@ -209,11 +217,13 @@ def test_published_numbers_stand_beside_ours():
     ]
 
 
+@pytest.mark.slow
 def test_report_shows_what_was_published_and_what_was_done_otherwise(whole):
     assert any("dataset.name=<digits>" in text for text in Page(whole).texts["p"])
     assert "Published" not in Page(page()).texts["h2"]
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_their_generators_and_their_best_arms():
     few = audit(FEW)
     runs = {"a <1>": few, "b": audit(FEW, seed=5) | {"costs": few["costs"][:0]}}

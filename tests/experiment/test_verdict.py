@@ -133,6 +133,7 @@ def test_without_heldout_networks_the_verdict_says_so(population):
     assert "no held-out networks" in sentences[2]
 
 
+@pytest.mark.slow
 def test_holm_corrects_the_family(population):
     population.add("generated", population.weights_of(40), population.predictions_of(40, 0.9))
     for k in range(20):

@@ -185,6 +185,7 @@ def test_a_line(tried, workspace, capfd):
     assert time.process_time() - start < SECONDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "key"),
     [
@@ -240,6 +241,7 @@ def test_a_text_is_the_same_after_it_was_written(text, tmp_path):
     assert documents.value(documents.dump(text)) == text
 
 
+@pytest.mark.slow
 def test_no_key_takes_true_for_a_number(workspace):
     """Whatever its section, and if its value is one of several."""
     conv = {"autoencoder": "{kind: conv, latent_size: 4}"}

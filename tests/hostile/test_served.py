@@ -278,6 +278,7 @@ def shortest(run_id: str, ids: dict[str, str]) -> str:
     return next(run_id[:k] for k in range(1, 33) if sum(other.startswith(run_id[:k]) for other in ids.values()) == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["generate", "main", "again", "prepare"])
 def test_the_beginning_of_an_id_names_a_run(name, kept, capsys):
     ids = {key: run_id for key, run_id in kept.items() if len(run_id) == 32 and key != "none"}
@@ -402,6 +403,7 @@ def test_a_folder_without_a_store_stays_as_it_is(command, empty_workspace, capfd
     assert os.listdir(empty_workspace) == ["tiny.yaml"] and files(empty_workspace) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["compare", "leaderboard --only ours", "export --run 9e6b2f8b --out out"])
 def test_a_store_without_runs(command, workspace, capfd):
     code, says = NOTHING[command]
@@ -410,6 +412,7 @@ def test_a_store_without_runs(command, workspace, capfd):
     assert (printed.err if code else printed.out).startswith(says.partition(",")[0])
 
 
+@pytest.mark.slow
 def test_runs_that_lack_what_pdiff_writes(workspace, capfd):
     client = MlflowClient()
     for tags in ({}, {"pdiff.tag": "digits_mlp"}, {"pdiff.tag": "no_such_tag"}):

@@ -147,6 +147,7 @@ def test_a_distance_is_finite(distance: float) -> None:
         Fitted(torch.zeros(1, 1), None, distance=distance)
 
 
+@pytest.mark.slow
 def test_the_registry_needs_no_torch() -> None:
     code = "import sys, pdiff.method.baselines; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

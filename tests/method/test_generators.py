@@ -239,6 +239,7 @@ def test_early_stopping_restores_the_best(ema: float) -> None:
     assert not denoiser.training
 
 
+@pytest.mark.slow
 def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(training, "SAVE_SHARE", math.inf)
@@ -267,6 +268,7 @@ def test_the_best_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_without_early_stopping_the_last_weights_count() -> None:
     g = torch.Generator().manual_seed(0)
     latents, heldout = torch.randn(4, 3, generator=g), torch.randn(50, 3, generator=g)
@@ -314,6 +316,7 @@ def test_without_copies_memorising_keeps_the_last_weights() -> None:
     assert len(preview.seen) == 5 and not same(denoiser.state_dict(), preview.seen[-1])  # five steps later
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [20, 30])
 def test_what_memorising_keeps_survives_an_interruption(
     stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -334,6 +337,7 @@ def test_what_memorising_keeps_survives_an_interruption(
     assert same(found.state_dict(), expected.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_previews_do_not_change_the_training(ema: float) -> None:
     z = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
@@ -434,6 +438,7 @@ def test_sampling_undoes_scale_autoencoder_and_standardisation() -> None:
     assert torch.allclose(sampled["b"], vector[8:] * b.std + b.mean, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_gaussian_has_the_moments_of_the_collection(tmp_path: Path) -> None:
     originals = gaussian_collection(400)
     for options in (GaussianOptions(), GaussianOptions(diagonal=True), GaussianOptions(scale=0.5)):

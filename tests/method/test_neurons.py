@@ -121,6 +121,7 @@ def test_guidance_extrapolates() -> None:
         torch.testing.assert_close(module(z, torch.zeros(3)), z + 2 * guidance)
 
 
+@pytest.mark.slow
 def test_balanced_networks_are_fitted_and_their_predictions_stay() -> None:
     collection, _ = two_kinds(30)
     scaled = dict(collection.tensors)
@@ -134,6 +135,7 @@ def test_balanced_networks_are_fitted_and_their_predictions_stay() -> None:
     torch.testing.assert_close(a.std, whole.std, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_loaded_generator_samples_the_same_and_network_k_depends_on_its_number(
     fitted: Neurons, tmp_path: Path
 ) -> None:
@@ -152,6 +154,7 @@ def test_a_loaded_generator_samples_the_same_and_network_k_depends_on_its_number
     torch.testing.assert_close(last.tensors["0.bias"], whole.tensors["0.bias"][:2])
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(training, "SAVE_SHARE", math.inf)

@@ -121,6 +121,7 @@ def test_attention_against_its_formula():
 # -- timm's
 
 
+@mark.slow
 def test_names_of_timm_are_known_without_importing_it():
     listed, known = timm.list_models(), known_architectures()
     assert {name for name in known if "." not in name} == {*ARCHITECTURES, *listed}
@@ -142,6 +143,7 @@ def test_a_registered_function_is_an_architecture(monkeypatch):
     assert is_known("flat") and make("flat", image_size=4)[1].in_features == 48
 
 
+@mark.slow
 def test_timm_by_name():
     network = make("resnet18", classes=1000)
     assert sum(p.numel() for p in network.parameters()) == 11_689_512  # as torchvision documents
@@ -319,6 +321,7 @@ def test_weights_of_an_architecture_in_a_file(own, tmp_path):
     assert all(torch.equal(found[n], t) for n, t in state.items())
 
 
+@mark.slow
 def test_weights_for_other_classes_channels_and_sizes(tmp_path):
     """The classifier is as new, a first convolution sums its channels (as timm's does), positions are resized."""
     path = tmp_path / "weights.pth"
@@ -346,6 +349,7 @@ class Evil:
         return Path.touch, (self.path,)
 
 
+@mark.slow
 @mark.parametrize("name", ["mlp", "resnet10t"])
 def test_weights_that_do_not_fit(name, tmp_path):
     def refused(path: Path) -> str:
@@ -372,6 +376,7 @@ def test_weights_that_do_not_fit(name, tmp_path):
         assert str(damaged) in refused(damaged)
 
 
+@mark.slow
 def test_weights_of_another_architecture_with_other_classes(tmp_path):
     save(make("resnet14t", classes=9), tmp_path / "other.pth")
     assert "does not fit resnet10t" in message("resnet10t", pretrained=True, weights=str(tmp_path / "other.pth"))

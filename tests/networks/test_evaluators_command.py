@@ -39,6 +39,7 @@ def run(home: Path, texts: list[str], command: str = "python echo.py {checkpoint
     return fractions(run_command(command, texts, **places | options))
 
 
+@pytest.mark.slow
 def test_results_come_in_order_whatever_takes_longest(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import sys, time\nk = int(open(sys.argv[1]).read())\ntime.sleep(0.3 if k == 0 else 0)\nprint('acc', k / 10)\n"
@@ -162,6 +163,7 @@ def test_an_interrupt_ends_the_commands_and_their_children(tmp_path):
         assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
+@pytest.mark.slow
 def test_networks_are_written_as_the_users_files_are_and_deleted(tmp_path):
     first = tmp_path / "0.safetensors"
     save_file({"module.w": torch.zeros(3).half(), "module.n": torch.tensor(7)}, first, {"format": "pt"})
@@ -177,6 +179,7 @@ def test_networks_are_written_as_the_users_files_are_and_deleted(tmp_path):
     assert not list((tmp_path / "scratch").iterdir())
 
 
+@pytest.mark.slow
 def test_percentages_up_to_one_are_recognised_by_the_other_groups(tmp_path):
     """Networks of chance level among 100 classes print 1.00, as perfect ones do that print fractions."""
     script = "import sys\nfrom safetensors.numpy import load_file\nprint('acc', load_file(sys.argv[1])['x'][0])\n"

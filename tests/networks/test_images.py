@@ -309,6 +309,7 @@ def test_normalisation_leads_to_no_other_store(tmp_path, decoded):
     assert len(decoded) == 10
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_decode_once(tmp_path, monkeypatch):
     files, log, load = photographs(tmp_path / "files"), tmp_path / "log", images.pil_loader
 

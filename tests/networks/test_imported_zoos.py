@@ -47,6 +47,7 @@ def test_plain_files_are_plain(tmp_path):
     assert columns(checkpoints_in(tmp_path)) == {}
 
 
+@pytest.mark.slow
 def test_zoos_are_listed_without_torch(tmp_path):
     for name, write in WRITERS.items():
         write(tmp_path / name)

@@ -179,6 +179,7 @@ def test_no_epochs_leave_the_network_alone(digits):
     assert_same(state(network), state(cnn()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("points", [3, 4, 6, 8])  # in the middle of an epoch, at its loss, and at its accuracy
 def test_an_interrupted_pretraining_is_the_same(tmp_path, save_always, points):
     images = datasets.load(Dataset(name="digits", validation_fraction=0.9, augment=True))

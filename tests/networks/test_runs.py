@@ -77,6 +77,7 @@ def test_a_network_depends_neither_on_the_others_nor_on_their_number(images, tmp
     assert not torch.allclose(many.collection.tensors["1.weight"][0], many.collection.tensors["1.weight"][1], atol=0.01)
 
 
+@pytest.mark.slow
 def test_batch_normalisation_trains_each_network_alone_with_its_own_statistics(images, tmp_path):
     found = collected(images, tmp_path, SeedsOptions(**SMALL), make=lambda: network("cnn_small"))
     assert len(list(tmp_path.glob("*_*.safetensors"))) == 5
@@ -85,6 +86,7 @@ def test_batch_normalisation_trains_each_network_alone_with_its_own_statistics(i
     assert not torch.allclose(variances[0], variances[1]) and not torch.allclose(variances[0], torch.ones(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(("where", "points"), [("between stacks", 2), ("in a stack", 17)])
 def test_an_interrupted_collection_resumes_to_the_same_bits(

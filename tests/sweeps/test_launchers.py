@@ -38,6 +38,7 @@ def test_workers_share_cores_and_gpus(tmp_path, monkeypatch):
     assert seen[3:] == [("1", "4,7", me)] * 3
 
 
+@pytest.mark.slow
 def test_jobs_inherit_their_environment_and_no_file_holds_it(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "first-secret")

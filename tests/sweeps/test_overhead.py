@@ -36,6 +36,7 @@ def test_a_benchmark_is_a_run(workspace, capsys, monkeypatch, storage):
     assert capsys.readouterr().out == "no study\n"
 
 
+@pytest.mark.slow
 def test_mistakes(workspace, capsys):
     assert pdiff(["overhead", "--trials", "0"]) == 2
     assert "--trials 0: expected a positive number" in capsys.readouterr().err

@@ -35,6 +35,7 @@ def test_a_plan_is_kept_by_any_number_of_workers(url):
     assert states(study) == ["COMPLETE"] * 22
 
 
+@pytest.mark.slow
 def test_no_trial_is_made_that_was_not_planned(url):
     study = made(open_storage(url))
     with pytest.raises(QueueEmpty):
@@ -46,6 +47,7 @@ def test_no_trial_is_made_that_was_not_planned(url):
     assert states(study) == ["RUNNING"]
 
 
+@pytest.mark.slow
 def test_trials_are_read_as_the_backend_has_them(url):
     """Trials that finish are kept; each view must equal what the storage of Optuna reads without them."""
     study, watched = made(open_storage(url)), made(open_storage(url))
@@ -61,6 +63,7 @@ def test_trials_are_read_as_the_backend_has_them(url):
     assert states(watched).count("COMPLETE") == 4 and states(watched).count("FAIL") == 4
 
 
+@pytest.mark.slow
 def test_a_deleted_study_leaves_no_trials_to_the_next_of_its_number(url):
     storage = open_storage(url)
     for count in (3, 2):
@@ -155,6 +158,7 @@ def test_storages_that_cannot_be_opened_are_one_line_without_password(url, hints
     assert "secret" not in message and "\n" not in message
 
 
+@pytest.mark.slow
 def test_sqlite_lets_readers_read_while_another_process_writes(tmp_path):
     open_storage(f"sqlite:///{tmp_path}/s.db")
     with sqlite3.connect(tmp_path / "s.db") as database:

@@ -147,6 +147,7 @@ def test_a_failed_trial_says_why_and_the_next_goes_on(workspace, measured):
     assert trials.retry(study) == [] and "WAITING" not in states(study)
 
 
+@pytest.mark.slow
 def test_nan_is_a_failure(workspace, measured):
     measured["evaluate"] = {"val_accuracy/generated_mean": [float("nan")]}
     with pytest.raises(Failure, match=r"1 of 1 failed; trial 0: .* is NaN"):
@@ -301,6 +302,7 @@ def test_a_study_whose_leader_died_has_another(workspace, measured):
     assert study.user_attrs["leader"] == ["", 0]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_its_run_and_its_trial(workspace, measured):
     """The run was FINISHED, the trial still RUNNING: it is retried, and only one run may say that it finished."""
     study = in_process(1, timeout=1e-6)

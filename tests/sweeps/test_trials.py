@@ -36,6 +36,7 @@ def begun(study, process):
     return trial
 
 
+@pytest.mark.slow
 def test_trials_of_dead_workers_are_retried_with_the_same_parameters(storage):
     assert alive(this_process()) and not alive(dead_process()) and alive("another-host:1:1")
     study, stale = made(storage), StaleTrials()
@@ -69,6 +70,7 @@ def test_a_trial_of_a_grid_keeps_its_point_when_it_is_retried():
     assert len({tuple(params.items()) for params in complete}) == len(complete) == 51
 
 
+@pytest.mark.slow
 def test_a_trial_that_kills_its_workers_is_given_up(storage):
     study, dead = made(storage), dead_process()
     plan(study, 1)
@@ -84,6 +86,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(storage):
     assert trials.table(study).reason.tolist() == ["its worker died"] * (1 + trials.RETRIES)
 
 
+@pytest.mark.slow
 def test_errors_are_final_and_interruptions_are_not(storage):
     study = made(storage)
     plan(study, 2)
@@ -108,6 +111,7 @@ def test_errors_are_final_and_interruptions_are_not(storage):
     assert reasons[0] == "out of memory" and set(reasons[1:-1]) == {"interrupted"} and reasons[-1] == ""
 
 
+@pytest.mark.slow
 def test_missing_heartbeats_are_a_dead_worker_on_another_host(storage, monkeypatch):
     """Of three trials one is alive, one stops to send signs of life, one never gave the name of its process.
 
@@ -159,6 +163,7 @@ def test_a_storage_that_was_away_makes_no_trial_stale(storage, monkeypatch):
     assert states(study) == ["RUNNING"]
 
 
+@pytest.mark.slow
 def test_studies_are_listed(tmp_path):
     url = f"sqlite:///{tmp_path}/s.db"
     assert trials.studies(url).empty
@@ -175,6 +180,7 @@ def test_studies_are_listed(tmp_path):
     assert "value" in table.best["b"] and "x" in table.best["b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attribute", "state"), [("interrupted", "unfinished"), ("error", "finished")])
 def test_a_study_is_finished_when_no_trial_will_be_retried(tmp_path, attribute, state):
     url = f"sqlite:///{tmp_path}/s.db"

@@ -37,6 +37,7 @@ def without_table(path):
     sql(path, "DROP TABLE experiment_tags")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [older, without_table])
 def test_a_half_made_database_is_put_aside(workspace, capsys, damage):
     damage(workspace / "mlflow.db")
@@ -65,6 +66,7 @@ def test_nothing_that_has_runs_is_put_aside(workspace):
     assert files(workspace) == {"mlflow.db"} and len(sql(workspace / "mlflow.db", "SELECT * FROM runs")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"SQLite format 3\0"])
 def test_an_empty_file_becomes_a_database(empty_workspace, content):
     (empty_workspace / "mlflow.db").write_bytes(b"")
@@ -136,6 +138,7 @@ class Page(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_an_address_where_something_else_answers(workspace, capfd):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
     threading.Thread(target=server.serve_forever, daemon=True).start()

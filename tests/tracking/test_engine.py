@@ -377,6 +377,7 @@ def test_two_that_want_the_same_do_it_once(store, capsys):
     assert "waiting for another process" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_engine_knows_neither_mlflow_nor_torch():
     code = "import sys, pdiff.tracking.engine; sys.exit(bool({'mlflow', 'torch'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -392,6 +393,7 @@ def hold_often(times: int) -> None:
             file.write_text(str(before + 1))
 
 
+@pytest.mark.slow
 def test_a_lock_is_removed_and_still_held_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setenv("PDIFF_WORK", str(tmp_path))
     monkeypatch.setattr(engine, "LOCK_SECONDS", 0.001)

@@ -125,6 +125,7 @@ def test_main_tracks_everything_and_reuses_what_is_finished(empty_workspace, cap
         assert torch.equal(same[2][name], tensor)
 
 
+@pytest.mark.slow
 def test_a_run_whose_artifacts_are_gone_is_not_reused(workspace):
     assert pdiff(["prepare", "--tag", "tiny.yaml"]) == 0
     shutil.rmtree(artifacts(runs("prepare")[0]))
@@ -142,6 +143,7 @@ def test_a_generator_of_an_older_collection_is_not_reused(workspace):
     assert read == [run.info.run_id for run in runs("prepare")]
 
 
+@pytest.mark.slow
 def test_export_writes_what_a_network_loads(workspace):
     assert pdiff(["generate", "--tag", "tiny.yaml"]) == 0
     (run,) = runs("generate")
@@ -267,6 +269,7 @@ def test_mistakes_are_one_line_and_leave_no_running_run(workspace, capfd, words,
         assert all(run.info.status == "FAILED" and run.data.tags["pdiff.error"] for run in runs())
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(workspace, capfd, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "checkpoints.safetensors")
@@ -279,6 +282,7 @@ def test_a_full_disk_is_one_line(workspace, capfd, monkeypatch):
     assert not list(artifacts(run).glob("checkpoints*"))
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_the_password_is_one_line(workspace, capfd):
     class Refusing(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -326,6 +330,7 @@ def test_interrupted_sampling_resumes_with_another_batch_size(workspace, monkeyp
         torch.testing.assert_close(second[name], tensor)
 
 
+@pytest.mark.slow
 def test_checkpoints_in_files_bring_their_frozen_layers(workspace, capfd):
     """Only the last layer is generated; the others come from the files, not from a random network."""
     network = architectures.build("mlp", pretrained=False, classes=10, channels=1, image_size=8)

@@ -50,6 +50,7 @@ def address(tmp_path):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_server_with_a_private_certificate_is_reached_as_mlflows_settings_say(address, tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_INSECURE_TLS"):
         monkeypatch.delenv(name, raising=False)
@@ -86,6 +87,7 @@ def kept(workspace):
         yield connected, keep
 
 
+@pytest.mark.slow
 def test_the_latest_finished_run_with_all_tags_is_found(kept):
     connected, keep = kept
     assert connected.find(TAGS) is None
@@ -100,6 +102,7 @@ def test_the_latest_finished_run_with_all_tags_is_found(kept):
     assert [run.info.status for run in runs("train")] == ["FINISHED"] * 5 + ["FAILED", "KILLED"]
 
 
+@pytest.mark.slow
 def test_a_local_store_gets_links_to_large_files_and_copies_of_others(kept, workspace, monkeypatch):
     """Also of files in folders; where there are no links, copies of all."""
     monkeypatch.setattr(tracked_runs, "LINKED_BYTES", 5)
@@ -119,6 +122,7 @@ def test_a_local_store_gets_links_to_large_files_and_copies_of_others(kept, work
             assert path.samefile(kept_file) == (links and path.name == "large")
 
 
+@pytest.mark.slow
 def test_a_run_without_its_artifacts_is_not_found(kept):
     connected, keep = kept
     run_ids = [keep(), keep()]
@@ -126,6 +130,7 @@ def test_a_run_without_its_artifacts_is_not_found(kept):
     assert connected.find(TAGS).run_id == run_ids[0]
 
 
+@pytest.mark.slow
 def test_a_run_knows_its_metrics_as_they_are_found_later(kept):
     connected, _ = kept
     with connected.open("train", schema.experiment({"prepare": {"source": "folder"}}), "1") as run:

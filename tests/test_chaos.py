@@ -118,12 +118,7 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("command", "number"),
-    [
-        pytest.param(command, number, marks=pytest.mark.thorough if command == "sweep" else ())
-        for command, count in FOLDERS.items()
-        for number in range(count)
-    ],
+    ("command", "number"), [(command, number) for command, count in FOLDERS.items() for number in range(count)]
 )
 def test_kills_change_nothing(reference, tmp_path, command, number):
     """Killed at uniformly random moments of the undisturbed run, the first second included; where a command ends before

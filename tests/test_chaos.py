@@ -24,20 +24,21 @@ KILLS = int(os.environ.get("PDIFF_CHAOS", "20"))  # of `main`; of a sweep a tent
 PER_FOLDER = {"main": 20, "sweep": 2}
 FOLDERS = {command: max(1, KILLS // 20) for command in PER_FOLDER}
 EXPERIMENT = yaml.safe_load(TINY)
-if KILLS < 200:  # the fewest images, checkpoints and steps with which every stage still saves states
-    EXPERIMENT["dataset"]["validation_fraction"] = 0.9
-    EXPERIMENT["prepare"] = {"pretrain": {"epochs": 2, "batch_size": 64}, "collect": {"checkpoints": 5}}
-    EXPERIMENT["diffusion"] |= {"steps": 20, "width": 8, "evaluate_every": 10}
-    EXPERIMENT["generate"] = {"count": 3, "sampling_steps": 3}
-    EXPERIMENT["evaluate"] = {"noise": [], "baselines": ["average"], "baseline_count": 2}
-else:
-    EXPERIMENT["log_models"] = True  # which doubles the time
 SWEEP = {
     "objectives": {"val_accuracy/generated_mean": "maximize"},
     "parameters": {"autoencoder.latent_size": {"kind": "categorical", "choices": [2, 3]}},
     "sampler": {"kind": "grid"},
     "final": {"seeds": 1, "trials": 1},
 }
+if KILLS < 200:  # the fewest images, checkpoints and steps with which every stage still saves states
+    EXPERIMENT["dataset"]["validation_fraction"] = 0.9
+    EXPERIMENT["prepare"] = {"pretrain": {"epochs": 2, "batch_size": 64}, "collect": {"checkpoints": 5}}
+    EXPERIMENT["diffusion"] |= {"steps": 20, "width": 8, "evaluate_every": 10}
+    EXPERIMENT["generate"] = {"count": 3, "sampling_steps": 3}
+    EXPERIMENT["evaluate"] = {"noise": [], "baselines": ["average"], "baseline_count": 2}
+    SWEEP["final"]["seeds"] = 0
+else:
+    EXPERIMENT["log_models"] = True  # which doubles the time
 COMMANDS = {
     "main": ["main", "--tag", "tiny.yaml"],
     "sweep": [*("sweep", "--tag", "tiny.yaml", "--sweep", "grid.yaml"), "--workers", "2", "--log_models", "false"],

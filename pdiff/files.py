@@ -28,12 +28,12 @@ from pdiff.parallel.interrupts import uninterrupted
 from pdiff.parallel.ranks import rank_zero_only
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 SQLITE_SECONDS = 60.0  # to wait for another process that writes to an SQLite database
 LOCK_SECONDS = 60  # for which a database may be made by another process
-SCRATCH_BYTES = 16 << 20  # of a tensor from which on `scratch` puts it into a file
+SCRATCH_BYTES = 16 << 20  # of tensors that are made together, from which on `scratch` puts them into a file
+SCRATCH_ALIGNMENT = 64  # bytes, of the beginnings of tensors in such a file
 SCRATCH_FOLDER: ContextVar[Path | None] = ContextVar("SCRATCH_FOLDER", default=None)
 """Where `scratch` puts its files; None: the folder of the system's temporary files."""
 TYPES = {
@@ -205,24 +205,36 @@ def new_tensors(
         yield {name: numbers[places[name]].view(t.dtype).view(t.shape) for name, t in like.items()}
 
 
-def scratch(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor on the CPU; of SCRATCH_BYTES or more, in a file that ends with it.
+def scratch(*shape: int) -> Tensor:
+    """An uninitialised tensor, float32, see `scratch_tensors`."""
+    import torch
+
+    return scratch_tensors({"": torch.empty(shape, device="meta")})[""]
+
+
+def scratch_tensors(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Uninitialised tensors on the CPU; of SCRATCH_BYTES or more together, in a file that ends with them.
 
     The file is mapped to memory, so that the system can write its pages to the disk where memory is short.
 
+    Args:
+        like: tensors of the shapes and types that they will have; their numbers do not matter.
+
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk has no room for them.
     """
     import torch
 
-    like = torch.empty(shape, dtype=dtype, device="meta")
-    size = like.numel() * like.element_size()
-    if size < SCRATCH_BYTES:
-        return torch.empty(shape, dtype=dtype)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in like.values()]
+    ends = list(itertools.accumulate(-(-size // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT for size in sizes))
+    if not ends or ends[-1] < SCRATCH_BYTES:
+        return {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in like.items()}
     if folder := SCRATCH_FOLDER.get():
         folder.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=folder, prefix=".scratch-") as file:
-        return _mapped(file.fileno(), Path(file.name), size).view(like.dtype).view(like.shape)
+        numbers = _mapped(file.fileno(), Path(file.name), ends[-1])
+    places = {name: slice(start, start + size) for name, start, size in zip(like, [0, *ends], sizes, strict=False)}
+    return {name: numbers[places[name]].view(t.dtype).view(t.shape) for name, t in like.items()}
 
 
 @contextmanager

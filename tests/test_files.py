@@ -131,7 +131,18 @@ def test_tensor_files_are_those_of_safetensors(metadata: dict | None, tmp_path: 
 def test_scratch_tensors_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "SCRATCH_BYTES", 1000)
     with files.scratch_folder(tmp_path / "new"):
-        small, large = files.scratch(3, 4), files.scratch(7, 100, dtype=torch.float64)
-        assert small.shape == (3, 4) and list((tmp_path / "new").iterdir()) == []
-        large.copy_(torch.arange(700.0).view(7, 100))
-    assert large.sum() == 699 * 350 and large.dtype == torch.float64
+        small = files.scratch(3, 4)
+        assert small.shape == (3, 4) and not (tmp_path / "new").exists()
+        like = {
+            "a": torch.empty(7, 10, dtype=torch.float64),
+            "b": torch.empty((), dtype=torch.bool),
+            "c": torch.empty(0, 2),
+        }
+        tensors = files.scratch_tensors(like | {"d": torch.empty(500, dtype=torch.float16)})
+        assert list((tmp_path / "new").iterdir()) == []
+    for k, tensor in enumerate(tensors.values()):
+        tensor.fill_(k)
+    assert list(tensors) == list("abcd") and tensors["a"].shape == (7, 10) and tensors["c"].shape == (0, 2)
+    for k, (name, tensor) in enumerate(tensors.items()):
+        assert tensor.dtype == like.get(name, torch.zeros(0, dtype=torch.float16)).dtype
+        assert bool((tensor == k).all())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pdiff.errors import Damaged, UserError
-from pdiff.files import new_tensors, read_json, read_tensors, scratch, write_json
+from pdiff.files import new_tensors, read_json, read_tensors, scratch_tensors, write_json
 from pdiff.method.vectors import blocks
 from pdiff.parallel.ranks import rank_zero_only
 
@@ -99,7 +99,12 @@ class Collection:
     def select(self, index: Tensor | slice | Sequence[int]) -> Collection:
         """The sub-collection of some checkpoints: views where they are given by a slice, else copies."""
         rows = torch.arange(self.count)[index]
-        tensors = {n: t[index] if isinstance(index, slice) else _rows(t, rows) for n, t in self.tensors.items()}
+        if isinstance(index, slice):
+            tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
+        else:
+            tensors = empty(self[0], len(rows))
+            for name, out in tensors.items():
+                torch.index_select(self.tensors[name].detach(), 0, rows.to(out.device), out=out)
         return Collection(tensors, [self.names[row] for row in rows.tolist()])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Collection:
@@ -205,23 +210,23 @@ def _joined(join: Callable[[list[Tensor]], Tensor], parts: Sequence[Mapping[str,
             if found != expected:
                 what, like = (f"{shape} {str(dtype)[6:]}" for shape, dtype in (found, expected))
                 raise UserError(f"part {k}: {name} is {what}, expected {like} as in part 0")
-    joined = {}
-    for name, first in parts[0].items():
-        tensors = [part[name].detach() for part in parts]
-        count = sum(map(len, tensors)) if rows else len(tensors)
-        joined[name] = join(tensors, out=empty(first, count, *first.shape[rows:]))
+    first = parts[0] if not rows else {name: tensor[0] for name, tensor in parts[0].items()}
+    count = len(parts) if not rows else sum(len(next(iter(part.values()))) for part in parts)
+    joined = empty(first, count)
+    for name, out in joined.items():
+        join([part[name].detach() for part in parts], out=out)
     return joined
 
 
-def _rows(stacked: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of a stacked tensor, copied."""
-    out = empty(stacked, len(rows), *stacked.shape[1:])
-    return torch.index_select(stacked.detach(), 0, rows.to(stacked.device), out=out)
+def empty(like: StateDict, count: int) -> StateDict:
+    """Uninitialised stacked tensors, (count, *shape) each, of the types and on the device of a checkpoint's.
 
-
-def empty(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised tensor of the type and on the device of another one; see `scratch`."""
-    return scratch(*shape, dtype=like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
+    Large ones are in a file, see `scratch_tensors`.
+    """
+    stacked = {name: torch.empty(count, *t.shape, dtype=t.dtype, device="meta") for name, t in like.items()}
+    if all(tensor.device.type in ("cpu", "meta") for tensor in like.values()):
+        return scratch_tensors(stacked)
+    return {name: torch.empty_like(tensor, device=like[name].device) for name, tensor in stacked.items()}
 
 
 def _on_cpu(state: StateDict, where: str) -> StateDict:

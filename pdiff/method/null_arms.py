@@ -17,7 +17,7 @@ from pdiff.files import scratch
 from pdiff.method.autoencoders.pca import ROWS
 from pdiff.method.baselines import Fitted
 from pdiff.method.novelty import Span
-from pdiff.method.vectors import Matrix, column_blocks, joined, over_columns
+from pdiff.method.vectors import Matrix, column_blocks, deviations, joined, over_columns
 from pdiff.seeds import stream
 
 
@@ -44,7 +44,7 @@ def convex(fitted: Fitted, count: int, seed: int) -> Tensor:
 def gaussian_diagonal(fitted: Fitted, count: int, seed: int) -> Tensor:
     """m + s z with s the standard deviation of each parameter, (count, D)."""
     x = fitted.vectors
-    mean, std = (over_columns(statistic, x) for statistic in (lambda block: block.mean(0), lambda block: block.std(0)))
+    mean, std = over_columns(lambda block: block.mean(0), x), deviations(x)
     return with_noise(mean.expand(count, -1), std, generators(count, seed))
 
 
@@ -62,10 +62,9 @@ def swag(fitted: Fitted, count: int, seed: int, *, rank: int) -> Tensor:
     """
     x, draws = fitted.vectors, generators(count, seed)
     n, rank = len(x), min(rank, len(x))
-    deviations = torch.eye(n) - torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]  # R = deviations[-K:] @ x
-    low_rank = combination(normal(rank, draws) @ deviations[-rank:] / (2 * (rank - 1)) ** 0.5, x)
-    std = over_columns(lambda block: block.std(0, correction=0), x)
-    return with_noise(low_rank, std / 2**0.5, draws)
+    from_running = torch.eye(n) - torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]  # R = from_running[-K:] @ x
+    low_rank = combination(normal(rank, draws) @ from_running[-rank:] / (2 * (rank - 1)) ** 0.5, x)
+    return with_noise(low_rank, deviations(x, correction=0) / 2**0.5, draws)
 
 
 def kde(fitted: Fitted, count: int, seed: int, *, variance: float, bandwidth: float | None = None) -> Tensor:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdiff.files import scratch
-from pdiff.method.collection import Collection, StateDict, generated_tensors
+from pdiff.method.collection import Collection, StateDict, empty, generated_tensors
 from pdiff.method.vectors import Matrix, blocks, matrix
 
 VARIANCE_SHARE = 0.95  # running variances are divided by this share of their mean (method, section 2)
@@ -126,19 +125,18 @@ class Standardizer:
 
     def decode(self, vectors: Matrix) -> Collection:
         """The checkpoints that vectors (N, D) stand for; the inverse of `encode`, constants put back."""
-        n, tensors = len(vectors), {}
-        for name, constant in self.constants.items():
-            tensors[name] = constant.expand(n, *constant.shape).clone()
+        n, place = len(vectors), "meta" if vectors.device.type == "cpu" else vectors.device
+        like = {
+            slot.name: torch.empty(slot.shape, dtype=getattr(torch, slot.dtype), device=place) for slot in self.slots
+        }
+        tensors = empty(like, n)
         for slot, columns, _ in self._slots(slice(0, self.size)):
-            dtype = getattr(torch, slot.dtype)
-            if vectors.device.type == "cpu":
-                stacked = scratch(n, *slot.shape, dtype=dtype)
-            else:
-                stacked = torch.empty(n, *slot.shape, dtype=dtype, device=vectors.device)
+            numbers = tensors[slot.name].flatten(1)
             for inside in blocks(slot.size, bytes_each=8 * n):
                 part = slice(columns.start + inside.start, columns.start + inside.stop)
-                stacked.flatten(1)[:, inside] = slot.decode(vectors[:, part].float())
-            tensors[slot.name] = stacked
+                numbers[:, inside] = slot.decode(vectors[:, part].float())
+        for name, constant in self.constants.items():
+            tensors[name] = constant.expand(n, *constant.shape).clone()
         return Collection({name: tensors[name] for name in self.order})
 
     def example(self) -> Collection:

@@ -341,9 +341,10 @@ def trained(make, images: Tensor, labels: Tensor, seed: int) -> StateDict:
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_alignment_never_raises_the_barrier(name: str) -> None:
+def test_alignment_lowers_the_barrier(name: str) -> None:
     """Loss at the midpoint of two networks of different seeds, before and after; aligning again changes nothing.
 
+    Small residual networks are no better connected once they are aligned: there, only their distance falls.
     BatchNorm normalises by the statistics of the images: the stored ones of two networks, averaged, are not those of
     their midpoint (Jordan et al. 2022, arXiv 2211.08403), which is why `generate.batchnorm: recompute` exists.
     """
@@ -364,7 +365,15 @@ def test_alignment_never_raises_the_barrier(name: str) -> None:
         network.double().train()
         predicted = [functional_call(network, state_double(state), (images.double(),)) for state in middle]
         losses.append(sum(F.cross_entropy(logits, labels).item() for logits in predicted))
-    assert losses[1] < losses[0]
+    apart, near = (
+        sum(
+            (tensor - states[0][n]).square().sum()
+            for n, tensor in networks.tensors.items()
+            if tensor.is_floating_point()
+        )
+        for networks in (collection, aligned)
+    )
+    assert near < apart and (name == "residual" or losses[1] < losses[0] / 2)
     again, _ = align(aligned, states[0], groups)
     assert all(torch.equal(again.tensors[n], tensor) for n, tensor in aligned.tensors.items())
 
@@ -520,7 +529,8 @@ def test_aligned_networks_are_written_where_large_tensors_are(monkeypatch: pytes
     with files.scratch_folder(tmp_path):
         found, _ = reference.align(collection)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
-    assert sum(made) == sum(tensor.numel() * tensor.element_size() for tensor in expected.tensors.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in expected.tensors.values())
+    assert len(made) == 1 and size <= made[0] < size + files.SCRATCH_ALIGNMENT * len(expected.tensors)
 
 
 def test_balanced_alignment_sees_through_scales() -> None:

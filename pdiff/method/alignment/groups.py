@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdiff.files import scratch
-from pdiff.method.collection import Collection
+from pdiff.method.collection import Collection, empty
 from pdiff.seeds import stream
 
 Permutations = Mapping[str, Tensor]
@@ -275,10 +274,9 @@ def recombine(collection: Collection, parents: Tensor, groups: Groups, *, seed: 
         choice = torch.randint(parents.shape[1], (len(parents), group.size), generator=generator)
         for place in group.places:
             choices.setdefault(place.name, []).append((place, choice))
-    mixed = {}
+    mixed = empty(collection[0], len(parents))
     for name, stacked in collection.tensors.items():
-        numbers = _mixed(stacked, parents, choices.get(name, []))
-        mixed[name] = scratch(*numbers.shape, dtype=numbers.dtype).copy_(numbers)
+        mixed[name].copy_(_mixed(stacked, parents, choices.get(name, [])))
     return Collection(mixed)
 
 

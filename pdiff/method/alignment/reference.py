@@ -82,7 +82,7 @@ class Reference:
 
     def align(self, collection: Collection) -> tuple[Collection, Changes]:
         """Networks with their units in the order of the reference; they compute what they did."""
-        tensors = {name: empty(tensor, *tensor.shape) for name, tensor in collection.tensors.items()}
+        tensors = empty(collection[0], len(collection))
         found = []
         for rows, aligned, changes in self.chunks(collection, torch.arange(len(collection))):
             for name, tensor in aligned.tensors.items():

@@ -16,7 +16,7 @@ from pdiff.method.generators import GaussianOptions
 from pdiff.method.generators.base import Check, Generator, Tensors
 from pdiff.method.log import Log, ignore, measured
 from pdiff.method.standardize import Standardizer
-from pdiff.method.vectors import Matrix, matrix, over_columns
+from pdiff.method.vectors import Matrix, deviations, matrix, over_columns
 
 
 class Gaussian(Generator):
@@ -55,23 +55,22 @@ class Gaussian(Generator):
             correction = int(len(x) > 1)
             if options.diagonal:
                 mean = over_columns(lambda block: block.mean(0), x)
-                std = over_columns(lambda block: block.std(0, correction=correction), x)
-                return cls(standardizer, mean, std, None, options.scale)
+                return cls(standardizer, mean, deviations(x, correction=correction), None, options.scale)
             pca = PCA.fit(x, variance=options.variance)
             z = torch.cat([pca.encode(rows) for rows in x.split(ROWS)])  # (N, L)
             std = z.std(0, correction=correction)
             return cls(standardizer, pca.center, std, pca.components, options.scale)
 
     def sample_vectors(self, seeds: list[int], *, device: torch.device | str, label: str = "sample") -> Matrix:
-        deviations = scratch(len(seeds), len(self.std))
-        for row, seed in zip(deviations, seeds, strict=True):
+        scaled = scratch(len(seeds), len(self.std))
+        for row, seed in zip(scaled, seeds, strict=True):
             noise, _ = gaussian_noise(len(self.std), [seed])
             row.copy_(self.scale * self.std * noise[0])
 
         def columns(rows: Tensor | slice, part: slice) -> Tensor:
             if self.components is None:
-                return self.mean[part] + deviations[rows, part]
-            return self.mean[part] + deviations[rows] @ self.components[:, part]
+                return self.mean[part] + scaled[rows, part]
+            return self.mean[part] + scaled[rows] @ self.components[:, part]
 
         return matrix(len(seeds), len(self.mean), columns)
 

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 from pdiff.errors import UserError
-from pdiff.files import scratch
-from pdiff.method.collection import Collection, StateDict, is_generated, not_finite
+from pdiff.method.collection import Collection, StateDict, empty, is_generated, not_finite
 from pdiff.networks.imported.files import some_checkpoints
 from pdiff.networks.imported.select import SourceSelect
 from pdiff.networks.imported.zoo import Checkpoint, checkpoints_in
@@ -99,7 +98,7 @@ def selected(checkpoint: Checkpoint, patterns: Sequence[str]) -> StateDict:
 
 def _stacked(checkpoints: Sequence[Checkpoint], patterns: Sequence[str], *, like: StateDict, named: str) -> Collection:
     """The networks in some checkpoints of one layout."""
-    stacked = {name: scratch(len(checkpoints), *t.shape, dtype=t.dtype) for name, t in like.items()}
+    stacked = empty(like, len(checkpoints))
 
     def fill(row: int) -> None:
         state = selected(checkpoints[row], patterns)

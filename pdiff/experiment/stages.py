@@ -15,6 +15,7 @@ from pdiff.files import scratch_folder
 from pdiff.method.baselines import BASELINES
 from pdiff.method.log import Log, names_of_measured
 from pdiff.method.options import resolve
+from pdiff.parallel.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def run(name: str, experiment: Experiment, out: Path, *, log: Log, **folders: Pa
     Raises:
         UserError: a mistake in the configuration or in the files that it names.
     """
+    keep_freed_memory()
     with for_users(name), scratch_folder(out / STATE):
         return resolve(STAGES[name].run)(experiment, out, log=log, **folders)
 

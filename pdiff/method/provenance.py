@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
+from xxhash import xxh3_128
 
 from pdiff.method.collection import Collection, is_generated
 
@@ -148,7 +148,7 @@ def _beginnings(vectors: Tensor) -> tuple[Tensor, bool]:
 
 def digest(collection: Collection, row: int) -> str:
     """A digest of the numbers of a network that can be generated."""
-    found = hashlib.sha256()
+    found = xxh3_128()
     for name, tensor in collection[row].items():
         if is_generated(name, tensor):
             found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())

@@ -198,12 +198,15 @@ def test_every_part_of_a_tag(tag):
 
 @pytest.mark.slow
 def test_a_network_too_large_for_this_machine():
-    """The paper's autoencoder was reported to take 44.9 GB of GPU memory, the allocator's reserve included."""
+    """The paper's autoencoder was reported to take 44.9 GB of GPU memory, the allocator's reserve included.
+
+    Here ELU keeps its result alone, which the next convolution keeps anyway.
+    """
     experiment = config.load("digits_mlp_paper", {"diffusion.steps": "0"})
     sizes = memory.latent_sizes(experiment, 300_288, 270, 30)
     trained = {need.does: need for need in memory.needs(experiment, sizes)}
     assert trained["train, float32"].parameters == pytest.approx(2 * 300_288 * 128, rel=0.05)
-    assert 25 < trained["train, bfloat16"].peak / 2**30 < 44.9 < trained["train, float32"].peak / 2**30 < 60
+    assert 20 < trained["train, bfloat16"].peak / 2**30 < 44.9 < trained["train, float32"].peak / 2**30 < 60
 
 
 def test_without_diffusion_there_is_no_denoiser():

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from pdiff.method import vectors
+from pdiff.method.activations import ELU
 from pdiff.method.autoencoders.convolutional import ConvAutoencoder
 from pdiff.method.autoencoders.pca import PCA
 
@@ -170,3 +171,15 @@ def test_the_variational_loss_adds_the_divergence() -> None:
     torch.randn(5, 100)  # the noise of the parameters comes first
     z = posterior.mean + posterior.stddev * torch.randn(5, 6)
     assert torch.allclose(losses[0], (autoencoder.decode(z) - x).square().mean(), rtol=1e-4)
+
+
+def test_elu_is_that_of_pytorch() -> None:
+    """Values and derivatives, which are exact to rounding; at 0 and far from it, too."""
+    x = torch.cat([torch.linspace(-5, 5, 1001), torch.tensor([0.0, -0.0, 1e-9, -1e-9, 200.0, -200.0])])
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found, expected = ELU()(ours), F.elu(theirs)
+    for y in (found, expected):
+        (y * torch.arange(1.0, len(x) + 1)).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1.2e-7)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-4)
+    assert torch.autograd.gradcheck(ELU(), torch.linspace(-2, 2.1, 20, dtype=torch.float64, requires_grad=True))

@@ -99,7 +99,9 @@ def main(folder: Path) -> None:
     """Fit the default generator on a folder of files, and sample as many networks."""
     from pdiff.method.generators.base import Generator
     from pdiff.networks.imported.plain import read_collection
+    from pdiff.parallel.allocator import keep_freed_memory
 
+    keep_freed_memory()
     networks = read_collection(folder)
     Generator.fit(networks).sample(len(networks))
 

@@ -16,6 +16,7 @@ from pdiff.experiment.benchmark.measure import Cost, Work, cost, gemm_peak, peak
 from pdiff.experiment.benchmark.page import Found, machine
 from pdiff.method.options import resolve
 from pdiff.method.training import resolve_device
+from pdiff.parallel.allocator import keep_freed_memory
 
 
 def run(sizes: Sizes, parts: Sequence[str], *, device: str, command: Sequence[str]) -> Found:
@@ -34,6 +35,7 @@ def run(sizes: Sizes, parts: Sequence[str], *, device: str, command: Sequence[st
         place = resolve_device(device)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--{error}" if isinstance(error, ValueError) else f"--device {device}: {error}") from None
+    keep_freed_memory()  # as in every stage
     costs: dict[str, tuple[Work, Cost]] = {}
     with TemporaryDirectory(prefix="pdiff-benchmark-") as name:
         folder = Path(name)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pdiff.method.activations import ELU
 from pdiff.method.autoencoders import ConvAutoencoderOptions
 from pdiff.method.training import Batches, Trainer
 
@@ -94,4 +95,4 @@ def _down(inputs: int, outputs: int) -> nn.Module:
 
 def _up(inputs: int, outputs: int) -> nn.Module:
     convolution = nn.ConvTranspose1d(inputs, outputs, KERNEL_SIZE, stride=2, padding=KERNEL_SIZE // 2, output_padding=1)
-    return nn.Sequential(convolution, nn.BatchNorm1d(outputs), nn.ELU())
+    return nn.Sequential(convolution, nn.BatchNorm1d(outputs), ELU())

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from pdiff.method.activations import ELU
 from pdiff.method.denoisers.embedding import SINUSOIDS, sinusoids
 
 CHANNELS = (1, 64, 128, 256, 512, 256, 128, 64, 1)  # method, section 4
@@ -27,7 +28,7 @@ class ConvDenoiser(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Conv1d(a, b, KERNEL_SIZE, padding=KERNEL_SIZE // 2) for a, b in pairwise(CHANNELS)
         )
-        self.activations = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(c), nn.ELU()) for c in CHANNELS[1:-1])
+        self.activations = nn.ModuleList(nn.Sequential(nn.BatchNorm1d(c), ELU()) for c in CHANNELS[1:-1])
         self.activations.append(nn.Identity())
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:

@@ -1,0 +1,24 @@
+"""How the C library of Linux (glibc) keeps memory that is freed."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from contextlib import suppress
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
+KEPT = 1 << 28  # bytes of a block below which it is kept
+
+
+def keep_freed_memory() -> None:
+    """Let freed blocks of less than KEPT bytes stay with this process, for the next ones of their size.
+
+    By default glibc gives memory back when 64 MB at its end are free, and the next activations cost a page fault every
+    4 KB: a fifth of a training step of the paper's autoencoder on a CPU. The peak is the same. Elsewhere nothing
+    happens.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # other C libraries have no such function
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(MMAP_THRESHOLD, KEPT)
+            mallopt(TRIM_THRESHOLD, 2**31 - 1)

@@ -28,7 +28,7 @@ print(faults() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="is about the C library of Linux")
 def test_blocks_are_used_again() -> None:
-    """Pages are faulted in once, where otherwise each use of a block does so: of 4 KB, or larger where the system can."""
+    """Pages are faulted in once, where otherwise each use of a block does so."""
 
     def faults(how: str) -> int:
         return int(subprocess.run([sys.executable, "-c", TOUCHED, how], capture_output=True, text=True).stdout)

@@ -18,7 +18,14 @@ def keep_freed_memory() -> None:
     happens.
     """
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # other C libraries have no such function
+        with suppress(AttributeError):  # other C libraries have no such function
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(MMAP_THRESHOLD, KEPT)
             mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Give freed blocks back to the system once, so that what is resident is what is used."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

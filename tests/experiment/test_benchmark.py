@@ -16,6 +16,7 @@ from pdiff.experiment.benchmark.page import Found
 from pdiff.experiment.benchmark.scaling import Point
 from pdiff.method.options import resolve
 from pdiff.networks.imported.plain import read_collection
+from pdiff.parallel.allocator import keep_freed_memory
 
 CPU = torch.device("cpu")
 SMALL = replace(SIZES["quick"], networks=8)
@@ -71,6 +72,7 @@ def test_exponents_of_known_powers():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is set back by Linux alone")
 def test_peak_memory_is_that_of_the_block():
+    keep_freed_memory()
     torch.ones(32 << 20)  # 128 MB, given back before the block
     with peak_memory(CPU) as peak:
         torch.ones(16 << 20)

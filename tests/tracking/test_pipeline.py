@@ -168,7 +168,7 @@ def test_a_killed_run_resumes_to_the_same_result(workspace, stage, capsys, monke
     """kill -9 in the middle of a stage; the next command goes on, and ends where an uninterrupted one does."""
     longer = {
         "pretrain": ["--prepare.pretrain.epochs", "150"],
-        "train": ["--diffusion.steps", "3000", "--diffusion.stop_on", "none"],
+        "train": ["--diffusion.steps", "6000", "--diffusion.stop_on", "none"],
     }
     command = {"pretrain": "prepare", "train": "train"}[stage]
     words = [command, "--tag", "tiny.yaml", *longer[stage]]

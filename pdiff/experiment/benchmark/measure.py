@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdiff.experiment.benchmark import Sizes
+from pdiff.parallel.allocator import give_back_freed_memory
 
 FEWEST, MOST = 3, 100  # repeats of a part
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the products whose speed is the peak
@@ -129,6 +130,7 @@ def peak_memory(device: torch.device) -> Iterator[list[float]]:
         found[0] = torch.cuda.max_memory_allocated(device) - before
         return
     before = float("nan")
+    give_back_freed_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")

@@ -12,8 +12,8 @@ from pdiff.parallel.allocator import keep_freed_memory
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-def touch():  # two blocks of 64 MB, written page by page
-    blocks = [bytearray(64 << 20) for _ in range(2)]
+def touch():  # two blocks of 48 MB, written page by page
+    blocks = [bytearray(48 << 20) for _ in range(2)]
     for block in blocks:
         block[:: 4096] = b"x" * (len(block) // 4096)
 

@@ -35,6 +35,7 @@ from pdiff.networks.patterns import matching
 from pdiff.networks.populations import branches, collect, generated_names
 from pdiff.networks.predict import accuracy, predictions
 from pdiff.networks.runs import train_all
+from pdiff.parallel import ranks
 from pdiff.seeds import stream
 
 
@@ -166,7 +167,13 @@ def _imported(experiment: Experiment, images: Images | None, out: Path) -> tuple
             raise UserError(f"prepare.source {folder}: {reason}")
         network.load_state_dict(first, strict=False)
         write_tensors(out / "network.safetensors", network.state_dict())
-    return read_checkpoints(checkpoints, experiment.prepare.parameters, folder), columns(checkpoints)
+    copy = out / STATE / "files.safetensors"
+    with ranks.rank_zero_first():
+        if ranks.rank() == 0:
+            collection = read_checkpoints(checkpoints, experiment.prepare.parameters, folder)
+            if ranks.world() > 1:
+                collection.save(copy)
+    return collection if ranks.world() == 1 else Collection.load(copy), columns(checkpoints)
 
 
 def misfits(network: nn.Module, state: StateDict, *, complete: bool) -> list[str]:

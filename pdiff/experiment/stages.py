@@ -104,7 +104,7 @@ STAGES = {
         does="Collects checkpoints of the network, or reads them from files.",
         reads=("pretrain",),
         decided_by=digests.collected,
-        distributed=collects,
+        distributed=lambda experiment: collects(experiment) or experiment.prepare.align != "none",
         logs=lambda experiment: (*SIZES, "collect/loss", *names_of_measured("collect", "align")),
     ),
     "train": Stage(

@@ -268,6 +268,25 @@ def test_the_first_process_alone_logs_and_writes(computed) -> None:
     assert histories[0][["name", "step"]].equals(histories[1][["name", "step"]])
 
 
+def test_files_are_read_by_one_process_and_aligned_by_two(tmp_path: Path) -> None:
+    for seed in range(7):
+        torch.manual_seed(seed)
+        (tmp_path / "files").mkdir(exist_ok=True)
+        network = build("mlp", pretrained=False, classes=10, channels=1, image_size=8)
+        torch.save(network.state_dict(), tmp_path / "files" / f"{seed}.pth")
+    settings = EXPERIMENTS["mlp"] | {"prepare": {"source": str(tmp_path / "files"), "align": "weights"}}
+    experiment = schema.experiment(settings)
+    for count in (1, 2):
+        options = {"log": print, "processes": count, "device": CPU}
+        launch(prepare.prepare, experiment, tmp_path / str(count), **options)
+    for name in ("checkpoints.safetensors", "heldout.safetensors", "alignment.safetensors", "population.json"):
+        one, two = ((tmp_path / str(count) / name).read_bytes() for count in (1, 2))
+        assert one == two, name
+    moved = read_tensors(tmp_path / "2" / "alignment.safetensors")
+    orders = [tensor for key, tensor in moved.items() if key.startswith("permutation/")]
+    assert orders and any((order != torch.arange(order.shape[1])).any() for order in orders)
+
+
 @pytest.mark.parametrize(
     ("how", "processes", "error", "message"),
     [("mistake", 2, UserError, "^one line$"), ("killed", 1, ProcessError, "process 0 of 1 was ended by SIGKILL")],

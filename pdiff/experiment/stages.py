@@ -55,6 +55,11 @@ def collects(experiment: Experiment) -> bool:
     return not experiment.prepare.source
 
 
+def may_align(experiment: Experiment) -> bool:
+    """Whether networks are aligned, if their kind asks for it."""
+    return bool(experiment.network) and experiment.prepare.align != "none"
+
+
 def pretrains(experiment: Experiment) -> bool:
     """Whether a network is trained before checkpoints are collected."""
     return collects(experiment) and experiment.prepare.collect.pretrains
@@ -104,7 +109,7 @@ STAGES = {
         does="Collects checkpoints of the network, or reads them from files.",
         reads=("pretrain",),
         decided_by=digests.collected,
-        distributed=lambda experiment: collects(experiment) or experiment.prepare.align != "none",
+        distributed=lambda experiment: collects(experiment) or may_align(experiment),
         logs=lambda experiment: (*SIZES, "collect/loss", *names_of_measured("collect", "align")),
     ),
     "train": Stage(

@@ -284,7 +284,8 @@ def test_the_registry_is_read_without_torch():
         ("evaluate", {"evaluate.command": "c {checkpoint}"}, 1),
         ("train", {"evaluate.command": "c {checkpoint}"}, 3),
         ("prepare", {}, 3),
-        ("prepare", {"prepare.source": "folder"}, 1),
+        ("prepare", {"prepare.source": "folder"}, 3),  # their alignment
+        ("prepare", {"prepare.source": "folder", "prepare.align": "none"}, 1),
         ("generate", {}, 1),
     ],
 )

@@ -257,7 +257,8 @@ def test_originals_are_evaluated_once(workspace, monkeypatch, capsys):
     ("stage", "text", "shared"),
     [
         ("prepare", "", True),
-        ("prepare", "prepare: {source: own}", False),
+        ("prepare", "prepare: {source: own}", True),  # their alignment
+        ("prepare", "prepare: {source: own, align: none}", False),
         ("train", "prepare: {source: own}", True),
         ("generate", "", False),
         ("evaluate", "", True),
@@ -269,7 +270,8 @@ def test_processes_share_what_is_computed_here(workspace, stage, text, shared):
     Path("other.yaml").write_text(f"extends: tiny.yaml\nprocesses: 3\n{text}")
     assert stages.processes(stage, config.load("other.yaml")) == (3 if shared else 1)
     Path("unknown.yaml").write_text("processes: 3\nprepare: {source: own}")
-    assert stages.processes("evaluate", config.load("unknown.yaml")) == 1
+    for name in ("prepare", "evaluate"):
+        assert stages.processes(name, config.load("unknown.yaml")) == 1
 
 
 TEST = """

@@ -176,12 +176,12 @@ def _slot(name: str, stacked: Tensor, rows: Tensor) -> Slot:
 
     def moments(variance: float) -> tuple[float, float]:
         """The mean of all numbers, and the mean of the deviations of single checkpoints."""
-        means, deviations = [], []
+        means, deviations = torch.empty(2, len(rows))  # a list of small tensors would lie between the blocks in memory
         for part in blocks(len(rows), bytes_each=8 * stacked[0].numel()):
             numbers = transformed(stacked[rows[part]].float().flatten(1), variance)
-            means.append(numbers.mean(dim=1))
-            deviations.append(numbers.std(dim=1))  # var_mean takes three times as long as both
-        return torch.cat(means).mean(dtype=torch.float64).item(), torch.cat(deviations).mean().item()
+            means[part] = numbers.mean(dim=1)
+            deviations[part] = numbers.std(dim=1)  # var_mean takes three times as long as both
+        return means.mean(dtype=torch.float64).item(), deviations.mean().item()
 
     variance = 0.0
     if name.endswith("running_var"):

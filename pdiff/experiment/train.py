@@ -20,9 +20,11 @@ from pdiff.experiment.prepared import base_network, evenly_spaced, load_images, 
 from pdiff.experiment.schema import Experiment
 from pdiff.method.collection import Collection, generated_numbers, is_generated
 from pdiff.method.generators.base import Generator
+from pdiff.method.generators.neurons import Outputs
 from pdiff.method.log import Log, Point, ignore
 from pdiff.method.training import resolve_device
 from pdiff.networks import batchnorm
+from pdiff.networks.behaviour import output_distances
 from pdiff.networks.predict import accuracy, predictions
 
 RECONSTRUCTED = 16  # checkpoints whose reconstruction is evaluated
@@ -43,10 +45,12 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
         check = partial(check_reconstruction, experiment, collection, prepare, history)
     options = {"seed": experiment.seed, "device": device, "log": history, "state": out / STATE, "check": check}
     chosen = experiment.generator_options
-    known: dict[str, Any] = {"groups": unit_groups(experiment, prepare)} if "groups" in chosen.needs else {}
-    if chosen.columns:
-        known["conditions"] = conditions(Population.load(prepare), chosen.columns)[: len(collection)]
-    generator = Generator.fit(collection, chosen, **options, **known)
+    inputs: dict[str, Callable[[], Any]] = {
+        "groups": lambda: unit_groups(experiment, prepare),
+        "conditions": lambda: conditions(Population.load(prepare), chosen.columns)[: len(collection)],
+        "outputs": lambda: outputs(experiment, prepare, device),
+    }
+    generator = Generator.fit(collection, chosen, **options, **{name: inputs[name]() for name in chosen.inputs})
     generator.save(out / "generator")
     sizes = generator.sizes()
     asked, used = getattr(getattr(experiment, "autoencoder", None), "latent_size", "auto"), sizes.get("latent_size", 0)
@@ -54,6 +58,13 @@ def train(experiment: Experiment, out: Path, log: Log, *, prepare: Path) -> Metr
         span = f"the {len(collection)} checkpoints, without those held out, span no more dimensions"
         tqdm.write(f"warning: autoencoder.latent_size {asked}: {used} are used (metric latent_size); {span}")
     return sizes | (generator.diagnostics.final() if generator.diagnostics else {})
+
+
+def outputs(experiment: Experiment, prepared: Path, device: torch.device) -> Outputs:
+    """How far the outputs of networks are from those of others on training images, see `output_distances`."""
+    images = load_images(experiment)
+    count = experiment.generator_options.behaviour.behaviour_images
+    return output_distances(base_network(experiment, images, prepared), images.train, images=count, device=device)
 
 
 def conditions(population: Population, columns: Sequence[str]) -> Tensor:

@@ -47,11 +47,24 @@ class Rows(Protocol):
     def __getitem__(self, index: Tensor, /) -> Any: ...
 
 
-def denoising_loss(objective: Objective, denoiser: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of the prediction from latents z (B, L) with noise at random positions, a scalar."""
+Term = Callable[[Tensor, Tensor], Tensor]
+"""Denoised latents (B, L), and those that they were before noise was added -> what else is wrong with each, (B,)."""
+
+
+def denoising_loss(objective: Objective, denoiser: nn.Module, batch: Batch, term: Term | None = None) -> Tensor:
+    """Mean squared error of the prediction from latents z (B, L) with noise at random positions, a scalar.
+
+    A further `term` counts by the cube of the signal in the noisy latents. Of much noise only a mean can be denoised,
+    and what is wrong with a mean says little: where it counts more, samples spread too far (experiments/neurons.md).
+    """
     z, *condition = batch if isinstance(batch, tuple) else (batch,)
     z_t, t, target = objective.add_noise(z, torch.randn_like(z), torch.rand_like(z[:, 0]))
-    return F.mse_loss(denoiser(z_t, t, *condition), target)
+    prediction = denoiser(z_t, t, *condition)
+    loss = F.mse_loss(prediction, target)
+    if term:
+        z_0, signal = objective.denoised(z_t, t, prediction)
+        loss = loss + (signal[:, 0] ** 3 * term(z_0, z)).mean()
+    return loss
 
 
 @torch.no_grad()
@@ -67,12 +80,18 @@ def heldout_loss(objective: Objective, denoiser: nn.Module, batch: Batch, *, rep
 
 
 def trainer(
-    denoiser: nn.Module, batches: Batches, objective: Objective, options: DiffusionOptions, *, seed: int
+    denoiser: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    options: DiffusionOptions,
+    *,
+    seed: int,
+    term: Term | None = None,
 ) -> Trainer:
-    """The training of a denoiser on batches of latents (B, L)."""
+    """The training of a denoiser on batches of latents (B, L); `term` as in `denoising_loss`."""
 
     def loss(batch: Batch) -> Tensor:
-        return denoising_loss(objective, denoiser, batch)
+        return denoising_loss(objective, denoiser, batch, term)
 
     return Trainer(denoiser, loss, batches, options, steps=options.steps, seed=seed, ema=options.ema, autocast=True)
 
@@ -88,6 +107,7 @@ def fit(
     log: Log,
     path: Path | None = None,
     preview: Preview | None = None,
+    term: Term | None = None,
 ) -> nn.Module:
     """Train a denoiser on latents z (N, L), and evaluate its loss on held-out ones (M, L); M may be 0.
 
@@ -101,12 +121,14 @@ def fit(
         log: receives `diffusion/loss` and, of every evaluation, `diffusion/heldout_loss` and the diagnostics.
         path: file of the training state, from which an interrupted training resumes.
         preview: of the latents z; made here when absent. It does not change what is trained.
+        term: of the loss, see `denoising_loss`.
 
     Returns:
         The moving average of the denoiser in evaluation mode: the last one; with `options.stop_on` heldout_loss the one
         with the lowest held-out loss; with memorising, where samples became copies, the one evaluated before that.
     """
-    steps = trainer(denoiser.train(), shuffled_rows(z, options.batch_size, seed), objective, options, seed=seed)
+    batches = shuffled_rows(z, options.batch_size, seed)
+    steps = trainer(denoiser.train(), batches, objective, options, seed=seed, term=term)
     preview, best, memorised = preview or Preview(objective, z, seed=seed), Best(), False
     evaluated = len(heldout[0] if isinstance(heldout, tuple) else heldout)
     for step in follow(steps, "diffusion/loss", log, path=path, beside=(best,)):

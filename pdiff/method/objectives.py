@@ -41,6 +41,10 @@ class Objective(Section):
         """
         raise NotImplementedError
 
+    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """z_0 as a prediction from z_t says it is, (B, L), and the factor of z_0 in z_t, (B, 1)."""
+        raise NotImplementedError
+
     def scheduler_options(self) -> dict[str, Any]:
         """What a scheduler of diffusers must know of the path."""
         return {"num_train_timesteps": self.timesteps, "prediction_type": self.prediction_type}
@@ -54,6 +58,10 @@ class Flow(Objective):
 
     def add_noise(self, z: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return z + u[:, None] * (noise - z), u * self.timesteps, noise - z
+
+    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        s = t[:, None] / self.timesteps
+        return z_t - s * prediction, 1 - s
 
 
 class Epsilon(Objective):
@@ -83,13 +91,25 @@ class Epsilon(Objective):
 
     def add_noise(self, z: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t = (u * self.timesteps).long()
-        alpha_bar = self.alpha_bar.to(z.device)[t][:, None]
-        signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        signal, spread = self._factors(t)
         return signal * z + spread * noise, t, self.target(z, noise, signal, spread)
+
+    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        signal, spread = self._factors(t)
+        return self.source(z_t, prediction, signal, spread), signal
+
+    def _factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of z_0 and of the noise at timesteps (B,), (B, 1) each."""
+        alpha_bar = self.alpha_bar.to(t.device)[t][:, None]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def target(self, z: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
         """What is predicted of z_t = signal z + spread noise, (B, L)."""
         return noise
+
+    def source(self, z_t: Tensor, prediction: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+        """z_0, given z_t and the target, (B, L)."""
+        return (z_t - spread * prediction) / signal
 
     def scheduler_options(self) -> dict[str, Any]:
         return super().scheduler_options() | {"beta_start": self.beta_start, "beta_end": self.beta_end}
@@ -103,6 +123,9 @@ class Sample(Epsilon):
     def target(self, z: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
         return z
 
+    def source(self, z_t: Tensor, prediction: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+        return prediction
+
 
 class Velocity(Epsilon):
     """The DDPM path; target v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans and Ho 2022, appendix D)."""
@@ -111,6 +134,9 @@ class Velocity(Epsilon):
 
     def target(self, z: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
         return signal * noise - spread * z
+
+    def source(self, z_t: Tensor, prediction: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+        return signal * z_t - spread * prediction
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -139,6 +139,13 @@ class Standardizer:
             tensors[name] = constant.expand(n, *constant.shape).clone()
         return Collection({name: tensors[name] for name in self.order})
 
+    def tensors(self, vectors: Tensor) -> StateDict:
+        """The generated tensors that vectors (B, D) stand for, (B, *shape) each, float32, with their gradients."""
+        found = {}
+        for slot, columns, _ in self._slots(slice(0, self.size)):
+            found[slot.name] = slot.decode(vectors[:, columns]).reshape(len(vectors), *slot.shape)
+        return found
+
     def example(self) -> Collection:
         """One network of the layout that `decode` returns; its numbers are their means."""
         return self.decode(torch.zeros(1, self.size))

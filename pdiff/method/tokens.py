@@ -169,7 +169,7 @@ class Tokens:
         size = self.layout.size
         if {self.order.shape, self.mean.shape, self.std.shape} != {(size,)} or not (self.std > 0).all():
             raise ValueError(f"order, mean and std of tokens do not describe {size} numbers")
-        if not torch.equal(self.order.sort().values, torch.arange(size)):
+        if not torch.equal(self.order.sort().values, torch.arange(size, device=self.order.device)):
             raise ValueError(f"order of tokens is no permutation of {size} numbers")
 
     @classmethod
@@ -191,6 +191,10 @@ class Tokens:
             means.append(mean.expand(1, *block.shape[1:]).flatten())
             stds.append(torch.where(std > SMALLEST, std, 1.0).expand(1, *block.shape[1:]).flatten())
         return cls(layout, order, torch.cat(means).float(), torch.cat(stds).float())
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same, for rows and vectors on a device."""
+        return Tokens(self.layout, *(part.to(device) for part in (self.order, self.mean, self.std)))
 
     def encode(self, x: Tensor) -> Tensor:
         """Rows (N, L) of vectors (N, D)."""

@@ -104,7 +104,7 @@ def batch_predictions(
     base, used = network.state_dict(), suffix.state_dict().keys()  # a network may have tensors that it does not use
     shares = [_Share(c, votes=votes) for c in collections]
     groups = [{n: t.to(device, base[n].dtype) for n, t in s.part.tensors.items() if n in used} for s in shares]
-    run = _together if _cheap_together(collections[0]) else _in_turn
+    run = _together if cheap_together(collections[0].tensors) else _in_turn
     networks = sum(len(share.part) for share in shares)
     total, done = networks * len(images), networks * start
     shrunk = None
@@ -199,10 +199,10 @@ def _scores(predicted: Tensor, nll: Tensor, confidence: Tensor, labels: Tensor, 
     )
 
 
-def _cheap_together(collection: Collection) -> bool:
-    """Whether to vectorise over networks: not where convolution kernels are generated, since many small grouped
-    convolutions are slower than one network after the other (3 x on a CPU, measured on cnn_medium)."""
-    return all(tensor.ndim <= 3 for tensor in collection.tensors.values())
+def cheap_together(tensors: StateDict) -> bool:
+    """Whether to vectorise over networks with tensors (N, *shape): not over convolution kernels, since many small
+    grouped convolutions are slower than one network after the other (3 x on a CPU, measured on cnn_medium)."""
+    return all(tensor.ndim <= 3 for tensor in tensors.values())
 
 
 def _in_turn(suffix: nn.Module, states: StateDict, inputs: tuple, count: int, done: Callable) -> Iterator[Tensor]:

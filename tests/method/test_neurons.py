@@ -15,7 +15,7 @@ from pdiff.method.alignment.groups import Groups, balance
 from pdiff.method.alignment.symmetries import permutation_groups
 from pdiff.method.collection import Collection
 from pdiff.method.denoisers import GraphDenoiserOptions
-from pdiff.method.generators import NeuronsOptions, NeuronsTraining, Tokenization
+from pdiff.method.generators import Behaviour, NeuronsOptions, NeuronsTraining, Tokenization
 from pdiff.method.generators.base import Generator
 from pdiff.method.generators.conditions import Conditions, Guided
 from pdiff.method.generators.neurons import Neurons
@@ -171,6 +171,39 @@ def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path: Path, monkeypat
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_behaviour_compares_denoised_networks_with_the_true_ones() -> None:
+    """Outputs that ask for a larger bias than the true one shift the bias of denoised networks, and nothing else."""
+    collection, _ = two_kinds(200)
+    seen = []
+
+    def outputs(found: dict[str, Tensor], true: dict[str, Tensor]) -> Tensor:
+        seen.append({name: (tensor.shape, true[name].shape, true[name]) for name, tensor in found.items()})
+        return (found["2.bias"] - true["2.bias"] - 1).square().mean(dim=1)
+
+    def denoised(weight: float) -> dict[str, Tensor]:
+        options = NeuronsOptions(
+            tokens=Tokenization(balance=False),
+            denoiser=SMALL,
+            diffusion=NeuronsTraining(**QUICK | {"steps": 100, "ema": 0.0}),
+            behaviour=Behaviour(behaviour=weight),
+        )
+        made = Generator.fit(collection, options, groups=groups(), **({"outputs": outputs} if weight else {}))
+        z = made.tokens.encode(made.standardizer.encode(collection))
+        torch.manual_seed(1)
+        z_t, t, _ = made.objective.add_noise(z, torch.randn_like(z), torch.full((200,), 0.5))
+        with torch.no_grad():
+            z_0, _ = made.objective.denoised(z_t, t, made.denoiser(z_t, t))
+        return {name: tensor.mean() for name, tensor in made.standardizer.tensors(made.decode(z_0)).items()}
+
+    plain, shifted = denoised(0.0), denoised(100.0)
+    assert 0.5 < shifted.pop("2.bias") - plain["2.bias"] < 1.5
+    assert all(abs(value - plain[name]) < 0.2 for name, value in shifted.items())
+    for name, (shape, same, true) in seen[0].items():
+        assert shape == same == (16, *collection.tensors[name].shape[1:])
+        differences = true.flatten(1)[:, None] - collection.tensors[name].flatten(1)
+        assert differences.abs().amax(dim=2).min(dim=1).values.max() < 1e-5  # each is a network of the collection
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_few_networks_are_enough(count: int) -> None:
     assert len(fit(two_kinds(count)[0]).sample(2)) == 2
@@ -184,6 +217,9 @@ def test_what_cannot_be_fitted_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         Generator.fit(Collection({"0.bias": collection.tensors["0.bias"]}), NeuronsOptions(), groups=groups())
     options = NeuronsOptions(tokens=Tokenization(condition=("level",)))
     with pytest.raises(ValueError, match="fit needs conditions, but got none"):
+        Generator.fit(collection, options, groups=groups())
+    options = NeuronsOptions(behaviour=Behaviour(behaviour=0.1))
+    with pytest.raises(ValueError, match="fit needs outputs, but got none"):
         Generator.fit(collection, options, groups=groups())
 
 

@@ -47,6 +47,11 @@ class GeneratorOptions(Section):
     def columns(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What `fit` must be given beside the collection, with these options."""
+        return (*self.needs, *(["conditions"] if self.columns else []))
+
     @classmethod
     def of(cls, generator: Section) -> GeneratorOptions:
         """The options in the section `generator` of a configuration and in its `sections`, which are given by name."""
@@ -165,6 +170,15 @@ class NeuronsTraining(DiffusionOptions):
     stop_on: Literal["heldout_loss", "memorising", "none"] = "none"
 
 
+class Behaviour(Section):
+    """With `behaviour` > 0 the loss has a second term, of this weight: how far the outputs of denoised networks are
+    from those of the same networks without noise, on `behaviour_images` training images, others in every step. It tells
+    the denoiser which numbers matter."""
+
+    behaviour: NonNegative = 0.0
+    behaviour_images: Positive = 64
+
+
 class NeuronsSampling(DiffusionSampling):
     """As for latents, `sampler` and `sampling_steps`, with another default. `condition` are the values that networks
     are asked to have in the columns of `generator.condition`; absent ones are the 95th percentile of the fitted
@@ -201,7 +215,7 @@ class NeuronsOptions(GeneratorOptions):
     extras: ClassVar[tuple[type[Section], ...]] = (TrajectoryOptions, ControlOptions)
     sections: ClassVar[dict[str, tuple[type[Section], ...]]] = {
         "generator": (Tokenization, GraphDenoiserOptions),
-        "diffusion": (NeuronsTraining,),
+        "diffusion": (NeuronsTraining, Behaviour),
     }
     settles: ClassVar[tuple[str, ...]] = ("diffusion.denoiser",)
     needs: ClassVar[tuple[str, ...]] = ("groups",)
@@ -216,10 +230,15 @@ class NeuronsOptions(GeneratorOptions):
     denoiser: GraphDenoiserOptions = GraphDenoiserOptions()
     objective: SerializeAsAny[Objective] = Flow()
     diffusion: DiffusionOptions = NeuronsTraining()
+    behaviour: Behaviour = Behaviour()
 
     @property
     def columns(self) -> tuple[str, ...]:
         return self.tokens.condition
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*super().inputs, *(["outputs"] if self.behaviour.behaviour else []))
 
     @classmethod
     def of(cls, generator: Section, *, diffusion: Any) -> NeuronsOptions:
@@ -228,6 +247,7 @@ class NeuronsOptions(GeneratorOptions):
             denoiser=generator.part(GraphDenoiserOptions),
             objective=diffusion.part(OBJECTIVES[diffusion.prediction]),
             diffusion=diffusion.part(NeuronsTraining),
+            behaviour=diffusion.part(Behaviour),
         )
 
 

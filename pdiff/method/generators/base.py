@@ -82,9 +82,10 @@ class Generator(ABC):
             state: a folder of this fit alone, from whose files it resumes after an interruption.
             check: called with the function that reconstructs a collection through the fitted compression, as soon as
                 there is one; an exception that it raises ends the fit.
-            population: what else the kind must know of the networks, by the names in its `needs`: `groups`, the
-                interchangeable units of their architecture (`Groups`); and `conditions` (N, C) where its options name
-                `columns`, NaN where a value is not known.
+            population: what else the kind must know of the networks, by the names in `options.inputs`: `groups`, the
+                interchangeable units of their architecture (`Groups`); `conditions` (N, C) where its options name
+                `columns`, NaN where a value is not known; `outputs`, tensors (B, *shape) of B networks twice -> how far
+                the outputs of the first B are from those of the second, (B,), on the same inputs.
 
         Raises:
             UserError: nothing in the collection can be generated, it holds NaN or infinity, or the training diverged.
@@ -96,11 +97,10 @@ class Generator(ABC):
             torch.Size([2, 4])
         """
         options = options or LatentDiffusionOptions()
-        needs = (*options.needs, *(["conditions"] if options.columns else []))
         kind = resolve(options.implementation)
         common = {"seed": seed, "device": device, "log": log, "state": state, "check": check}
         with for_users("train"):
-            if missing := [name for name in needs if name not in population]:
+            if missing := [name for name in options.inputs if name not in population]:
                 raise ValueError(f"{type(options).__name__}: fit needs {' and '.join(missing)}, but got none")
             return kind.fit(collection.cpu(), options, **common, **population)
 

@@ -134,6 +134,7 @@ def fit_denoiser(
     log: Log,
     state: Path | None,
     view: Callable[[Tensor], Tensor] | None = None,
+    term: diffusion.Term | None = None,
 ) -> tuple[nn.Module, diffusion.Diagnostics]:
     """Train a denoiser, and look at its samples.
 
@@ -149,14 +150,15 @@ def fit_denoiser(
         log: receives losses and diagnostics.
         state: a folder of this fit alone, from whose file `diffusion.pt` it resumes.
         view: latents (B, L) -> rows as they are compared, see `diffusion.Preview`.
+        term: of the loss, see `diffusion.denoising_loss`.
     """
     seed = stream(seed, "denoiser")
     preview = diffusion.Preview(objective, fitted, seed=seed, view=view)
     with measured(log, "diffusion"):
         torch.manual_seed(seed)
         resume = {"log": log, "path": state and state / "diffusion.pt"}
-        denoiser = build().to(device)
-        denoiser = diffusion.fit(denoiser, objective, z, heldout, options, seed=seed, preview=preview, **resume)
+        data = (build().to(device), objective, z, heldout, options)
+        denoiser = diffusion.fit(*data, seed=seed, preview=preview, term=term, **resume)
     checked = diffusion.Preview(objective, fitted, seed=seed, samples=CHECKED, calls=CHECKED_CALLS, view=view)
     return denoiser, checked(denoiser)
 

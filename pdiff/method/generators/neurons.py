@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pdiff.errors import UserError
 from pdiff.method import diffusion
 from pdiff.method.alignment.groups import Groups, balance
-from pdiff.method.collection import Collection, generated_tensors, heldout_split
+from pdiff.method.collection import Collection, StateDict, generated_tensors, heldout_split
 from pdiff.method.denoisers.graph import GraphDenoiser
 from pdiff.method.generators import NeuronsOptions
 from pdiff.method.generators.base import Check, Tensors, with_prefix
@@ -30,6 +30,9 @@ from pdiff.seeds import stream
 MEASURED = 1024  # networks, at most, on which tokens are standardised, and with which samples are compared
 EVALUATED = 64  # held-out networks, at most, on which the loss is measured
 PER_EDGE = 8  # numbers that a block keeps of a pair of units for the gradients, in edge widths
+
+Outputs = Callable[[StateDict, StateDict], Tensor]
+"""Tensors (B, *shape) of networks, and of others: how far their outputs for the same inputs are apart, (B,)."""
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Neurons(DenoisingGenerator):
         *,
         groups: Groups,
         conditions: Tensor | None = None,
+        outputs: Outputs | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         log: Log = ignore,
@@ -98,8 +102,25 @@ class Neurons(DenoisingGenerator):
         build = partial(GraphDenoiser, tokens.layout.config(), **sizes)
         few = heldout[evenly(len(heldout), EVALUATED)]
         data = (options.objective, Made(encoded, kept), encoded(few) if len(few) else z[:0], options.diffusion)
-        resume = {"seed": seed, "device": device, "log": log, "state": state}
-        denoiser, diagnostics = fit_denoiser(build, *data, fitted=z, view=tokens.layout.unordered, **resume)
+        weight, there = options.behaviour.behaviour, tokens.to(device)
+
+        def tensors(z: Tensor) -> StateDict:
+            return standardizer.tensors(there.decode(z.float()))
+
+        def behaviour(found: Tensor, true: Tensor) -> Tensor:
+            with torch.autocast(found.device.type, enabled=False):
+                return weight * outputs(tensors(found), tensors(true))
+
+        denoiser, diagnostics = fit_denoiser(
+            *(build, *data),
+            fitted=z,
+            view=tokens.layout.unordered,
+            term=behaviour if weight else None,
+            seed=seed,
+            device=device,
+            log=log,
+            state=state,
+        )
         return cls(standardizer, tokens, denoiser, options.objective, columns, diagnostics)
 
     def sampling(

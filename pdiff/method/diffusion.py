@@ -54,16 +54,14 @@ Term = Callable[[Tensor, Tensor], Tensor]
 def denoising_loss(objective: Objective, denoiser: nn.Module, batch: Batch, term: Term | None = None) -> Tensor:
     """Mean squared error of the prediction from latents z (B, L) with noise at random positions, a scalar.
 
-    A further `term` counts by the cube of the signal in the noisy latents. Of much noise only a mean can be denoised,
-    and what is wrong with a mean says little: where it counts more, samples spread too far (experiments/neurons.md).
+    The mean of a further `term` of the latents that the prediction stands for is added.
     """
     z, *condition = batch if isinstance(batch, tuple) else (batch,)
     z_t, t, target = objective.add_noise(z, torch.randn_like(z), torch.rand_like(z[:, 0]))
     prediction = denoiser(z_t, t, *condition)
     loss = F.mse_loss(prediction, target)
     if term:
-        z_0, signal = objective.denoised(z_t, t, prediction)
-        loss = loss + (signal[:, 0] ** 3 * term(z_0, z)).mean()
+        loss = loss + term(objective.denoised(z_t, t, prediction), z).mean()
     return loss
 
 

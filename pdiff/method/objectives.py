@@ -41,8 +41,8 @@ class Objective(Section):
         """
         raise NotImplementedError
 
-    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        """z_0 as a prediction from z_t says it is, (B, L), and the factor of z_0 in z_t, (B, 1)."""
+    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """z_0 as a prediction from z_t at timesteps t (B,) says it is, (B, L)."""
         raise NotImplementedError
 
     def scheduler_options(self) -> dict[str, Any]:
@@ -59,9 +59,8 @@ class Flow(Objective):
     def add_noise(self, z: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return z + u[:, None] * (noise - z), u * self.timesteps, noise - z
 
-    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        s = t[:, None] / self.timesteps
-        return z_t - s * prediction, 1 - s
+    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        return z_t - t[:, None] / self.timesteps * prediction
 
 
 class Epsilon(Objective):
@@ -94,9 +93,8 @@ class Epsilon(Objective):
         signal, spread = self._factors(t)
         return signal * z + spread * noise, t, self.target(z, noise, signal, spread)
 
-    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        signal, spread = self._factors(t)
-        return self.source(z_t, prediction, signal, spread), signal
+    def denoised(self, z_t: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        return self.source(z_t, prediction, *self._factors(t))
 
     def _factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of z_0 and of the noise at timesteps (B,), (B, 1) each."""

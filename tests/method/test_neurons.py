@@ -192,7 +192,7 @@ def test_behaviour_compares_denoised_networks_with_the_true_ones() -> None:
         torch.manual_seed(1)
         z_t, t, _ = made.objective.add_noise(z, torch.randn_like(z), torch.full((200,), 0.5))
         with torch.no_grad():
-            z_0, _ = made.objective.denoised(z_t, t, made.denoiser(z_t, t))
+            z_0 = made.objective.denoised(z_t, t, made.denoiser(z_t, t))
         return {name: tensor.mean() for name, tensor in made.standardizer.tensors(made.decode(z_0)).items()}
 
     plain, shifted = denoised(0.0), denoised(100.0)

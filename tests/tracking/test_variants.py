@@ -104,7 +104,7 @@ dataset: {name: digits, validation_fraction: 0.2}
 network: {architecture: mlp}
 prepare: {collect: {from: seeds, networks: 10, steps: 40, snapshots: 3}}
 generator: {kind: neurons, condition: val_accuracy, width: 16, blocks: 1, heads: 2}
-diffusion: {steps: 4, batch_size: 8, evaluate_every: 4}
+diffusion: {steps: 4, batch_size: 8, evaluate_every: 4, behaviour: 0.1}
 generate: {count: 3, sampling_steps: 3, control_count: 7}
 evaluate: {noise: [0.05], baselines: average, baseline_count: 2}
 """

@@ -128,6 +128,16 @@ def test_networks_are_asked_for_accuracies(workspace):
     assert "control/slope" not in runs("main")[-1].data.metrics
 
 
+@pytest.mark.slow
+def test_a_small_diffusion_of_neurons_makes_new_networks_that_work(workspace):
+    """Far from chance, a tenth, and as far from the fitted networks as held-out ones are."""
+    assert pdiff(["main", "--tag", "digits_neurons_quick", "--evaluate.baselines", "gaussian_diagonal"]) == 0
+    metrics = runs("main")[0].data.metrics
+    assert metrics["test_accuracy/generated_mean"] > 0.6
+    assert metrics["test_accuracy/generated_mean"] > metrics["test_accuracy/gaussian_diagonal_mean"]
+    assert 0.95 < metrics["novelty/generated_median"] < 1.25
+
+
 OWN = """
 prepare: {source: own}
 diffusion: {steps: 20, width: 16, blocks: 1, evaluate_every: 10}

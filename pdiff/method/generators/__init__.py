@@ -208,7 +208,8 @@ class Tokenization(Section):
 
 class NeuronsOptions(GeneratorOptions):
     """A diffusion of neurons: `tokens` are the units of a network, with their weights; `denoiser` is a transformer
-    that does not know their order and predicts what `objective` says, and `diffusion` is how it is trained."""
+    that does not know their order and predicts what `objective` says, `diffusion` is how it is trained, and `behaviour`
+    a term of its loss."""
 
     implementation: ClassVar[Any] = "pdiff.method.generators.neurons:Neurons"
     sampling: ClassVar[type[SamplingOptions]] = NeuronsSampling

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from pdiff.method.collection import StateDict
 from pdiff.method.generators.neurons import Outputs
+from pdiff.method.log import ignore
 from pdiff.networks.images import TrainingPart
-from pdiff.networks.predict import cheap_together
+from pdiff.networks.predict import logits
 from pdiff.seeds import stream
 
 POOL_BYTES = 64 << 20  # of training images that are kept in memory to choose from
@@ -24,7 +24,7 @@ def output_distances(
     all logits of an image changes no probability, and does not count. Gradients reach the found networks alone.
 
     Args:
-        network: of their architecture; what is not given of a network has the values that it has here.
+        network: of their architecture, whose own tensors stand for those that are not given; it is no longer trained.
         part: training images; nothing else may decide what a network becomes.
         images: of each call.
         device: of the networks.
@@ -38,19 +38,15 @@ def output_distances(
     pool, _ = next(part.stream(min(len(part), POOL_BYTES // size), seed=stream(0, "behaviour"), device=device))
     network = network.to(device).eval().requires_grad_(False)
 
-    def logits(tensors: StateDict, x: Tensor) -> Tensor:
-        """(B, images, classes)."""
-        if cheap_together(tensors):
-            return vmap(lambda state: functional_call(network, state, (x,)))(tensors)
-        count = len(next(iter(tensors.values())))
-        states = ({name: tensor[k] for name, tensor in tensors.items()} for k in range(count))
-        return torch.stack([functional_call(network, state, (x,)) for state in states])
+    def computed(tensors: StateDict, x: Tensor) -> Tensor:
+        """Logits (B, images, classes)."""
+        return torch.cat([*logits(network, tensors, (x,), len(next(iter(tensors.values()))), ignore)])
 
     def distances(found: StateDict, true: StateDict) -> Tensor:
         x = pool[torch.randint(len(pool), (images,), device=device)]
         with torch.no_grad():
-            expected = logits(true, x)
-        difference = logits(found, x) - expected
+            expected = computed(true, x)
+        difference = computed(found, x) - expected
         return (difference - difference.mean(dim=-1, keepdim=True)).square().mean(dim=(1, 2))
 
     return distances

@@ -104,7 +104,6 @@ def batch_predictions(
     base, used = network.state_dict(), suffix.state_dict().keys()  # a network may have tensors that it does not use
     shares = [_Share(c, votes=votes) for c in collections]
     groups = [{n: t.to(device, base[n].dtype) for n, t in s.part.tensors.items() if n in used} for s in shares]
-    run = _together if cheap_together(collections[0].tensors) else _in_turn
     networks = sum(len(share.part) for share in shares)
     total, done = networks * len(images), networks * start
     shrunk = None
@@ -113,7 +112,7 @@ def batch_predictions(
             activations = prefix(batch)
             shrunk = shrunk or shrink(suffix, activations, groups[0].keys())
             yield [
-                share.scores(run(shrunk, states, activations, len(share.part), bar.update), labels)
+                share.scores(logits(shrunk, states, activations, len(share.part), bar.update), labels)
                 for states, share in zip(groups, shares, strict=True)
             ]
 
@@ -199,10 +198,21 @@ def _scores(predicted: Tensor, nll: Tensor, confidence: Tensor, labels: Tensor, 
     )
 
 
-def cheap_together(tensors: StateDict) -> bool:
-    """Whether to vectorise over networks with tensors (N, *shape): not over convolution kernels, since many small
-    grouped convolutions are slower than one network after the other (3 x on a CPU, measured on cnn_medium)."""
-    return all(tensor.ndim <= 3 for tensor in tensors.values())
+def logits(suffix: nn.Module, states: StateDict, inputs: tuple, count: int, done: Callable) -> Iterator[Tensor]:
+    """Logits (k, B, classes) of a few of `count` networks at a time, in order.
+
+    Networks are vectorised, but not over convolution kernels: many small grouped convolutions are slower than one
+    network after the other (3 x on a CPU, measured on cnn_medium).
+
+    Args:
+        suffix: of their architecture.
+        states: their tensors, (count, *shape) each.
+        inputs: of the suffix.
+        count: how many.
+        done: called with the number of predictions whenever there are new ones.
+    """
+    run = _together if all(tensor.ndim <= 3 for tensor in states.values()) else _in_turn
+    return run(suffix, states, inputs, count, done)
 
 
 def _in_turn(suffix: nn.Module, states: StateDict, inputs: tuple, count: int, done: Callable) -> Iterator[Tensor]:
